@@ -1,0 +1,103 @@
+"""Errors that a user can act on: one line each, with an exit code of its own.
+
+Every message says what is wrong, where, and what to do next. Anything else that is raised is a defect of FedTune.
+"""
+
+from __future__ import annotations
+
+
+class FedTuneError(Exception):
+    """Base of all errors that are shown to a user as one line.
+
+    Attributes
+    ----------
+    exit_code : int
+        Exit code of a command that ends with this error; also travels in error replies.
+    """
+
+    exit_code = 1
+
+
+class ConfigError(FedTuneError):
+    """An unknown key, a wrong type or a value out of range in a configuration."""
+
+    exit_code = 10
+
+
+class DataError(FedTuneError):
+    """A data file is missing, empty, malformed or has the wrong columns."""
+
+    exit_code = 11
+
+
+class ModelError(FedTuneError):
+    """A model folder cannot be loaded, or its tokenizer is unusable."""
+
+    exit_code = 12
+
+
+class ResourceError(FedTuneError):
+    """Not enough memory or disk space."""
+
+    exit_code = 13
+
+
+class NodesError(FedTuneError):
+    """No nodes, too few nodes, or no usable reply by the deadline."""
+
+    exit_code = 14
+
+
+class FingerprintError(FedTuneError):
+    """Two holders of "the same" weights hold different ones."""
+
+    exit_code = 15
+
+
+class LedgerError(FedTuneError):
+    """A ledger cannot be opened, is damaged, or belongs to another run."""
+
+    exit_code = 16
+
+
+class PortError(FedTuneError):
+    """A port is in use or an address cannot be bound."""
+
+    exit_code = 17
+
+
+class LinkError(FedTuneError):
+    """A SuperLink, SuperNode or worker cannot be reached, or refused."""
+
+    exit_code = 18
+
+
+class ProtocolError(FedTuneError):
+    """A message is malformed, from another version, or not meant for its receiver."""
+
+    exit_code = 19
+
+
+class RunError(FedTuneError):
+    """A run ended without a model for a reason that is none of the above."""
+
+    exit_code = 20
+
+
+def error_from_code(exit_code: int, message: str) -> FedTuneError:
+    """Rebuild an error that travelled as (exit code, message).
+
+    Parameters
+    ----------
+    exit_code : int
+        An ``exit_code`` of one of the classes above; an unknown one gives a plain `FedTuneError`.
+    message : str
+        The line to show.
+
+    Returns
+    -------
+    FedTuneError
+        An instance of the matching class.
+    """
+    classes = {cls.exit_code: cls for cls in FedTuneError.__subclasses__()}
+    return classes.get(exit_code, FedTuneError)(message)
