@@ -1,0 +1,83 @@
+"""Random choices that both sides of the network make alike, from keys alone.
+
+Only raw Philox output is used and turned into choices by integer arithmetic, so a draw is the same on every
+machine and with every release of NumPy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+# Keeps the sum of the odds of 2**20 seeds within 32 bits.
+MAX_ODDS = 4095
+
+
+def stream(*key: int | str) -> np.random.Philox:
+    """Open the random stream that belongs to a key.
+
+    Parameters
+    ----------
+    *key : int or str
+        For example run seed, purpose, round and node.
+
+    Returns
+    -------
+    numpy.random.Philox
+        A bit generator; take its ``random_raw``.
+    """
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key).encode()
+    words = np.frombuffer(hashlib.blake2b(text, digest_size=16).digest(), dtype="<u8")
+    return np.random.Philox(key=words)
+
+
+def draw_seeds(key: Sequence[int | str], steps: int, num_seeds: int, weights: NDArray[np.uint16]) -> NDArray[np.int64]:
+    """Draw the seed of each local step of FedKSeed.
+
+    Parameters
+    ----------
+    key : sequence of int or str
+        Run seed, round and node name.
+    steps : int
+        tau, the number of draws.
+    num_seeds : int
+        K.
+    weights : ndarray of uint16, shape [K] or [0]
+        Relative odds of each seed, at most `MAX_ODDS` (FedKSeed-Pro, arXiv 2312.06353); empty for uniform draws.
+
+    Returns
+    -------
+    ndarray of int64, shape [steps]
+        Seeds in [0, K).
+    """
+    odds = weights.astype(np.uint64) if weights.size else np.ones(num_seeds, dtype=np.uint64)
+    cumulated = np.cumsum(odds, dtype=np.uint64)
+    # The high half of a 32 x 32 bit product maps 32 random bits onto [0, total) with integers alone.
+    bits = stream("seeds", *key).random_raw(steps) >> np.uint64(32)
+    points = (bits * cumulated[-1]) >> np.uint64(32)
+    return np.searchsorted(cumulated, points, side="right").astype(np.int64)
+
+
+def sample(key: Sequence[int | str], names: Sequence[str], count: int) -> list[str]:
+    """Choose names without repetition.
+
+    Parameters
+    ----------
+    key : sequence of int or str
+        Run seed and round.
+    names : sequence of str
+        The candidates; their order does not matter.
+    count : int
+        How many to choose, at most ``len(names)``.
+
+    Returns
+    -------
+    list of str
+        The chosen names, sorted.
+    """
+    ranked = sorted(names, key=lambda name: int(stream("sample", *key, name).random_raw()))
+    return sorted(ranked[:count])

@@ -1,0 +1,320 @@
+"""The nodes of a run, known by name, and the prompt way to reach them.
+
+`Fleet` is a Flower ``Grid`` over another one. It shows strategies only the nodes that were admitted: those that
+answered a `Hello`, hold the same base model and bear a name of their own. It collects replies as they come,
+instead of every three seconds, and never waits without a limit.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from fedtune_strategies.errors import FedTuneError, FingerprintError, NodesError, ProtocolError, error_from_code
+from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.protocol.records import from_record, to_record
+
+log = logging.getLogger("fedtune")
+
+_REFUSED_FOR_S = 60.0
+
+
+@dataclass(frozen=True)
+class Node:
+    """An admitted node.
+
+    Attributes
+    ----------
+    name : str
+        The name from its node configuration, unique in the run.
+    id : int
+        Flower's id of the node.
+    num_examples : int
+        Training examples that it holds.
+    """
+
+    name: str
+    id: int
+    num_examples: int
+
+
+@dataclass(frozen=True)
+class Received:
+    """One reply, or the error that came instead.
+
+    Attributes
+    ----------
+    node : Node
+        Who was asked.
+    message : protocol.Message or FedTuneError
+        The decoded reply; an error where there is none to use.
+    content : RecordDict or None
+        The reply as Flower carried it.
+    bytes_down, bytes_up : int
+        Payload of task and reply, in bytes, without Flower's envelope.
+    """
+
+    node: Node
+    message: protocol.Message | FedTuneError
+    content: RecordDict | None
+    bytes_down: int
+    bytes_up: int
+
+
+class Fleet(Grid):
+    """A Grid that knows its nodes.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's grid, or an in-memory one.
+    fingerprint : str
+        Fingerprint of the base model; nodes with another one are not admitted.
+    poll_interval : float
+        Seconds between two looks for replies.
+    on_event : callable
+        Called with (kind, node name, line) for ``"joined"``, ``"refused"`` and ``"lost"``.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        fingerprint: str,
+        poll_interval: float = 0.1,
+        on_event: Callable[[str, str, str], None] = lambda kind, node, line: None,
+    ) -> None:
+        self._grid = grid
+        self._fingerprint = fingerprint
+        self._poll_interval = poll_interval
+        self._on_event = on_event
+        self._nodes: dict[int, Node] = {}
+        self._hellos: dict[str, int] = {}
+        self._refused: dict[int, tuple[float, FedTuneError]] = {}
+        self._aside: set[str] = set()
+
+    @property
+    def nodes(self) -> dict[str, Node]:
+        """Admitted nodes that are present and not set aside, by name in sorted order."""
+        return {node.name: node for node in sorted(self._nodes.values(), key=_name) if node.name not in self._aside}
+
+    def set_aside(self, names: Iterable[str]) -> None:
+        """Hide some nodes from the next tasks; an empty collection brings all back."""
+        self._aside = set(names)
+
+    def gather(self, count: int, wait: float) -> None:
+        """Admit whoever is there, until enough nodes are present.
+
+        Parameters
+        ----------
+        count : int
+            Fewest nodes needed.
+        wait : float
+            Seconds after which to give up.
+
+        Raises
+        ------
+        NodesError
+            Fewer nodes came. Where every refused node had the same kind of error, that kind is raised.
+        """
+        limit = time.monotonic() + wait
+        while True:
+            self._greet()
+            if len(self.nodes) >= count:
+                return
+            if time.monotonic() > limit or (self._refused and not self._hellos and self._all_refused()):
+                raise self._too_few(count, wait)
+            time.sleep(self._poll_interval)
+
+    def exchange(self, tasks: Iterable[Message], deadline: float) -> Iterator[Received]:
+        """Send tasks and yield the replies as they arrive.
+
+        Parameters
+        ----------
+        tasks : iterable of Message
+            From `task`.
+        deadline : float
+            Seconds after which to stop waiting; the messages carry it as their time to live too.
+
+        Yields
+        ------
+        Received
+            One for every task that was answered, failed or lost. Those still missing at the deadline yield nothing.
+        """
+        sent = list(tasks)
+        for message in sent:
+            message.metadata.ttl = deadline
+        pending = dict(zip(self._grid.push_messages(sent), sent, strict=True))
+        limit = time.monotonic() + deadline
+        while pending and time.monotonic() < limit:
+            replies = list(self._grid.pull_messages(list(pending)))
+            for reply in replies:
+                task = pending.pop(reply.metadata.reply_to_message_id, None)
+                if task is not None:
+                    yield self._received(task, reply)
+            if not replies:
+                time.sleep(self._poll_interval)
+
+    # Flower's Grid interface
+
+    def set_run(self, run: Run) -> None:
+        """See Flower."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """See Flower."""
+        return self._grid.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """See Flower."""
+        return Message(content, dst_node_id=dst_node_id, message_type=message_type, group_id=group_id, ttl=ttl)
+
+    def get_node_ids(self) -> list[int]:
+        """Return the ids of `nodes`, in the order of their names."""
+        return [node.id for node in self.nodes.values()]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """See Flower."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """See Flower."""
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """See Flower; replies are collected promptly."""
+        pending = set(self._grid.push_messages(messages))
+        limit = time.monotonic() + (timeout if timeout is not None else float("inf"))
+        replies: list[Message] = []
+        while pending and time.monotonic() < limit:
+            arrived = list(self._grid.pull_messages(list(pending)))
+            pending -= {reply.metadata.reply_to_message_id for reply in arrived}
+            replies += arrived
+            if not arrived:
+                time.sleep(self._poll_interval)
+        return replies
+
+    # Admission
+
+    def _greet(self) -> None:
+        present = set(self._grid.get_node_ids())
+        for lost in set(self._nodes) - present:
+            self._event("lost", self._nodes.pop(lost).name, "is no longer connected")
+        now = time.monotonic()
+        self._refused = {i: r for i, r in self._refused.items() if i in present and now - r[0] < _REFUSED_FOR_S}
+        strangers = present - set(self._nodes) - set(self._hellos.values()) - set(self._refused)
+        self._hellos = {key: node_id for key, node_id in self._hellos.items() if node_id in present}
+        if strangers:
+            payload = protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION))
+            ids = sorted(strangers)
+            hellos = [Message(to_record(protocol.Hello.kind, payload), i, MessageType.QUERY) for i in ids]
+            self._hellos |= dict(zip(self._grid.push_messages(hellos), ids, strict=True))
+        if self._hellos:
+            for reply in self._grid.pull_messages(list(self._hellos)):
+                self._admit(self._hellos.pop(reply.metadata.reply_to_message_id), reply)
+
+    def _admit(self, node_id: int, reply: Message) -> None:
+        try:
+            hello = _decoded(reply)
+            if not isinstance(hello, protocol.HelloReply):
+                raise ProtocolError(f"answered a hello with a '{hello.kind}'.")
+            if hello.protocol != protocol.PROTOCOL_VERSION:
+                raise ProtocolError(
+                    f"speaks protocol {hello.protocol}, the server {protocol.PROTOCOL_VERSION}: "
+                    "install the same FedTune version on both."
+                )
+            if hello.fingerprint != self._fingerprint:
+                raise FingerprintError(
+                    f"holds another base model (fingerprint {hello.fingerprint}, the server's is {self._fingerprint}): "
+                    "give it the same model folder and dtype."
+                )
+            if any(node.name == hello.node for node in self._nodes.values()):
+                raise NodesError(f"has the name '{hello.node}' of a node that is present: give it one of its own.")
+        except FedTuneError as error:
+            self._refused[node_id] = (time.monotonic(), error)
+            self._event("refused", _label(node_id), str(error))
+            return
+        self._nodes[node_id] = Node(hello.node, node_id, hello.num_examples)
+        self._event("joined", hello.node, f"joined with {hello.num_examples} examples")
+
+    def _all_refused(self) -> bool:
+        return not self._nodes and set(self._grid.get_node_ids()) <= set(self._refused)
+
+    def _too_few(self, count: int, wait: float) -> FedTuneError:
+        errors = [error for _, error in self._refused.values()]
+        reasons = "; ".join(f"{_label(i)}: {error}" for i, (_, error) in self._refused.items())
+        kind = type(errors[0]) if errors and len({type(error) for error in errors}) == 1 else NodesError
+        if reasons:
+            return kind(f"{len(self.nodes)} of {count} nodes can take part. Refused: {reasons}")
+        return NodesError(
+            f"{len(self.nodes)} of {count} nodes joined within {wait:.0f} s: "
+            "start more nodes, lower 'strategy.min-nodes' or raise 'round.node-wait'."
+        )
+
+    def _event(self, kind: str, node: str, line: str) -> None:
+        log.info("%s %s", node, line)
+        self._on_event(kind, node, line)
+
+    def _received(self, task: Message, reply: Message) -> Received:
+        node = self._nodes.get(task.metadata.dst_node_id) or Node(_label(task.metadata.dst_node_id), 0, 0)
+        down = len(from_record(task.content)[1])
+        try:
+            message = _decoded(reply)
+        except FedTuneError as error:
+            return Received(node, error, None, down, 0)
+        return Received(node, message, reply.content, down, len(from_record(reply.content)[1]))
+
+
+def task(node: Node, message: protocol.Message, round: int) -> Message:
+    """Address a protocol message to a node.
+
+    Parameters
+    ----------
+    node : Node
+        The receiver.
+    message : protocol.Message
+        What to send.
+    round : int
+        Round, shown in Flower's logs.
+
+    Returns
+    -------
+    flwr.app.Message
+        A training message.
+    """
+    return address(node, message.kind, protocol.encode(message), round)
+
+
+def address(node: Node, kind: str, payload: bytes, round: int) -> Message:
+    """Address an encoded message to a node; encode once to send the same to many."""
+    return Message(to_record(kind, payload), node.id, MessageType.TRAIN, group_id=str(round))
+
+
+def decoded(content: RecordDict) -> protocol.Message:
+    """Decode the content of a Flower message; raises `ProtocolError`."""
+    return protocol.decode(*from_record(content))
+
+
+def _decoded(reply: Message) -> protocol.Message:
+    if reply.has_error():
+        raise NodesError(f"did not answer: {reply.error.reason or 'no reason given'} (code {reply.error.code}).")
+    message = decoded(reply.content)
+    if isinstance(message, protocol.Failure):
+        raise error_from_code(message.exit_code, message.message)
+    return message
+
+
+def _label(node_id: int) -> str:
+    return f"node {node_id & (2**64 - 1):016x}"
+
+
+def _name(node: Node) -> str:
+    return node.name

@@ -1,0 +1,76 @@
+"""A message as Flower carries it: its kind and one opaque payload.
+
+Flower moves every object of a record by a request of its own, so all of a message is packed into one.
+Payloads up to `INLINE_BYTES` travel as bytes in a ``ConfigRecord`` (fewest bytes on the wire); longer ones as
+one uint8 ``Array``, which Flower cuts into chunks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from fedtune_strategies.errors import ProtocolError
+
+INLINE_BYTES = 4 * 2**20
+_RECORD = "fedtune"
+_BLOB = "blob"
+
+
+def to_record(kind: str, payload: bytes) -> RecordDict:
+    """Wrap a payload for Flower.
+
+    Parameters
+    ----------
+    kind : str
+        Name of the message type, see `fedtune_strategies.protocol.messages`.
+    payload : bytes
+        The encoded message.
+
+    Returns
+    -------
+    RecordDict
+        A record with one object besides its envelope.
+    """
+    if len(payload) <= INLINE_BYTES:
+        return RecordDict({_RECORD: ConfigRecord({"kind": kind, "payload": payload})})
+    blob = Array(np.frombuffer(payload, dtype=np.uint8))
+    return RecordDict({_RECORD: ConfigRecord({"kind": kind}), _BLOB: ArrayRecord({_BLOB: blob})})
+
+
+def from_record(content: RecordDict) -> tuple[str, bytes]:
+    """Take kind and payload out of a Flower record.
+
+    Parameters
+    ----------
+    content : RecordDict
+        The content of a received message.
+
+    Returns
+    -------
+    tuple of str and bytes
+        Kind and encoded message.
+
+    Raises
+    ------
+    ProtocolError
+        The record is not one that `to_record` makes.
+    """
+    record = content.config_records.get(_RECORD)
+    kind = record.get("kind") if record is not None else None
+    if record is None or not isinstance(kind, str):
+        raise ProtocolError("received a message that is not FedTune's: run the same FedTune version on both sides.")
+    payload = record.get("payload")
+    if isinstance(payload, bytes):
+        return kind, payload
+    return kind, _blob(content)
+
+
+def _blob(content: RecordDict) -> bytes:
+    try:
+        blob = content.array_records[_BLOB][_BLOB].numpy()
+    except Exception as error:  # Flower raises whatever its decoder does: a peer may send anything
+        raise ProtocolError(f"received a message without a readable payload ({type(error).__name__}).") from None
+    if blob.dtype != np.uint8 or blob.ndim != 1:
+        raise ProtocolError(f"received a payload of type {blob.dtype} and {blob.ndim} axes instead of bytes.")
+    return blob.tobytes()
