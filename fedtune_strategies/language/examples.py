@@ -1,0 +1,222 @@
+"""Rows to token ids, and token ids to batches."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from fedtune_strategies.errors import DataError
+from fedtune_strategies.language.data import Message, Row
+
+IGNORE = -100
+"""Label of a token that the loss leaves out; torch's and transformers' convention."""
+
+ROLES = {"system": "System", "user": "Instruction", "assistant": "Response"}
+"""Titles of the plain prompt template, used where the tokenizer has no chat template."""
+
+Batch = dict[str, torch.Tensor]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenised rows.
+
+    Attributes
+    ----------
+    tokens : list of int32 arrays, each (length,)
+        Prompt and response, at most the sequence length.
+    prompt_lengths : list of int
+        How many of an example's first tokens belong to the prompt, on which there is no loss.
+    references : list of tuples of str
+        The accepted answers of each example; empty for plain text.
+    pad_id : int
+        Token id that fills a batch up.
+    cut_prompts, truncated, dropped : int
+        How many prompts lost their beginning, how many responses their end, and how many rows had no token to learn.
+    """
+
+    tokens: list[NDArray[np.int32]]
+    prompt_lengths: list[int]
+    references: list[tuple[str, ...]]
+    pad_id: int
+    cut_prompts: int = 0
+    truncated: int = 0
+    dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def tokenise(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, seq_length: int) -> Examples:
+    """Turn rows into token ids of at most `seq_length`.
+
+    Prompt and response are tokenised together, as they will be read, and the prompt once more alone: the response
+    begins where the two differ. A prompt that leaves too little room loses its beginning (after the tokenizer's
+    beginning-of-sequence token). A response that does not fit at all keeps its beginning, behind the last half
+    sequence of its prompt. Both are counted, and the latter is warned of.
+
+    Parameters
+    ----------
+    rows : sequence of Row
+    tokenizer : PreTrainedTokenizerBase
+        Its chat template shapes prompts where it has one, else the plain template (docs/data.md).
+    seq_length : int
+        Tokens of an example at most, at least 2.
+
+    Returns
+    -------
+
+    Examples
+    --------
+
+    Raises
+    ------
+    DataError
+        No row has a response that fits.
+    """
+    texts = [_render(row, tokenizer) for row in rows]
+    prompts = _token_ids([prompt for prompt, _ in texts], rows, tokenizer)
+    wholes = _token_ids([prompt + response for prompt, response in texts], rows, tokenizer)
+    examples = Examples([], [], [], int(tokenizer.pad_token_id))
+    cut_prompts = truncated = dropped = 0
+    for row, prompt_ids, whole_ids in zip(rows, prompts, wholes, strict=True):
+        start = 0 if row.prompt is None else _common_prefix(prompt_ids, whole_ids)
+        ids, kept_start = _fit(whole_ids, start, seq_length, tokenizer.bos_token_id)
+        if len(ids) - max(kept_start, 1) < 1:  # the first token of all is predicted by nothing
+            dropped += 1
+            continue
+        truncated += len(ids) - kept_start < len(whole_ids) - start
+        cut_prompts += kept_start < start
+        examples.tokens.append(np.asarray(ids, dtype=np.int32))
+        examples.prompt_lengths.append(kept_start)
+        examples.references.append(row.references)
+    if (truncated == len(rows) and rows[0].prompt is not None) or not examples.tokens:
+        raise DataError(f"no response of the {len(rows)} rows fits in {seq_length} tokens; raise train.seq-length")
+    if truncated:
+        log.warning("%d of %d responses are longer than %d tokens and lost their end", truncated, len(rows), seq_length)
+    return Examples(
+        examples.tokens, examples.prompt_lengths, examples.references, examples.pad_id, cut_prompts, truncated, dropped
+    )
+
+
+def batches(examples: Examples, batch_size: int, steps: int, key: Sequence[int | str]) -> Iterator[Batch]:
+    """Draw `steps` batches, the same ones for the same key on every machine.
+
+    Examples are shuffled without replacement, epoch after epoch; a batch may span two epochs. The order comes from the
+    raw stream of Philox, which NumPy keeps stable across releases.
+
+    Parameters
+    ----------
+    examples : Examples
+    batch_size : int
+    steps : int
+    key : sequence of int or str
+        What the order depends on, e.g. ``(seed, round, node)``.
+
+    Yields
+    ------
+    dict of tensors
+        See `collate`.
+    """
+    count = len(examples)
+    epochs = -(-steps * batch_size // count)
+    bits = np.random.Philox(np.random.SeedSequence([_key_word(part) for part in key]))
+    order = np.concatenate([np.argsort(bits.random_raw(count), kind="stable") for _ in range(epochs)])
+    for step in range(steps):
+        yield collate(examples, order[step * batch_size : (step + 1) * batch_size])
+
+
+def collate(examples: Examples, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
+    """Stack examples into one batch, padded on the right.
+
+    Parameters
+    ----------
+    examples : Examples
+    indices : sequence of int
+        Which examples.
+
+    Returns
+    -------
+    dict
+        ``input_ids``, ``attention_mask`` and ``labels``, each int64 of shape (batch, longest). Labels are `IGNORE` on
+        prompts and padding.
+    """
+    longest = max(len(examples.tokens[i]) for i in indices)
+    input_ids = np.full((len(indices), longest), examples.pad_id, dtype=np.int64)
+    mask = np.zeros_like(input_ids)
+    labels = np.full_like(input_ids, IGNORE)
+    for position, i in enumerate(indices):
+        ids, start = examples.tokens[i], examples.prompt_lengths[i]
+        input_ids[position, : len(ids)] = ids
+        mask[position, : len(ids)] = 1
+        labels[position, start : len(ids)] = ids[start:]
+    arrays = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _render(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Return prompt text and response text, the response closed by the end-of-sequence token."""
+    end = tokenizer.eos_token or ""
+    if row.prompt is None:
+        return "", row.response + end
+    if tokenizer.chat_template is not None:
+        return _render_chat(_as_messages(row.prompt), row.response, tokenizer)
+    if isinstance(row.prompt, str):
+        return row.prompt, row.response + end
+    turns = [f"### {ROLES.get(message['role'], message['role'])}:\n{message['content']}\n\n" for message in row.prompt]
+    return "".join(turns) + f"### {ROLES['assistant']}:\n", row.response + end
+
+
+def _render_chat(messages: list[Message], response: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    closed = [*messages, {"role": "assistant", "content": response}]
+    whole = tokenizer.apply_chat_template(closed, tokenize=False)
+    assert isinstance(prompt, str) and isinstance(whole, str)
+    if whole.startswith(prompt):
+        return prompt, whole[len(prompt) :]
+    # Some templates open an answer differently when asked to generate (an empty "thinking" part, say).
+    return prompt, response + (tokenizer.eos_token or "")
+
+
+def _as_messages(prompt: str | list[Message]) -> list[Message]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _token_ids(texts: list[str], rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    # A chat template writes the special tokens itself; plain text gets the tokenizer's own.
+    special = tokenizer.chat_template is None or rows[0].prompt is None
+    return tokenizer(texts, add_special_tokens=special, return_attention_mask=False).input_ids
+
+
+def _common_prefix(left: list[int], right: list[int]) -> int:
+    if right[: len(left)] == left:
+        return len(left)
+    return next(i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
+
+
+def _fit(ids: list[int], start: int, seq_length: int, bos_id: int | None) -> tuple[list[int], int]:
+    """Cut prompt (tokens before `start`) and response to `seq_length`; return ids and the new start."""
+    response = ids[start:]
+    room = seq_length - len(response)
+    if room < 1:
+        room = min(start, seq_length // 2)
+        response = response[: seq_length - room]
+    if start <= room:
+        return ids[:start] + response, start
+    head = ids[:1] if room > 1 and ids[0] == bos_id else []
+    return head + ids[start - room + len(head) : start] + response, room
+
+
+def _key_word(part: int | str) -> int:
+    if isinstance(part, int):
+        return part % 2**64
+    return int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,57 @@
+"""The loss: mean cross-entropy over response tokens. Training and evaluation use this one definition."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+
+from fedtune_strategies.language.examples import IGNORE, Batch
+
+
+def response_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Mean cross-entropy of a batch's response tokens, in nats.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A causal language model of transformers.
+    batch : dict of tensors
+        See `fedtune_strategies.language.examples.collate`.
+
+    Returns
+    -------
+    torch.Tensor
+        Scalar, float32, differentiable.
+    """
+    return token_losses(model, batch).mean()
+
+
+def token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Cross-entropy of each response token of a batch, in nats.
+
+    Logits are computed only at positions before a response token of some row, and turned into float32 only where a
+    response token follows: with a large vocabulary they outweigh everything else in memory.
+
+    Parameters
+    ----------
+    model, batch
+        As `response_loss`.
+
+    Returns
+    -------
+    torch.Tensor
+        (response tokens,), float32, row by row.
+    """
+    device = next(model.parameters()).device
+    targets = batch["labels"][:, 1:].to(device)
+    wanted = targets != IGNORE
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+    columns = wanted.any(dim=0).nonzero().squeeze(1)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
+    else:
+        logits = model(**inputs, use_cache=False).logits[:, columns]
+    wanted, targets = wanted[:, columns], targets[:, columns]
+    return F.cross_entropy(logits[wanted].float(), targets[wanted], reduction="none")
