@@ -1,0 +1,313 @@
+"""Seed pools: K fixed directions in parameter space, and what is done with them.
+
+A direction z_k is a function of (pool key, k, parameter name, element number) and of nothing else: not of the device,
+the dtype, the thread count, the shard or the order of tensors. Mathematics: docs/seed-space.md.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedtune_strategies.errors import ConfigError
+from fedtune_strategies.seed_space import reference
+
+CHUNK = 1 << 15  # elements of 16-bit weights that are held in float32 at once
+
+
+@dataclass(frozen=True)
+class Pool(ABC):
+    """K directions; `make_pool` makes one.
+
+    Attributes
+    ----------
+    key : int
+        64-bit key.
+    size : int
+        Number K of seeds.
+    """
+
+    key: int
+    size: int
+
+    @property
+    def _chunk(self) -> int:
+        return CHUNK
+
+    @abstractmethod
+    def _add(self, name: str, out: Tensor, weight: Tensor, k: int, c: float, start: int) -> None: ...
+
+    @abstractmethod
+    def _rebuild(self, name: str, out: Tensor, base: Tensor, theta: Tensor, start: int) -> None: ...
+
+    @abstractmethod
+    def _project(self, name: str, delta: Tensor, start: int) -> Tensor: ...
+
+    def direction(
+        self, name: str, shape: tuple[int, ...] | torch.Size, k: int, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """z_k for one parameter.
+
+        Parameters
+        ----------
+        name : str
+            Canonical name, as `tuned_parameters` gives it.
+        shape : tuple of int
+            The parameter's shape.
+        k : int
+            Seed, 0 ≤ k < K.
+        device : torch.device or str, default "cpu"
+            Where to compute.
+
+        Returns
+        -------
+        Tensor
+            float32, of `shape`.
+
+        Raises
+        ------
+        ConfigError
+            If k is not in the pool.
+        """
+        return self.perturb(name, torch.zeros(shape, device=device), k, 1.0)
+
+    def perturb(self, name: str, weight: Tensor, k: int, c: float, out: Tensor | None = None) -> Tensor:
+        """``weight + c * z_k``, computed in float32 and rounded once.
+
+        Parameters
+        ----------
+        name : str
+            Canonical name.
+        weight : Tensor
+            float32, bfloat16 or float16.
+        k : int
+            Seed, 0 ≤ k < K.
+        c : float
+            Factor, rounded to float32.
+        out : Tensor, optional
+            Where to write; `weight` itself for in place. A new tensor like `weight` by default.
+
+        Returns
+        -------
+        Tensor
+            `out`.
+
+        Raises
+        ------
+        ConfigError
+            If k is not in the pool.
+        """
+        if not 0 <= k < self.size:
+            raise ConfigError(f"seed {k} is not in a pool of {self.size}: seeds are 0 to {self.size - 1}")
+
+        def kernel(result: Tensor, source: Tensor, start: int) -> None:
+            self._add(name, result, source, int(k), float(c), start)
+
+        return _sweep(kernel, weight, out, self._chunk)
+
+    def rebuild(self, name: str, base: Tensor, theta: Tensor, out: Tensor | None = None) -> Tensor:
+        """``base + sum_k theta_k * z_k``: float32 sums, one rounding at the end.
+
+        Parameters
+        ----------
+        name : str
+            Canonical name.
+        base : Tensor
+            The base model's tensor W_0: float32, bfloat16 or float16.
+        theta : Tensor
+            float32, shape (K,).
+        out : Tensor, optional
+            Where to write, also in another dtype; `base` itself for in place. A new tensor like `base` by default.
+
+        Returns
+        -------
+        Tensor
+            `out`.
+
+        Raises
+        ------
+        ConfigError
+            If theta has not K entries.
+        """
+        point = self._point(theta, base.device)
+
+        def kernel(result: Tensor, source: Tensor, start: int) -> None:
+            self._rebuild(name, result, source, point, start)
+
+        return _sweep(kernel, base, out, self._chunk)
+
+    def rebuild_model(self, parameters: Mapping[str, Tensor], base: Mapping[str, Tensor], theta: Tensor) -> None:
+        """Set every parameter to its value at theta, in place.
+
+        Parameters
+        ----------
+        parameters : mapping of str to Tensor
+            What to write, by canonical name: `tuned_parameters` of the model.
+        base : mapping of str to Tensor
+            The base model's tensors by the same names, on any device; may be a lazy mapping over files.
+        theta : Tensor
+            float32, shape (K,).
+
+        Raises
+        ------
+        ConfigError
+            If theta has not K entries.
+        """
+        for name, parameter in parameters.items():
+            self.rebuild(name, base[name].to(parameter.device), theta, out=parameter.detach())
+
+    def project(self, name: str, delta: Tensor) -> Tensor:
+        """Inner products ``<delta, z_k>`` for all k: the transpose of `rebuild`.
+
+        Parameters
+        ----------
+        name : str
+            Canonical name.
+        delta : Tensor
+            A change of the weights: float32, bfloat16 or float16.
+
+        Returns
+        -------
+        Tensor
+            float64, shape (K,), on the device of `delta`.
+        """
+        flat = delta.detach().reshape(-1).to(torch.float32)
+        return self._project(name, flat, 0)[: self.size]
+
+    def project_model(self, deltas: Mapping[str, Tensor]) -> Tensor:
+        """The point whose directions best express a change of the whole model: ``<delta, z_k> / n`` for all k.
+
+        Exact where the directions are orthogonal: for the walsh pool, tensors whose size is a multiple of the
+        transform size. Otherwise the unbiased estimate, which other seeds disturb by about sqrt(K / n).
+
+        Parameters
+        ----------
+        deltas : mapping of str to Tensor
+            Change of every tuned parameter, by canonical name.
+
+        Returns
+        -------
+        Tensor
+            float32, shape (K,), on the CPU.
+        """
+        total = torch.zeros(self.size, dtype=torch.float64)
+        for name, delta in deltas.items():
+            total += self.project(name, delta).cpu()
+        return (total / sum(delta.numel() for delta in deltas.values())).to(torch.float32)
+
+    def _point(self, theta: Tensor, device: torch.device) -> Tensor:
+        if theta.shape != (self.size,):
+            raise ConfigError(f"theta has shape {tuple(theta.shape)}, and the pool needs ({self.size},)")
+        return theta.detach().to(device=device, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class WalshPool(Pool):
+    """Random signs times Walsh functions: all K directions in log2 K additions per parameter.
+
+    ``z_k[e] = D[e] * E[b, k] * (-1)**popcount(j & k)`` for element e of the flattened tensor, with ``j = e mod C``,
+    block ``b = e // B``, C the smallest power of two that holds K, and D, E independent random signs.
+
+    Attributes
+    ----------
+    block : int
+        B, elements that share the seed signs E: C times a power of two.
+    """
+
+    block: int
+
+    @property
+    def columns(self) -> int:
+        """Transform size C."""
+        return 1 << (self.size - 1).bit_length()
+
+    @property
+    def _chunk(self) -> int:
+        return max(CHUNK, self.columns)
+
+    def _add(self, name: str, out: Tensor, weight: Tensor, k: int, c: float, start: int) -> None:
+        reference.walsh_add(out, weight, k, c, self.key, name, self.columns, self.block, start)
+
+    def _rebuild(self, name: str, out: Tensor, base: Tensor, theta: Tensor, start: int) -> None:
+        reference.walsh_rebuild(out, base, theta, self.key, name, self.columns, self.block, start)
+
+    def _project(self, name: str, delta: Tensor, start: int) -> Tensor:
+        return reference.walsh_project(delta, self.key, name, self.columns, self.block, start)
+
+    def _point(self, theta: Tensor, device: torch.device) -> Tensor:
+        point = super()._point(theta, device)
+        return torch.nn.functional.pad(point, (0, self.columns - self.size))
+
+
+@dataclass(frozen=True)
+class GaussianPool(Pool):
+    """Independent standard normal directions, as in the FedKSeed paper (arXiv 2312.06353). Rebuilding costs O(K)."""
+
+    def _add(self, name: str, out: Tensor, weight: Tensor, k: int, c: float, start: int) -> None:
+        reference.gaussian_add(out, weight, k, c, self.key, name, start)
+
+    def _rebuild(self, name: str, out: Tensor, base: Tensor, theta: Tensor, start: int) -> None:
+        reference.gaussian_rebuild(out, base, theta, self.key, name, start)
+
+    def _project(self, name: str, delta: Tensor, start: int) -> Tensor:
+        return reference.gaussian_project(delta, self.size, self.key, name, start)
+
+
+def make_pool(kind: str, key: int, size: int, transform: int | None = None) -> Pool:
+    """Make a seed pool.
+
+    Parameters
+    ----------
+    kind : {"walsh", "gaussian"}
+        Kind of directions.
+    key : int
+        Key; its low 64 bits count.
+    size : int
+        Number K of seeds, at least 1.
+    transform : int, optional
+        Walsh only: elements B that share the seed signs, a power of two not below K. By default the smallest.
+
+    Returns
+    -------
+    Pool
+        A `WalshPool` or a `GaussianPool`.
+
+    Raises
+    ------
+    ConfigError
+        If an argument is out of range.
+    """
+    key &= (1 << 64) - 1
+    if not 1 <= size <= 1 << 32:
+        raise ConfigError(f"a pool has 1 to 4294967296 seeds, not {size}: change its size")
+    if kind == "gaussian":
+        return GaussianPool(key, size)
+    if kind != "walsh":
+        raise ConfigError(f'unknown kind of pool "{kind}": choose walsh or gaussian')
+    block = transform or 1 << (size - 1).bit_length()
+    if block < size or block & (block - 1):
+        raise ConfigError(
+            f"a walsh pool of {size} seeds needs a transform that is a power of two ≥ {size}, not {block}"
+        )
+    return WalshPool(key, size, block)
+
+
+def _sweep(kernel: Callable[[Tensor, Tensor, int], None], source: Tensor, out: Tensor | None, chunk: int) -> Tensor:
+    """Apply a flat float32 kernel to tensors of any dtype: directly, or chunk by chunk through a float32 scratch."""
+    source = source.detach()
+    out = torch.empty_like(source, memory_format=torch.contiguous_format) if out is None else out
+    if not out.is_contiguous():
+        return out.copy_(_sweep(kernel, source, None, chunk))
+    flat, result = source.reshape(-1), out.detach().view(-1)
+    if flat.dtype == result.dtype == torch.float32:
+        kernel(result, flat, 0)
+        return out
+    for low in range(0, len(flat), chunk):
+        scratch = flat[low : low + chunk].to(torch.float32)
+        kernel(scratch, scratch, low)
+        result[low : low + chunk] = scratch
+    return out

@@ -1,0 +1,294 @@
+"""Both pools in plain torch: readable, runs on any device, defines the bits.
+
+Every function works on a flat float32 run of one parameter: elements `start`, `start + 1`, … of the flattened tensor.
+`start` is a multiple of 4 (gaussian) or of the pool's number of columns (walsh). `out` may be `weight` itself.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fedtune_strategies.seed_space.philox import (
+    ELEMENT_SIGNS,
+    MASK,
+    NORMALS,
+    SEED_SIGNS,
+    philox,
+    signs,
+    signs_at,
+    stream,
+)
+
+TILE = 1 << 18  # elements that are worked on at once: bounds the scratch memory
+
+
+def fwht(x: Tensor) -> Tensor:
+    """Fast Walsh-Hadamard transform of the last dimension, in natural (Hadamard) order.
+
+    Butterflies go from neighbours outward: stride 1, 2, 4, …; each adds and subtracts once in float32. This order is
+    part of the definition of a pool, since it decides the rounding of every sum.
+
+    Parameters
+    ----------
+    x : Tensor
+        float32, shape (..., n), n a power of two.
+
+    Returns
+    -------
+    Tensor
+        float32, same shape: ``y[j] = sum_k (-1)**popcount(j & k) * x[k]``.
+    """
+    n = x.shape[-1]
+    stride = 1
+    while stride < n:
+        left, right = x.reshape(-1, n // (2 * stride), 2, stride).unbind(2)
+        x = torch.stack((left + right, left - right), dim=2).reshape(x.shape)
+        stride *= 2
+    return x
+
+
+def walsh_column(k: int, n: int, device: torch.device | str) -> Tensor:
+    """Column k of the n × n Walsh-Hadamard matrix.
+
+    Parameters
+    ----------
+    k, n : int
+        Column, and a power of two larger than it.
+    device : torch.device or str
+        Where to compute.
+
+    Returns
+    -------
+    Tensor
+        float32, shape (n,): ``(-1)**popcount(j & k)``.
+    """
+    column = torch.ones(1, device=device)
+    for bit in range(n.bit_length() - 1):
+        column = torch.cat((column, -column if k >> bit & 1 else column))
+    return column
+
+
+def walsh_add(
+    out: Tensor, weight: Tensor, k: int, c: float, key: int, name: str, columns: int, block: int, start: int = 0
+) -> None:
+    """Write ``weight + c * z_k`` into `out`: one float32 addition per element.
+
+    Parameters
+    ----------
+    out, weight : Tensor
+        float32, shape (n,).
+    k : int
+        Seed.
+    c : float
+        Factor, rounded to float32.
+    key : int
+        64-bit key of the pool.
+    name : str
+        Canonical name of the parameter.
+    columns, block : int
+        Transform size and elements per block of seed signs.
+    start : int
+        Number of the run's first element within the parameter.
+    """
+    device = weight.device
+    element_signs, seed_signs = stream(name, ELEMENT_SIGNS), stream(name, SEED_SIGNS)
+    column = walsh_column(k, columns, device) * torch.tensor(c, dtype=torch.float32, device=device)
+    tile = max(TILE, columns)
+    for low in range(0, len(weight), tile):
+        n = min(tile, len(weight) - low)
+        first = (start + low) // columns
+        rows = torch.arange(first, first + -(-n // columns), device=device)
+        seed = signs_at(key, seed_signs, rows * columns // block * columns + k)
+        z = (seed[:, None] * column).reshape(-1)[:n] * signs(key, element_signs, start + low, n, device)
+        torch.add(weight[low : low + n], z, out=out[low : low + n])
+
+
+def walsh_rebuild(
+    out: Tensor, base: Tensor, theta: Tensor, key: int, name: str, columns: int, block: int, start: int = 0
+) -> None:
+    """Write ``base + sum_k theta_k * z_k`` into `out`: per block ``D * fwht(E * theta)``, added to the base once.
+
+    Parameters
+    ----------
+    out, base : Tensor
+        float32, shape (n,).
+    theta : Tensor
+        float32, shape (columns,), padded with zeros.
+    key, name, columns, block, start
+        As in `walsh_add`.
+    """
+    device = base.device
+    element_signs, seed_signs = stream(name, ELEMENT_SIGNS), stream(name, SEED_SIGNS)
+    tile = max(TILE, columns)
+    for low in range(0, len(base), tile):
+        n = min(tile, len(base) - low)
+        first, last = (start + low) // block, -(-(start + low + n) // block)
+        mixed = signs(key, seed_signs, first * columns, (last - first) * columns, device).reshape(-1, columns) * theta
+        rows = torch.arange((start + low) // columns, -(-(start + low + n) // columns), device=device)
+        sums = fwht(mixed)[rows * columns // block - first].reshape(-1)[:n]
+        sums *= signs(key, element_signs, start + low, n, device)
+        torch.add(base[low : low + n], sums, out=out[low : low + n])
+
+
+def walsh_project(delta: Tensor, key: int, name: str, columns: int, block: int, start: int = 0) -> Tensor:
+    """Inner products ⟨delta, z_k⟩ for all k: the transpose of `walsh_rebuild`.
+
+    Parameters
+    ----------
+    delta : Tensor
+        float32, shape (n,).
+    key, name, columns, block, start
+        As in `walsh_add`.
+
+    Returns
+    -------
+    Tensor
+        float64, shape (columns,).
+    """
+    device = delta.device
+    element_signs, seed_signs = stream(name, ELEMENT_SIGNS), stream(name, SEED_SIGNS)
+    total = torch.zeros(columns, dtype=torch.float64, device=device)
+    tile = max(TILE, columns)
+    for low in range(0, len(delta), tile):
+        n = min(tile, len(delta) - low)
+        signed = delta[low : low + n] * signs(key, element_signs, start + low, n, device)
+        rows = torch.nn.functional.pad(signed, (0, -n % columns)).reshape(-1, columns)
+        numbers = torch.arange((start + low) // columns, (start + low) // columns + len(rows), device=device)
+        blocks = numbers * columns // block
+        first, last = int(blocks[0]), int(blocks[-1]) + 1
+        seed = signs(key, seed_signs, first * columns, (last - first) * columns, device).reshape(-1, columns)
+        total += (fwht(rows) * seed[blocks - first]).sum(dim=0, dtype=torch.float64)
+    return total
+
+
+def normals(key: int, words: tuple[int, int], k: int, start: int, count: int, device: torch.device | str) -> Tensor:
+    """Standard normal numbers by Box-Muller, with float32 multiplications and additions in a fixed order.
+
+    Logarithm, sine and cosine are short power series, so the bits depend on no mathematical library. Each counter
+    ``(element // 4, k, words)`` gives four normals. The largest possible magnitude is 5.77.
+
+    Parameters
+    ----------
+    key : int
+        64-bit key of the pool.
+    words : tuple of int
+        Counter words 2 and 3, from `stream`.
+    k : int
+        Seed.
+    start, count : int
+        Range of elements; `start` a multiple of 4.
+    device : torch.device or str
+        Where to compute.
+
+    Returns
+    -------
+    Tensor
+        float32, shape (count,).
+    """
+    first, last = start // 4, -(-(start + count) // 4)
+    numbers = philox((torch.arange(first, last, device=device), k, *words), key, device)
+    radius_bits, angle_bits = numbers[:, 0::2], numbers[:, 1::2]
+
+    # u in (0, 1), an odd multiple of 2**-24; u = m * 2**e with m in [1/sqrt(2), sqrt(2)); log m = 2 artanh(s).
+    u = ((radius_bits >> 9) * 2 + 1).to(torch.float32) * 2.0**-24
+    bits = u.view(torch.int32) + (0x3F800000 - 0x3F3504F3)
+    exponent = ((bits >> 23) - 127).to(torch.float32)
+    m = ((bits & 0x7FFFFF) + 0x3F3504F3).view(torch.float32)
+    s = (m - 1.0) / (m + 1.0)
+    log_u = _odd_series(s, (2 / 9, 2 / 7, 2 / 5, 2 / 3, 2.0)) + exponent * math.log(2.0)
+    radius = torch.sqrt(-2.0 * log_u)
+
+    # Angle: quadrant from the top two bits, the rest an odd multiple of 2**-24 in (-1/2, 1/2) quarter turns.
+    quadrant = angle_bits >> 30
+    turn = (((angle_bits << 2 & MASK) >> 9) * 2 + 1).to(torch.float32) * 2.0**-24 - 0.5
+    x = turn * (math.pi / 2)
+    sine = _odd_series(x, (1 / 362880, -1 / 5040, 1 / 120, -1 / 6, 1.0))
+    cosine = _even_series(x, (-1 / 3628800, 1 / 40320, -1 / 720, 1 / 24, -1 / 2, 1.0))
+    odd = quadrant % 2 == 1
+    first_of_pair = torch.where(odd, sine, cosine) * torch.where((quadrant == 1) | (quadrant == 2), -1.0, 1.0)
+    second_of_pair = torch.where(odd, cosine, sine) * torch.where(quadrant >= 2, -1.0, 1.0)
+    pairs = torch.stack((radius * first_of_pair, radius * second_of_pair), dim=-1)
+    return pairs.reshape(-1)[start - first * 4 :][:count]
+
+
+def _even_series(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    """Horner's rule in x², highest power first."""
+    square = x * x
+    total = torch.full_like(x, coefficients[0])
+    for coefficient in coefficients[1:]:
+        total = total * square + coefficient
+    return total
+
+
+def _odd_series(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    """``x`` times `_even_series`."""
+    return _even_series(x, coefficients) * x
+
+
+def gaussian_add(out: Tensor, weight: Tensor, k: int, c: float, key: int, name: str, start: int = 0) -> None:
+    """Write ``weight + c * z_k`` into `out`: one float32 multiplication and one addition per element.
+
+    Parameters
+    ----------
+    out, weight : Tensor
+        float32, shape (n,).
+    k, c, key, name, start
+        As in `walsh_add`.
+    """
+    words = stream(name, NORMALS)
+    factor = torch.tensor(c, dtype=torch.float32, device=weight.device)
+    for low in range(0, len(weight), TILE):
+        n = min(TILE, len(weight) - low)
+        z = normals(key, words, k, start + low, n, weight.device)
+        torch.add(weight[low : low + n], z * factor, out=out[low : low + n])
+
+
+def gaussian_rebuild(out: Tensor, base: Tensor, theta: Tensor, key: int, name: str, start: int = 0) -> None:
+    """Write ``base + sum_k theta_k * z_k`` into `out`: the sum in ascending k from 0, added to the base once.
+
+    Parameters
+    ----------
+    out, base : Tensor
+        float32, shape (n,).
+    theta : Tensor
+        float32, shape (K,).
+    key, name, start
+        As in `walsh_add`.
+    """
+    words = stream(name, NORMALS)
+    seeds = torch.nonzero(theta).flatten().tolist()
+    for low in range(0, len(base), TILE):
+        n = min(TILE, len(base) - low)
+        total = torch.zeros(n, device=base.device)
+        for k in seeds:
+            total += normals(key, words, k, start + low, n, base.device) * theta[k]
+        torch.add(base[low : low + n], total, out=out[low : low + n])
+
+
+def gaussian_project(delta: Tensor, size: int, key: int, name: str, start: int = 0) -> Tensor:
+    """Inner products ⟨delta, z_k⟩ for all k < size.
+
+    Parameters
+    ----------
+    delta : Tensor
+        float32, shape (n,).
+    size : int
+        Number of seeds.
+    key, name, start
+        As in `walsh_add`.
+
+    Returns
+    -------
+    Tensor
+        float64, shape (size,).
+    """
+    words = stream(name, NORMALS)
+    total = torch.zeros(size, dtype=torch.float64, device=delta.device)
+    for low in range(0, len(delta), TILE):
+        part = delta[low : low + TILE].to(torch.float64)
+        for k in range(size):
+            total[k] += torch.dot(part, normals(key, words, k, start + low, len(part), delta.device).to(torch.float64))
+    return total
