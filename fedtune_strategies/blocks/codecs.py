@@ -1,0 +1,316 @@
+"""Codecs for weights on the wire: the frozen rest on its way down, a block's change on its way up.
+
+A codec is one quantisation with an optional pruning before it: ``"int8"``, ``"prune:0.5+nf4"``. `encode` turns named
+tensors into named *parts* that safetensors can store; the part names say everything that `decode` needs, so a receiver
+never asks which codec the sender used:
+
+=================  =====================================================================================
+part               holds
+=================  =====================================================================================
+``w``              the tensor itself (exact, or rounded to bfloat16)
+``w:int8``         int8 codes, one float32 scale for each row in ``w:scale``
+``w:nf4``          two 4-bit codes a byte, one float32 scale for each 64 elements in ``w:scale``
+``w:kept``         with pruning: one bit an element, 1 where the code is sent; ``w:values`` holds bf16 or exact values
+``w:shape``        int64 shape, where the codes do not show it
+=================  =====================================================================================
+
+Tensors with fewer than two dimensions (norm gains, biases) are always sent exactly: they are few and they matter.
+Only operations with one IEEE rounding each are used, so the same bits go in and the same bits come out on every CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedtune_strategies.errors import ConfigError, ModelError, ProtocolError
+
+QUANTISATIONS = ("none", "bf16", "int8", "nf4")
+NF4_BLOCK = 64
+
+# Quantiles of a standard normal, scaled to [-1, 1]: QLoRA (arXiv 2305.14314), appendix E.
+NF4_VALUES = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+NF4_ZERO = NF4_VALUES.index(0.0)
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How tensors are coded.
+
+    Attributes
+    ----------
+    quantisation : {"none", "bf16", "int8", "nf4"}
+        What is kept of each value. ``"none"`` keeps the tensor's own dtype and bits.
+    prune : float
+        Share of each row's elements, those with the lowest scores, that is set to zero and not sent.
+    drop : int
+        Decoder layers that are left out altogether. `encode` does not act on it: whoever chooses the layers
+        (`influence.dropped_layers`) leaves their tensors out.
+    """
+
+    quantisation: str = "none"
+    prune: float = 0.0
+    drop: int = 0
+
+
+def parse_codec(text: str) -> Codec:
+    """Read a codec as written in a configuration.
+
+    Parameters
+    ----------
+    text : str
+        Parts joined by ``+``: at most one of ``none``, ``bf16``, ``int8``, ``nf4``; ``prune:s`` with 0 < s < 1;
+        ``drop:n`` with n ≥ 1.
+
+    Returns
+    -------
+    Codec
+        The codec.
+
+    Raises
+    ------
+    ConfigError
+        If a part is unknown, repeated or out of range.
+    """
+    fields: dict[str, str | float | int] = {}
+    for part in text.split("+"):
+        field, value = _parse_part(text, part.strip())
+        if field in fields:
+            raise ConfigError(f"codec {text!r} names its {field} twice; name it once")
+        fields[field] = value
+    return Codec(**fields)  # type: ignore[arg-type]
+
+
+def encode(
+    tensors: Mapping[str, Tensor], codec: Codec, scores: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Code tensors into parts that safetensors can store.
+
+    Parameters
+    ----------
+    tensors : mapping of str to Tensor
+        By canonical name; any float dtype and device. A name holds no colon.
+    codec : Codec
+        See `parse_codec`.
+    scores : mapping of str to Tensor, optional
+        For pruning: an element's score, shaped like its tensor or broadcast to it; the lowest of each row go first.
+        By default the magnitude; `influence.wanda_scores` gives better ones.
+
+    Returns
+    -------
+    dict of str to Tensor
+        The parts, contiguous, on the CPU.
+
+    Raises
+    ------
+    ModelError
+        If a tensor that is to be quantised holds a value that is not finite.
+    """
+    parts: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        score = scores.get(name) if scores else None
+        coded = _encode_tensor(tensor.detach().cpu(), codec, score)
+        if not torch.isfinite(coded.get("scale", torch.zeros(1))).all():
+            raise ModelError(f"tensor {name} holds a value that is not finite; start again from sound weights")
+        parts.update({f"{name}:{kind}" if kind else name: part.contiguous() for kind, part in coded.items()})
+    return parts
+
+
+def decode(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undo `encode`, as far as its codec can be undone.
+
+    Parameters
+    ----------
+    parts : mapping of str to Tensor
+        As `encode` made them.
+
+    Returns
+    -------
+    dict of str to Tensor
+        float32 tensors by canonical name, in the order of the parts.
+
+    Raises
+    ------
+    ProtocolError
+        If the parts of a tensor do not fit together.
+    """
+    coded: dict[str, dict[str, Tensor]] = {}
+    for part_name, part in parts.items():
+        name, _, kind = part_name.partition(":")
+        coded.setdefault(name, {})[kind] = part
+    tensors = {}
+    for name, own in coded.items():
+        try:
+            tensors[name] = _decode_tensor(own)
+        except (KeyError, IndexError, ValueError, RuntimeError):
+            raise ProtocolError(
+                f"the coded parts of tensor {name} do not fit together; both sides must run the same version"
+            ) from None
+    return tensors
+
+
+def encode_with_feedback(
+    delta: Mapping[str, Tensor], residual: Mapping[str, Tensor], codec: Codec
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Code a block's change and keep what coding lost for the sender's next turn on the block (error feedback).
+
+    Parameters
+    ----------
+    delta : mapping of str to Tensor
+        The change of the block, float32.
+    residual : mapping of str to Tensor
+        What the last coding of this block lost; empty at first.
+    codec : Codec
+        See `parse_codec`.
+
+    Returns
+    -------
+    tuple of (dict of str to Tensor, dict of str to Tensor)
+        The parts to send, and the new residual: (delta + residual) − what the receiver decodes.
+    """
+    wanted = {name: change + residual[name] if name in residual else change for name, change in delta.items()}
+    parts = encode(wanted, codec)
+    return parts, {name: wanted[name] - received for name, received in decode(parts).items()}
+
+
+def encoded_size(parts: Mapping[str, Tensor]) -> int:
+    """Bytes of the parts, without the header of the file that holds them."""
+    return sum(part.numel() * part.element_size() for part in parts.values())
+
+
+def _parse_part(text: str, part: str) -> tuple[str, str | float | int]:
+    name, _, value = part.partition(":")
+    try:
+        if part in QUANTISATIONS:
+            return "quantisation", part
+        if name == "prune" and 0.0 < float(value) < 1.0:
+            return "prune", float(value)
+        if name == "drop" and int(value) >= 1:
+            return "drop", int(value)
+    except ValueError:
+        pass
+    raise ConfigError(
+        f"codec {text!r}: {part!r} is not one of none, bf16, int8, nf4, prune:S with 0 < S < 1, drop:N with N >= 1; "
+        "join several with +, such as prune:0.5+int8"
+    )
+
+
+def _encode_tensor(tensor: Tensor, codec: Codec, score: Tensor | None) -> dict[str, Tensor]:
+    if tensor.dim() < 2:
+        return {"": tensor}
+    if not codec.prune:
+        return _quantise(tensor, codec.quantisation, None)
+    kept = _kept(tensor, codec.prune, score)
+    coded = _quantise(torch.where(kept, tensor, 0), codec.quantisation, kept)
+    return {**coded, "kept": _pack_bits(kept), "shape": torch.tensor(tensor.shape)}
+
+
+def _quantise(tensor: Tensor, quantisation: str, kept: Tensor | None) -> dict[str, Tensor]:
+    """Quantise a whole tensor; send its codes, or with pruning only those kept."""
+    if quantisation == "int8":
+        codes, scale = _to_int8(tensor)
+        return {"int8": codes if kept is None else codes[kept], "scale": scale}
+    if quantisation == "nf4":
+        codes, scale = _to_nf4(tensor)
+        sent = codes if kept is None else codes[kept.flatten()]
+        return {"nf4": _pack_nibbles(sent), "scale": scale, "shape": torch.tensor(tensor.shape)}
+    values = tensor.to(torch.bfloat16) if quantisation == "bf16" else tensor
+    return {"": values} if kept is None else {"values": values[kept]}
+
+
+def _decode_tensor(coded: Mapping[str, Tensor]) -> Tensor:
+    if "" in coded:
+        return coded[""].float()
+    shape = coded["shape"].tolist() if "shape" in coded else list(coded["int8"].shape)
+    kept = _unpack_bits(coded["kept"], shape) if "kept" in coded else None
+    if "int8" in coded:
+        codes = coded["int8"] if kept is None else _scatter(coded["int8"], kept, 0)
+        return (codes.flatten(1).float() * coded["scale"].unsqueeze(1)).view(shape)
+    if "nf4" in coded:
+        count = math.prod(shape) if kept is None else int(kept.sum())
+        codes = _unpack_nibbles(coded["nf4"], count)
+        return _from_nf4(codes if kept is None else _scatter(codes, kept, NF4_ZERO), coded["scale"]).view(shape)
+    if kept is None:
+        raise KeyError("kept")
+    return _scatter(coded["values"], kept, 0).float()
+
+
+def _kept(tensor: Tensor, share: float, score: Tensor | None) -> Tensor:
+    """Mask of what survives pruning: in each row all but the `share` lowest scores; a tie keeps all its elements."""
+    rows = (tensor.abs() if score is None else score.expand_as(tensor)).flatten(1).float()
+    pruned = int(share * rows.shape[1])
+    threshold = rows.kthvalue(pruned + 1, dim=1, keepdim=True).values
+    return (rows >= threshold).view(tensor.shape) & (tensor != 0)
+
+
+def _to_int8(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 for each row of the first dimension: codes like the tensor, float32 scale [rows]."""
+    rows = tensor.flatten(1).float()
+    scale = (rows.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    codes = (rows / scale.unsqueeze(1)).round_().clamp_(-127, 127)
+    return codes.to(torch.int8).view(tensor.shape), scale
+
+
+def _to_nf4(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """4-bit NormalFloat in blocks of 64: one code for each element [n] as uint8, float32 scale [blocks]."""
+    flat = tensor.flatten().float()
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % NF4_BLOCK)).view(-1, NF4_BLOCK)
+    scale = blocks.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+    values = torch.tensor(NF4_VALUES)
+    middles = (values[1:] + values[:-1]) / 2
+    codes = torch.bucketize(blocks / scale.unsqueeze(1), middles, out_int32=True)
+    return codes.to(torch.uint8).flatten()[: flat.numel()], scale
+
+
+def _from_nf4(codes: Tensor, scale: Tensor) -> Tensor:
+    """Values [n], float32, of the codes of `_to_nf4`."""
+    values = torch.tensor(NF4_VALUES)[codes.flatten().int()]
+    return values * scale.repeat_interleave(NF4_BLOCK)[: values.numel()]
+
+
+def _scatter(sent: Tensor, kept: Tensor, fill: int) -> Tensor:
+    """Put what was sent where it was kept, and `fill` elsewhere."""
+    full = torch.full(kept.shape, fill, dtype=sent.dtype)
+    full[kept] = sent
+    return full
+
+
+def _pack_bits(mask: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(mask.numpy()))
+
+
+def _unpack_bits(packed: Tensor, shape: list[int]) -> Tensor:
+    bits = np.unpackbits(packed.numpy(), count=math.prod(shape))
+    return torch.from_numpy(bits).bool().view(shape)
+
+
+def _pack_nibbles(codes: Tensor) -> Tensor:
+    """Two codes a byte, the first in the low half."""
+    pairs = torch.nn.functional.pad(codes, (0, codes.numel() % 2)).view(-1, 2)
+    return pairs[:, 0] | (pairs[:, 1] << 4)
+
+
+def _unpack_nibbles(packed: Tensor, count: int) -> Tensor:
+    return torch.stack((packed & 15, packed >> 4), dim=1).flatten()[:count]

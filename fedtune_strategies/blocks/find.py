@@ -1,0 +1,225 @@
+"""Cut a model into blocks, by its module structure alone.
+
+The repeated decoder layers are the largest outermost ``ModuleList`` of a model, whatever it is called. Everything
+outside it is embedding, head or norm by the type of the module that owns it. So an architecture needs no entry in
+any list, and a PEFT model is cut exactly like the model that it wraps.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import nn
+
+from fedtune_strategies.errors import ConfigError, ModelError
+
+Kind = Literal["embedding", "layer", "norm", "head"]
+Split = Literal["none", "attention-mlp"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A set of parameters that is trained, versioned and sent as one.
+
+    Attributes
+    ----------
+    index : int
+        Position in the tuple that `find_blocks` returns; ordered from the input to the output of the model.
+    name : str
+        For people: ``"layer 3"``, ``"layer 3 mlp"``, ``"layers 2-3"``, ``"embedding"``.
+    kind : {"embedding", "layer", "norm", "head"}
+        What the block is.
+    parameters : tuple of str
+        Canonical parameter names: as in ``model.named_parameters()``, where tied weights appear once, under the
+        first name.
+    layer : int or None
+        The first decoder layer of the block; None outside the layers.
+    frozen : bool
+        True for a block that is never trained. It is still a block: a node that holds nothing receives it.
+    """
+
+    index: int
+    name: str
+    kind: Kind
+    parameters: tuple[str, ...]
+    layer: int | None = None
+    frozen: bool = False
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Find the list of repeated decoder layers.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A causal language model.
+
+    Returns
+    -------
+    tuple of (str, nn.ModuleList)
+        Its qualified name and the list itself: the outermost ``ModuleList`` with the most parameters.
+
+    Raises
+    ------
+    ModelError
+        If the model has no ``ModuleList``.
+    """
+    found: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        inside_another = any(name.startswith(f"{outer}.") for outer, _ in found)
+        if isinstance(module, nn.ModuleList) and not inside_another:
+            found.append((name, module))
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} has no list of decoder layers, so it cannot be cut into blocks; "
+            "choose a decoder-only model or method.name = fedkseed"
+        )
+    return max(found, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def find_blocks(
+    model: nn.Module,
+    layers_per_block: int = 1,
+    split: Split = "none",
+    train_embeddings: bool = True,
+    only: Callable[[str], bool] | None = None,
+) -> tuple[Block, ...]:
+    """Partition the parameters of a model into blocks.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A causal language model of transformers, or a PEFT model around one.
+    layers_per_block : int
+        Consecutive decoder layers in one block.
+    split : {"none", "attention-mlp"}
+        ``"attention-mlp"`` cuts each layer in two: its attention with all of the layer's norms, and its MLP (the
+        other matrices). Norms go with the attention, so that backward in the upper half stops at the MLP's input.
+    train_embeddings : bool
+        False freezes embedding, final norm and head: what the published code does.
+    only : callable, optional
+        Keeps the parameters whose name it accepts, such as ``lambda name: "lora_" in name`` for the adapters of a
+        PEFT model. By default all.
+
+    Returns
+    -------
+    tuple of Block
+        From input to output: embedding, layers, norm, head. Every (accepted) parameter is in exactly one block; a
+        head tied to the embedding is part of the embedding. Blocks without parameters do not exist.
+
+    Raises
+    ------
+    ConfigError
+        If the options are out of range or do not go together.
+    ModelError
+        If the model has no list of decoder layers, or a layer to be split has no attention.
+    """
+    if layers_per_block < 1:
+        raise ConfigError(f"layers per block must be 1 or more, not {layers_per_block}")
+    if split not in ("none", "attention-mlp"):
+        raise ConfigError(f"unknown block split {split!r}; use none or attention-mlp")
+    if split != "none" and layers_per_block != 1:
+        raise ConfigError("block split attention-mlp needs layers per block = 1")
+
+    path, layers = decoder_layers(model)
+    names = [name for name, _ in model.named_parameters() if only is None or only(name)]
+    in_layer = re.compile(rf"{re.escape(path)}\.(\d+)\.")
+    outside: dict[str, list[str]] = {"embedding": [], "norm": [], "head": []}
+    inside: dict[int, list[str]] = {}
+    for name in names:
+        match = in_layer.match(name)
+        if match:
+            inside.setdefault(int(match[1]), []).append(name)
+        else:
+            outside[_kind_outside(model, name)].append(name)
+
+    blocks = [_outside_block("embedding", outside, train_embeddings)]
+    for first in range(0, len(layers), layers_per_block):
+        last = min(first + layers_per_block, len(layers)) - 1
+        members = [name for layer in range(first, last + 1) for name in inside.get(layer, [])]
+        label = f"layer {first}" if first == last else f"layers {first}-{last}"
+        if split == "none":
+            blocks.append(Block(0, label, "layer", tuple(members), first))
+        else:
+            mlp = _mlp_parameters(layers[first], f"{path}.{first}")
+            blocks.append(Block(0, f"{label} attention", "layer", tuple(n for n in members if n not in mlp), first))
+            blocks.append(Block(0, f"{label} mlp", "layer", tuple(n for n in members if n in mlp), first))
+    blocks += [_outside_block(kind, outside, train_embeddings) for kind in ("norm", "head")]
+    present = [block for block in blocks if block.parameters]
+    return tuple(replace(block, index=index) for index, block in enumerate(present))
+
+
+def blocks_table(model: nn.Module, blocks: Sequence[Block]) -> str:
+    """Table of the blocks with their sizes, for people.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model that the blocks were found in.
+    blocks : sequence of Block
+        As `find_blocks` gives them.
+
+    Returns
+    -------
+    str
+        One line a block: index, name, tensors, parameters, share of all, and ``frozen`` where it is; then the total.
+    """
+    sizes = dict(block_sizes(model, blocks))
+    total = max(sum(sizes.values()), 1)
+    lines = [f"{'block':>5}  {'name':<20} {'tensors':>7} {'parameters':>13} {'share':>7}"]
+    for block in blocks:
+        size = sizes[block.index]
+        row = f"{block.index:>5}  {block.name:<20} {len(block.parameters):>7} {size:>13,} {size / total:>7.1%}"
+        lines.append(row + ("  frozen" if block.frozen else ""))
+    tensors = sum(len(block.parameters) for block in blocks)
+    lines.append(f"{'':>5}  {'total':<20} {tensors:>7} {sum(sizes.values()):>13,} {1:>7.1%}")
+    return "\n".join(lines)
+
+
+def block_sizes(model: nn.Module, blocks: Sequence[Block]) -> list[tuple[int, int]]:
+    """Parameters in each block.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model that the blocks were found in.
+    blocks : sequence of Block
+        As `find_blocks` gives them.
+
+    Returns
+    -------
+    list of (int, int)
+        Block index and number of scalar parameters.
+    """
+    numel = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return [(block.index, sum(numel[name] for name in block.parameters)) for block in blocks]
+
+
+def _kind_outside(model: nn.Module, name: str) -> Kind:
+    """Kind of a parameter outside the layers, by the module that owns it."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, nn.Embedding):
+        return "embedding"
+    return "head" if owner is model.get_output_embeddings() else "norm"  # type: ignore[operator]
+
+
+def _outside_block(kind: Kind, outside: dict[str, list[str]], trained: bool) -> Block:
+    return Block(0, kind, kind, tuple(outside[kind]), None, frozen=not trained)
+
+
+def _mlp_parameters(layer: nn.Module, path: str) -> set[str]:
+    """Names of a layer's parameters outside its attention and its norms."""
+    children = list(layer.named_children())
+    if not any("attention" in type(child).__name__.lower() for _, child in children):
+        raise ModelError(
+            f"{type(layer).__name__} has no attention module, so it cannot be split; use block split = none"
+        )
+    return {
+        f"{path}.{child_name}.{name}"
+        for child_name, child in children
+        if "attention" not in type(child).__name__.lower() and any(p.dim() > 1 for p in child.parameters())
+        for name, _ in child.named_parameters()
+    }

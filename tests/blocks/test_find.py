@@ -1,0 +1,95 @@
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from fedtune_strategies.blocks.find import block_sizes, blocks_table, decoder_layers, find_blocks
+from fedtune_strategies.errors import ConfigError, ModelError
+
+from .models import ARCHITECTURES, tiny_model
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "options", [{}, {"layers_per_block": 2}, {"split": "attention-mlp"}, {"train_embeddings": False}]
+)
+def test_every_parameter_is_in_exactly_one_block(name, options):
+    model = tiny_model(name)
+    blocks = find_blocks(model, **options)
+    members = [parameter for block in blocks for parameter in block.parameters]
+    assert sorted(members) == sorted(dict(model.named_parameters()))
+    assert [block.index for block in blocks] == list(range(len(blocks)))
+    assert all(block.frozen == (block.kind != "layer") for block in blocks) or options.get("train_embeddings", True)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_layers_become_blocks_in_order(name):
+    blocks = [block for block in find_blocks(tiny_model(name)) if block.kind == "layer"]
+    assert [block.layer for block in blocks] == [0, 1, 2]
+    assert len({len(block.parameters) for block in blocks}) == 1
+
+
+def test_kinds_follow_from_the_structure():
+    untied = find_blocks(tiny_model("gpt_neox"))
+    assert [block.kind for block in untied] == ["embedding", "layer", "layer", "layer", "norm", "head"]
+    tied = find_blocks(tiny_model("gpt2"))
+    assert [block.kind for block in tied] == ["embedding", "layer", "layer", "layer", "norm"]
+    assert tied[0].parameters == ("transformer.wte.weight", "transformer.wpe.weight")
+
+
+def test_last_group_of_layers_may_be_short():
+    blocks = find_blocks(tiny_model(), layers_per_block=2)
+    assert [block.name for block in blocks] == ["embedding", "layers 0-1", "layer 2", "norm", "head"]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_split_layers_hold_matrices_only_in_the_mlp_half(name):
+    model = tiny_model(name)
+    halves = [block for block in find_blocks(model, split="attention-mlp") if block.kind == "layer"]
+    assert [block.name.split()[-1] for block in halves] == ["attention", "mlp"] * 3
+    for attention, mlp in zip(halves[::2], halves[1::2], strict=True):
+        assert all(re.search(r"\.(mlp|fc\d)\.", parameter) for parameter in mlp.parameters)
+        assert all(re.search(r"attn|attention|norm|ln_", parameter) for parameter in attention.parameters)
+
+
+def test_layers_are_found_whatever_their_name_and_never_inside_one_another():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(50)])
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.little = nn.ModuleList([nn.Linear(2, 2)])
+            self.cellar = nn.ModuleList([Experts(), Experts()])
+
+    assert decoder_layers(Odd())[0] == "cellar"
+
+
+def test_only_selects_adapters():
+    model = tiny_model()
+    blocks = find_blocks(model, only=lambda name: "q_proj" in name)
+    assert [(block.name, len(block.parameters)) for block in blocks] == [("layer 0", 1), ("layer 1", 1), ("layer 2", 1)]
+
+
+def test_table_names_every_block_and_the_total():
+    model = tiny_model()
+    blocks = find_blocks(model, train_embeddings=False)
+    table = blocks_table(model, blocks)
+    assert sum(size for _, size in block_sizes(model, blocks)) == model.num_parameters()
+    assert f"{model.num_parameters():,}" in table.splitlines()[-1]
+    assert all(block.name in table for block in blocks)
+    assert table.count("frozen") == 3
+
+
+def test_bad_options_and_models_give_clear_errors():
+    with pytest.raises(ConfigError, match="1 or more"):
+        find_blocks(tiny_model(), layers_per_block=0)
+    with pytest.raises(ConfigError, match="unknown block split 'half'"):
+        find_blocks(tiny_model(), split="half")
+    with pytest.raises(ConfigError, match="needs layers per block = 1"):
+        find_blocks(tiny_model(), layers_per_block=2, split="attention-mlp")
+    with pytest.raises(ModelError, match="no list of decoder layers"):
+        find_blocks(torch.nn.Linear(2, 2))
