@@ -60,10 +60,7 @@ def read_rows(path: str | Path, format: str = "auto") -> list[Row]:
         The file is missing, empty or malformed, its columns fit no format, or a value is not a string or is empty.
         The message names the file and the line or row.
     """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise DataError(f"{path}: no such data file; give the path of a {', '.join(READERS)} file or a datasets folder")
-    return rows_from(_records(path), format, str(path))
+    return rows_from(read_records(path), format, str(path))
 
 
 def rows_from(records: Iterable[tuple[str, Record]], format: str = "auto", source: str = "data") -> list[Row]:
@@ -209,11 +206,32 @@ def _kind(value: Any) -> str:
 # --- Files -------------------------------------------------------------------------------------------------------
 
 
-def _records(path: Path) -> Iterator[tuple[str, Record]]:
+def read_records(path: str | Path) -> Iterator[tuple[str, Record]]:
+    """Read the records of a data file as they stand.
+
+    Parameters
+    ----------
+    path : str or Path
+        As in `read_rows`.
+
+    Returns
+    -------
+    iterator of (str, dict)
+        Where each record stands in the file (``"line 7"``, ``"row 7"``), and the record.
+
+    Raises
+    ------
+    DataError
+        The file is missing or malformed, or of an unknown kind.
+    """
+    path = Path(path).expanduser()
+    accepted = f"accepted: {', '.join(READERS)} files and datasets folders"
+    if not path.exists():
+        raise DataError(f"{path}: no such data file; {accepted}")
     if path.is_dir():
         return _read_datasets_folder(path)
     if path.suffix not in READERS:
-        raise DataError(f"{path}: unknown kind of file; accepted: {', '.join(READERS)} or a datasets folder")
+        raise DataError(f"{path}: unknown kind of data file; {accepted}")
     return READERS[path.suffix](path)
 
 

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from fedtune_strategies.language.examples import Examples, collate
 from fedtune_strategies.language.loss import token_losses
+from fedtune_strategies.language.model import context_length
 
 
 @dataclass(frozen=True)
@@ -100,28 +101,25 @@ def generate_answers(
     list of str
         In the order of the prompts, without special tokens and outer spaces.
     """
-    context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-    prompts = [list(prompt)[-max(context - max_new_tokens, 1) :] for prompt in prompts]
+    room = max((context_length(model) or 1 << 30) - max_new_tokens, 1)
+    fitting = [list(prompt[-room:]) for prompt in prompts]
     config = GenerationConfig(
         do_sample=False,
+        repetition_penalty=1.0,  # else the model's own, which is for chatting
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=_stop_ids(model, tokenizer),
     )
-    answers = [""] * len(prompts)
-    for indices in _by_length([len(prompt) for prompt in prompts], batch_size):
-        longest = max(len(prompts[i]) for i in indices)
-        padding = [longest - len(prompts[i]) for i in indices]
-        input_ids = [[tokenizer.pad_token_id] * pad + prompts[i] for pad, i in zip(padding, indices, strict=True)]
-        mask = [[0] * pad + [1] * (longest - pad) for pad in padding]
-        output = model.generate(
-            torch.tensor(input_ids, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
-            generation_config=config,
+    answers = [""] * len(fitting)
+    for indices in _by_length([len(prompt) for prompt in fitting], batch_size):
+        input_ids, mask = _pad_left([fitting[i] for i in indices], tokenizer.pad_token_id)
+        output = model.generate(  # type: ignore[operator]  # known to the class of a concrete model only
+            input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
         )
-        for i, ids in zip(indices, output[:, longest:].tolist(), strict=True):
-            answers[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+        for i, text in zip(indices, texts, strict=True):
+            answers[i] = text.strip()
     return answers
 
 
@@ -176,6 +174,14 @@ def _by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Group indices of similar length, so that batches carry little padding."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def _pad_left(prompts: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stack prompts so that all end in the last column; return token ids and attention mask."""
+    longest = max(map(len, prompts))
+    input_ids = [[pad_id] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(input_ids), torch.tensor(mask)
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

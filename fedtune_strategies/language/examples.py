@@ -21,6 +21,9 @@ IGNORE = -100
 ROLES = {"system": "System", "user": "Instruction", "assistant": "Response"}
 """Titles of the plain prompt template, used where the tokenizer has no chat template."""
 
+CHUNK = 1000
+"""Rows tokenised at a time: token ids are Python lists until they are packed."""
+
 Batch = dict[str, torch.Tensor]
 
 log = logging.getLogger(__name__)
@@ -74,38 +77,31 @@ def tokenise(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, seq_length
 
     Returns
     -------
-
-    Examples
-    --------
+    examples : Examples
 
     Raises
     ------
     DataError
         No row has a response that fits.
     """
-    texts = [_render(row, tokenizer) for row in rows]
-    prompts = _token_ids([prompt for prompt, _ in texts], rows, tokenizer)
-    wholes = _token_ids([prompt + response for prompt, response in texts], rows, tokenizer)
-    examples = Examples([], [], [], int(tokenizer.pad_token_id))
+    tokens, prompt_lengths, references = [], [], []
     cut_prompts = truncated = dropped = 0
-    for row, prompt_ids, whole_ids in zip(rows, prompts, wholes, strict=True):
-        start = 0 if row.prompt is None else _common_prefix(prompt_ids, whole_ids)
-        ids, kept_start = _fit(whole_ids, start, seq_length, tokenizer.bos_token_id)
-        if len(ids) - max(kept_start, 1) < 1:  # the first token of all is predicted by nothing
+    for row, whole, start in _encode(rows, tokenizer):
+        ids, kept = _fit(whole, start, seq_length, tokenizer.bos_token_id)
+        if len(ids) <= max(kept, 1):  # the first token of all is predicted by nothing
             dropped += 1
             continue
-        truncated += len(ids) - kept_start < len(whole_ids) - start
-        cut_prompts += kept_start < start
-        examples.tokens.append(np.asarray(ids, dtype=np.int32))
-        examples.prompt_lengths.append(kept_start)
-        examples.references.append(row.references)
-    if (truncated == len(rows) and rows[0].prompt is not None) or not examples.tokens:
-        raise DataError(f"no response of the {len(rows)} rows fits in {seq_length} tokens; raise train.seq-length")
+        cut_prompts += kept < start
+        truncated += len(ids) - kept < len(whole) - start
+        tokens.append(np.asarray(ids, dtype=np.int32))
+        prompt_lengths.append(kept)
+        references.append(row.references)
+    if dropped == len(rows) or (truncated + dropped == len(rows) and rows[0].prompt is not None):
+        raise DataError(f"not one of the {len(rows)} responses fits in {seq_length} tokens; raise 'train.seq-length'")
     if truncated:
-        log.warning("%d of %d responses are longer than %d tokens and lost their end", truncated, len(rows), seq_length)
-    return Examples(
-        examples.tokens, examples.prompt_lengths, examples.references, examples.pad_id, cut_prompts, truncated, dropped
-    )
+        log.warning("%d of %d responses lost their end: longer than %d tokens", truncated, len(rows), seq_length)
+    pad_id = int(tokenizer.pad_token_id)
+    return Examples(tokens, prompt_lengths, references, pad_id, cut_prompts, truncated, dropped)
 
 
 def batches(examples: Examples, batch_size: int, steps: int, key: Sequence[int | str]) -> Iterator[Batch]:
@@ -191,16 +187,24 @@ def _as_messages(prompt: str | list[Message]) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def _token_ids(texts: list[str], rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    # A chat template writes the special tokens itself; plain text gets the tokenizer's own.
-    special = tokenizer.chat_template is None or rows[0].prompt is None
-    return tokenizer(texts, add_special_tokens=special, return_attention_mask=False).input_ids
+def _encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Row, list[int], int]]:
+    """Yield each row, the token ids of its prompt and response, and where the response begins in them."""
+    for first in range(0, len(rows), CHUNK):
+        chunk = rows[first : first + CHUNK]
+        texts = [_render(row, tokenizer) for row in chunk]
+        # A chat template writes the special tokens itself; other text gets the tokenizer's own.
+        special = tokenizer.chat_template is None or chunk[0].prompt is None
+        options = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
+        prompts = tokenizer([prompt for prompt, _ in texts], **options).input_ids
+        wholes = tokenizer([prompt + response for prompt, response in texts], **options).input_ids
+        for row, prompt, whole in zip(chunk, prompts, wholes, strict=True):
+            yield row, whole, 0 if row.prompt is None else _common_prefix(prompt, whole)
 
 
 def _common_prefix(left: list[int], right: list[int]) -> int:
     if right[: len(left)] == left:
         return len(left)
-    return next(i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), len(right))
 
 
 def _fit(ids: list[int], start: int, seq_length: int, bos_id: int | None) -> tuple[list[int], int]:
