@@ -67,7 +67,7 @@ class Codec:
         Share of each row's elements, those with the lowest scores, that is set to zero and not sent.
     drop : int
         Decoder layers that are left out altogether. `encode` does not act on it: whoever chooses the layers
-        (`influence.dropped_layers`) leaves their tensors out.
+        (`measure.dropped_layers`) leaves their tensors out.
     """
 
     quantisation: str = "none"
@@ -104,7 +104,7 @@ def parse_codec(text: str) -> Codec:
 
 
 def encode(
-    tensors: Mapping[str, Tensor], codec: Codec, scores: Mapping[str, Tensor] | None = None
+    tensors: Mapping[str, Tensor], codec: Codec, input_norms: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Code tensors into parts that safetensors can store.
 
@@ -114,9 +114,9 @@ def encode(
         By canonical name; any float dtype and device. A name holds no colon.
     codec : Codec
         See `parse_codec`.
-    scores : mapping of str to Tensor, optional
-        For pruning: an element's score, shaped like its tensor or broadcast to it; the lowest of each row go first.
-        By default the magnitude; `influence.wanda_scores` gives better ones.
+    input_norms : mapping of str to Tensor, optional
+        For pruning: 2-norm of each input feature of a matrix, as `measure.input_norms` gives it. Then an element's
+        score is |w|·‖x‖ (Wanda, arXiv 2306.11695, eq. 1); without, its magnitude.
 
     Returns
     -------
@@ -130,8 +130,8 @@ def encode(
     """
     parts: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        score = scores.get(name) if scores else None
-        coded = _encode_tensor(tensor.detach().cpu(), codec, score)
+        norm = input_norms.get(name) if input_norms else None
+        coded = _encode_tensor(tensor.detach().cpu(), codec, norm)
         if not torch.isfinite(coded.get("scale", torch.zeros(1))).all():
             raise ModelError(f"tensor {name} holds a value that is not finite; start again from sound weights")
         parts.update({f"{name}:{kind}" if kind else name: part.contiguous() for kind, part in coded.items()})
@@ -217,12 +217,12 @@ def _parse_part(text: str, part: str) -> tuple[str, str | float | int]:
     )
 
 
-def _encode_tensor(tensor: Tensor, codec: Codec, score: Tensor | None) -> dict[str, Tensor]:
+def _encode_tensor(tensor: Tensor, codec: Codec, norm: Tensor | None) -> dict[str, Tensor]:
     if tensor.dim() < 2:
         return {"": tensor}
     if not codec.prune:
         return _quantise(tensor, codec.quantisation, None)
-    kept = _kept(tensor, codec.prune, score)
+    kept = _kept(tensor, codec.prune, norm)
     coded = _quantise(torch.where(kept, tensor, 0), codec.quantisation, kept)
     return {**coded, "kept": _pack_bits(kept), "shape": torch.tensor(tensor.shape)}
 
@@ -247,19 +247,20 @@ def _decode_tensor(coded: Mapping[str, Tensor]) -> Tensor:
     kept = _unpack_bits(coded["kept"], shape) if "kept" in coded else None
     if "int8" in coded:
         codes = coded["int8"] if kept is None else _scatter(coded["int8"], kept, 0)
-        return (codes.flatten(1).float() * coded["scale"].unsqueeze(1)).view(shape)
+        return codes.flatten(1).float().mul_(coded["scale"].unsqueeze(1)).view(shape)
     if "nf4" in coded:
-        count = math.prod(shape) if kept is None else int(kept.sum())
-        codes = _unpack_nibbles(coded["nf4"], count)
-        return _from_nf4(codes if kept is None else _scatter(codes, kept, NF4_ZERO), coded["scale"]).view(shape)
+        packed = coded["nf4"]
+        if kept is not None:
+            packed = _pack_nibbles(_scatter(_unpack_nibbles(packed)[: int(kept.sum())], kept, NF4_ZERO).flatten())
+        return _from_nf4(packed, coded["scale"], math.prod(shape)).view(shape)
     if kept is None:
         raise KeyError("kept")
     return _scatter(coded["values"], kept, 0).float()
 
 
-def _kept(tensor: Tensor, share: float, score: Tensor | None) -> Tensor:
+def _kept(tensor: Tensor, share: float, norm: Tensor | None) -> Tensor:
     """Mask of what survives pruning: in each row all but the `share` lowest scores; a tie keeps all its elements."""
-    rows = (tensor.abs() if score is None else score.expand_as(tensor)).flatten(1).float()
+    rows = (tensor.abs() if norm is None else tensor.abs() * norm).flatten(1).float()
     pruned = int(share * rows.shape[1])
     threshold = rows.kthvalue(pruned + 1, dim=1, keepdim=True).values
     return (rows >= threshold).view(tensor.shape) & (tensor != 0)
@@ -284,10 +285,13 @@ def _to_nf4(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.uint8).flatten()[: flat.numel()], scale
 
 
-def _from_nf4(codes: Tensor, scale: Tensor) -> Tensor:
-    """Values [n], float32, of the codes of `_to_nf4`."""
-    values = torch.tensor(NF4_VALUES)[codes.flatten().int()]
-    return values * scale.repeat_interleave(NF4_BLOCK)[: values.numel()]
+def _from_nf4(packed: Tensor, scale: Tensor, count: int) -> Tensor:
+    """Values [count], float32, of packed codes of `_to_nf4`: a byte's two values are looked up together."""
+    values = torch.tensor(NF4_VALUES)
+    pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), dim=1)
+    flat = torch.index_select(pairs, 0, packed.int()).flatten()[:count]
+    blocks = torch.nn.functional.pad(flat, (0, -count % NF4_BLOCK)).view(-1, NF4_BLOCK)
+    return (blocks * scale.unsqueeze(1)).flatten()[:count]
 
 
 def _scatter(sent: Tensor, kept: Tensor, fill: int) -> Tensor:
@@ -312,5 +316,5 @@ def _pack_nibbles(codes: Tensor) -> Tensor:
     return pairs[:, 0] | (pairs[:, 1] << 4)
 
 
-def _unpack_nibbles(packed: Tensor, count: int) -> Tensor:
-    return torch.stack((packed & 15, packed >> 4), dim=1).flatten()[:count]
+def _unpack_nibbles(packed: Tensor) -> Tensor:
+    return torch.stack((packed & 15, packed >> 4), dim=1).flatten()

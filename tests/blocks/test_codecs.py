@@ -83,11 +83,10 @@ def test_pruning_keeps_the_largest_of_each_row_and_only_those(tensor, share):
     assert ((got != rows).sum(dim=1) <= share * rows.shape[1]).all()
 
 
-def test_pruning_by_scores():
-    parts = encode(
-        {"w": torch.tensor([[1.0, 2.0, 3.0, 4.0]])}, parse_codec("prune:0.5"), {"w": torch.tensor([4, 3, 2, 1])}
-    )
-    assert decode(parts)["w"].tolist() == [[1.0, 2.0, 0.0, 0.0]]
+def test_pruning_weighs_elements_by_their_inputs():
+    tensor, norms = torch.tensor([[1.0, -2.0, 3.0, 4.0]]), torch.tensor([9.0, 3.0, 1.0, 1.0])
+    parts = encode({"w": tensor}, parse_codec("prune:0.5"), {"w": norms})
+    assert decode(parts)["w"].tolist() == [[1.0, -2.0, 0.0, 0.0]]
 
 
 @pytest.mark.parametrize(
