@@ -1,0 +1,277 @@
+"""Instruction data written by rule: task families whose answers a program can check, split over nodes by task.
+
+Every question is a *task* (a rule) applied to an *input* (a line of words or numbers). Inputs are divided once and for all into
+three shares by a hash of the line: one to pretrain the base model on, one to tune it with, one to evaluate it on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from fedtune_strategies.errors import DataError
+from fedtune_strategies.tiny.words import COUNTS, KINDS, NAMES, NOUNS, OPPOSITES
+
+PROMPT = "Instruction: {instruction}\nInput: {input}\nAnswer:"
+SHARES = {"evaluate": range(0, 1), "tune": range(1, 4), "pretrain": range(4, 10)}  # tenths of all inputs
+
+Example = tuple[str, str]  # input, answer
+
+
+class Task(NamedTuple):
+    """One family of questions.
+
+    Attributes
+    ----------
+    name : str
+        Label in the data files and in the evaluation by task.
+    instruction : str
+        How the tuning data words the task; the base model has never seen this sentence.
+    draw : Callable[[random.Random], Example]
+        Draws one input and its answer.
+    """
+
+    name: str
+    instruction: str
+    draw: Callable[[random.Random], Example]
+
+
+def _reverse(rng: random.Random) -> Example:
+    words = rng.sample(NOUNS, 3)
+    return " ".join(words), " ".join(reversed(words))
+
+
+def _sort(rng: random.Random) -> Example:
+    numbers = rng.sample(range(1, 100), 3)
+    return " ".join(map(str, numbers)), " ".join(map(str, sorted(numbers)))
+
+
+def _count(rng: random.Random) -> Example:
+    words = rng.sample(NOUNS, rng.randint(1, len(COUNTS)))
+    return " ".join(words), COUNTS[len(words) - 1]
+
+
+def _larger(rng: random.Random) -> Example:
+    numbers = rng.sample(range(1, 100), 2)
+    return " ".join(map(str, numbers)), str(max(numbers))
+
+
+def _opposites(rng: random.Random) -> Example:
+    pairs = [rng.sample(pair, 2) for pair in rng.sample(OPPOSITES, 2)]
+    return " ".join(word for word, _ in pairs), " ".join(opposite for _, opposite in pairs)
+
+
+def _kinds(rng: random.Random) -> Example:
+    kinds = [rng.choice(list(KINDS)) for _ in range(3)]
+    return " ".join(rng.choice(KINDS[kind]) for kind in kinds), " ".join(kinds)
+
+
+def _lookup(rng: random.Random) -> Example:
+    owners = rng.sample(NAMES, 2)
+    things = [f"a {rng.choice(KINDS['colour'])} {rng.choice(KINDS['garment'])}" for _ in owners]
+    asked = rng.randrange(len(owners))
+    facts = ", ".join(f"{owner} has {thing}" for owner, thing in zip(owners, things, strict=True))
+    return f"{facts}. What does {owners[asked]} have?", things[asked]
+
+
+def _odd(rng: random.Random) -> Example:
+    kind, other = rng.sample(list(KINDS), 2)
+    odd = rng.choice(KINDS[other])
+    words = [*rng.sample(KINDS[kind], 3), odd]
+    rng.shuffle(words)
+    return " ".join(words), odd
+
+
+def _next(rng: random.Random) -> Example:
+    numbers = rng.sample(range(1, 99), 2)
+    return " ".join(map(str, numbers)), " ".join(str(number + 1) for number in numbers)
+
+
+def _last(rng: random.Random) -> Example:
+    words = rng.sample(NOUNS, rng.randint(3, 5))
+    return " ".join(words), words[-1]
+
+
+TASKS = (
+    Task("reverse", "Write the words in reverse order.", _reverse),
+    Task("sort", "Sort the numbers, smallest first.", _sort),
+    Task("count", "Count the words.", _count),
+    Task("larger", "Pick the larger number.", _larger),
+    Task("opposites", "Give the opposite of each word.", _opposites),
+    Task("kinds", "Name the kind of each word.", _kinds),
+    Task("lookup", "Read and answer the question.", _lookup),
+    Task("odd", "Find the word that is unlike the others.", _odd),
+    Task("next", "Write the next number after each.", _next),
+)
+UNSEEN = Task("last", "Write the last word.", _last)  # evaluated, on no node
+
+
+def share_of(line: str) -> str:
+    """Name the share that an input belongs to.
+
+    Parameters
+    ----------
+    line : str
+        An input as drawn by a task.
+
+    Returns
+    -------
+    str
+        ``"pretrain"``, ``"tune"`` or ``"evaluate"``; the same on every machine.
+    """
+    tenth = hashlib.sha256(line.encode()).digest()[0] % 10
+    return next(share for share, tenths in SHARES.items() if tenth in tenths)
+
+
+def draw_from(task: Task, share: str, rng: random.Random) -> Example:
+    """Draw an example whose input lies in one share.
+
+    Parameters
+    ----------
+    task : Task
+        The family.
+    share : str
+        ``"pretrain"``, ``"tune"`` or ``"evaluate"``.
+    rng : random.Random
+        Source of randomness, advanced by the call.
+
+    Returns
+    -------
+    tuple of str
+        Input and answer.
+    """
+    while True:
+        example = task.draw(rng)
+        if share_of(example[0]) == share:
+            return example
+
+
+def rows(task: Task, share: str, count: int, seed: int) -> list[dict[str, str]]:
+    """Write distinct rows of one task.
+
+    Parameters
+    ----------
+    task : Task
+        The family.
+    share : str
+        ``"tune"`` or ``"evaluate"``.
+    count : int
+        How many rows.
+    seed : int
+        Another seed, other rows.
+
+    Returns
+    -------
+    list of dict
+        TRL's prompt/completion format, and the task's name: keys ``prompt``, ``completion``, ``task``.
+
+    Raises
+    ------
+    DataError
+        The task has fewer than `count` distinct inputs in this share.
+    """
+    rng = random.Random(f"{seed}/{task.name}/{share}")
+    examples: dict[str, str] = {}
+    for _ in range(20 * count):
+        if len(examples) == count:
+            break
+        examples.update([draw_from(task, share, rng)])
+    if len(examples) < count:
+        raise DataError(f"task {task.name} has no {count} distinct inputs to {share} with: ask for fewer rows a task")
+    return [
+        {
+            "prompt": PROMPT.format(instruction=task.instruction, input=line),
+            "completion": f" {answer}",
+            "task": task.name,
+        }
+        for line, answer in examples.items()
+    ]
+
+
+def tasks_of_node(node: int, nodes: int) -> tuple[Task, ...]:
+    """Deal the tasks to nodes: each node has its own, and with more nodes than tasks they share by turns.
+
+    Parameters
+    ----------
+    node, nodes : int
+        Index of the node and number of nodes.
+
+    Returns
+    -------
+    tuple of Task
+        The tasks in this node's training data.
+    """
+    return TASKS[node::nodes] or (TASKS[node % len(TASKS)],)
+
+
+def node_rows(node: int, nodes: int, train_per_task: int, seed: int) -> list[dict[str, str]]:
+    """Write one node's training rows, shuffled; no row is on two nodes.
+
+    Parameters
+    ----------
+    node, nodes : int
+        Index of the node and number of nodes.
+    train_per_task : int
+        Rows of each of the node's tasks.
+    seed : int
+        Seed of the federation's data.
+
+    Returns
+    -------
+    list of dict
+        As `rows`.
+    """
+    turn, turns = node // len(TASKS), -(-nodes // len(TASKS))
+    dealt = [
+        row
+        for task in tasks_of_node(node, nodes)
+        for row in rows(task, "tune", turns * train_per_task, seed)[turn::turns]
+    ]
+    random.Random(f"{seed}/node {node}").shuffle(dealt)
+    return dealt
+
+
+def write_federation(
+    folder: str | Path, nodes: int = 4, train_per_task: int = 256, heldout_per_task: int = 24, seed: int = 0
+) -> tuple[list[Path], Path]:
+    """Write a federation's data: one training file for each node, and the held-out file.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Created where absent.
+    nodes : int
+        Number of nodes, at least 1.
+    train_per_task, heldout_per_task : int
+        Rows of each task.
+    seed : int
+        Same seed, same bytes.
+
+    Returns
+    -------
+    tuple of (list of Path, Path)
+        ``node_0.jsonl`` … and ``heldout.jsonl``, which covers all tasks and the unseen one.
+
+    Raises
+    ------
+    DataError
+        A task has too few distinct inputs for that many rows.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    node_files = [folder / f"node_{node}.jsonl" for node in range(nodes)]
+    for node, path in enumerate(node_files):
+        _write_jsonl(path, node_rows(node, nodes, train_per_task, seed))
+    heldout_file = folder / "heldout.jsonl"
+    _write_jsonl(
+        heldout_file, [row for task in (*TASKS, UNSEEN) for row in rows(task, "evaluate", heldout_per_task, seed)]
+    )
+    return node_files, heldout_file
+
+
+def _write_jsonl(path: Path, items: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
