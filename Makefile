@@ -1,0 +1,44 @@
+# The environment lies in .venv. It is made at first use, and again only when pyproject.toml or constraints.txt change.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: help demo test lint format config bench clean
+
+help: ## Show this list.
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
+
+demo: $(INSTALLED) ## Tune the embedded model over a real federation, by every method (about 6 minutes).
+	@$(BIN)/fedtune demo $(DEMO)
+
+test: lint ## Check everything: style, types, unit tests and networked tests.
+	HF_HUB_OFFLINE=1 $(BIN)/pytest $(TESTS)
+
+lint: $(INSTALLED) ## Check style and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## Put the code in style.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+config: $(INSTALLED) ## Write the run configuration's defaults into pyproject.toml.
+	$(BIN)/fedtune config --write pyproject.toml
+
+bench: $(INSTALLED) ## Run every benchmark.
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+clean: ## Remove the environment, caches and builds. Runs and results in runs/ and out/ stay.
+	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first, so that a build for this machine that pip already finds is taken, and not another one after it.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "FedTune needs Python 3.11 or newer, and '$(PYTHON)' is not: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Installing into .venv (a few minutes, once)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,160 @@
+"""A whole federation on this machine, tuning a model by each method in turn: ``fedtune demo``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from deploy.federation import CONNECTION, Federation, federation
+from deploy.progress import Progress, clock, follow
+from deploy.proxy import Traffic
+from deploy.report import Result, markdown, samples, summarise, table
+from fedtune_strategies.config import Scalar
+from fedtune_strategies.errors import ConfigError, DataError
+
+# What suits the embedded model and two cores; everything else is as in the run configuration.
+SETTINGS: dict[str, dict[str, Scalar]] = {
+    "fedkseed": {"num-server-rounds": 8},
+    "fedkseed-pro": {"num-server-rounds": 8},
+    "fedcybgd": {"num-server-rounds": 12},
+}
+HELD_OUT = 200  # most examples held out of a user's own file
+APP = Path(__file__).parent.parent
+
+
+def run_demo(
+    *, nodes: int, methods: Sequence[str], model: str, data: Path | None, rounds: int, out: Path, keep: bool
+) -> None:
+    """Start a federation, run the methods one after another, and show what each did and cost.
+
+    Parameters
+    ----------
+    nodes : int
+        Number of nodes.
+    methods : sequence of str
+        Names of methods.
+    model : str
+        Base model, as in ``model.name``.
+    data : Path or None
+        A data file to deal out to the nodes; None makes the embedded data.
+    rounds : int
+        Rounds of every method; 0 for those in `SETTINGS`.
+    out : Path
+        Folder for everything that is written. Earlier results there are replaced.
+    keep : bool
+        Afterwards leave the federation running until Ctrl-C.
+
+    Raises
+    ------
+    FedTuneError
+        Something a user can act on; everything that was started has been stopped.
+    """
+    _check_methods(methods)
+    console = Console()
+    out = out.resolve()
+    started = time.monotonic()
+    node_files, held_out = _data(out / "data", nodes, data)
+    console.print(f"[bold]FedTune demo[/bold]: {nodes} nodes, {', '.join(methods)}; everything is written to {out}")
+    console.print("Starting a SuperLink and the nodes: TLS, node keys, gRPC, free loopback ports …")
+    named = {f"node-{i}": file for i, file in enumerate(node_files)}
+    with federation(out / "federation", named) as running:
+        console.print(
+            f"All {nodes} nodes are online after {clock(time.monotonic() - started)}. Logs: {out}/federation/logs"
+        )
+        results = []
+        for method in methods:
+            changes = {**SETTINGS[method], **({"num-server-rounds": rounds} if rounds else {})}
+            changes |= {"method.name": method, "model.name": model, "eval.data": str(held_out)}
+            results.append(_tune(running, method, changes, out / method, console))
+        _write(results, out)
+        _show(results, out, console)
+        console.print(f"The demo took {clock(time.monotonic() - started)}.")
+        if keep:
+            _wait(running, console)
+
+
+def _tune(running: Federation, method: str, changes: Mapping[str, Scalar], folder: Path, console: Console) -> Result:
+    shutil.rmtree(folder, ignore_errors=True)
+    before = running.traffic()
+    started = time.time()
+    progress = Progress(method, int(changes["num-server-rounds"]), len(running.nodes), started)
+    run_id = running.submit(APP, {**changes, "run.dir": str(folder), "strategy.min-nodes": len(running.nodes)})
+    follow(running, run_id, folder, progress, console)
+    after = running.traffic()
+    traffic = sum((after[node] - before[node] for node in after), Traffic())
+    result = summarise(folder, method, len(running.nodes), traffic, time.time() - started)
+    console.print(
+        f"[green]✓[/green] {method}: held-out loss {result.before['eval/loss']:.3f} → {result.after['eval/loss']:.3f} "
+        f"in {clock(result.seconds)}",
+        highlight=False,
+    )
+    return result
+
+
+def _check_methods(methods: Sequence[str]) -> None:
+    for method in methods:
+        if method not in SETTINGS:
+            raise ConfigError(f"unknown method {method!r}: choose from {', '.join(SETTINGS)}")
+
+
+def _data(folder: Path, nodes: int, source: Path | None) -> tuple[list[Path], Path]:
+    """Write one data file for each node and the held-out file."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if source is None:
+        from fedtune_strategies.tiny.tasks import write_federation
+
+        return write_federation(folder, nodes)
+    return _deal(source, folder, nodes)
+
+
+def _deal(source: Path, folder: Path, nodes: int) -> tuple[list[Path], Path]:
+    """Shuffle a user's file, hold some of it out, and deal the rest to the nodes."""
+    from fedtune_strategies.language.data import read_records
+
+    records = [record for _, record in read_records(source)]
+    random.Random(0).shuffle(records)
+    held = min(HELD_OUT, len(records) // 5)
+    if held < 1 or len(records) - held < nodes:
+        raise DataError(f"{source} has {len(records)} records: too few for {nodes} nodes and a held-out part")
+    files = [folder / f"node_{i}.jsonl" for i in range(nodes)]
+    parts = [records[held + i :: nodes] for i in range(nodes)]
+    for file, part in [*zip(files, parts, strict=True), (folder / "heldout.jsonl", records[:held])]:
+        file.write_text("".join(json.dumps(record) + "\n" for record in part), encoding="utf-8")
+    return files, folder / "heldout.jsonl"
+
+
+def _write(results: Sequence[Result], out: Path) -> None:
+    (out / "table.md").write_text(markdown(results), encoding="utf-8")
+    facts = [
+        {**dataclasses.asdict(result), "per_node_and_round": dataclasses.asdict(result.per_node_and_round)}
+        for result in results
+    ]
+    (out / "results.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _show(results: Sequence[Result], out: Path, console: Console) -> None:
+    console.print(table(results))
+    for sample in samples(results):
+        for label, text in sample.items():
+            console.print(f"[bold]{label:>12}[/bold]  ", end="")
+            console.print(" ".join(text.split()) or "(nothing)", markup=False, highlight=False)
+        console.print()
+    for result in results:
+        console.print(f"Model tuned by {result.method}: {result.model}", highlight=False)
+    console.print(f"Table: {out / 'table.md'}, figures: {out / 'results.json'}", highlight=False)
+
+
+def _wait(running: Federation, console: Console) -> None:
+    home = running.environment["FLWR_HOME"]
+    console.print(f"The federation goes on until Ctrl-C. In another terminal: FLWR_HOME={home} flwr run . {CONNECTION}")
+    while True:
+        running.check()
+        time.sleep(1.0)
