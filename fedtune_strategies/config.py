@@ -216,7 +216,8 @@ class Key:
 def keys() -> list[Key]:
     """List all keys in their documented order."""
     return [
-        Key(name, kind, spec.default, spec.metadata["help"], _accepted(kind, spec)) for name, kind, spec in _options()
+        Key(name, kind, typing.cast(Scalar, spec.default), spec.metadata["help"], _accepted(kind, spec))
+        for name, kind, spec in _options()
     ]
 
 
@@ -281,7 +282,7 @@ def _build(cls: type, prefix: str, values: Mapping[str, Scalar]) -> Any:
     return cls(**given)
 
 
-def _checked(name: str, value: Any, kind: type, spec: dataclasses.Field) -> Scalar:
+def _checked(name: str, value: Any, kind: type[Any], spec: dataclasses.Field) -> Scalar:
     if kind is float and type(value) is int:
         value = float(value)
     limits = spec.metadata

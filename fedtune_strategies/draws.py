@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-
 # Keeps the sum of the odds of 2**20 seeds within 32 bits.
 MAX_ODDS = 4095
 

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -21,6 +22,8 @@ from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.records import from_record, to_record
 
 log = logging.getLogger("fedtune")
+
+T = TypeVar("T", bound=protocol.Message)
 
 _REFUSED_FOR_S = 60.0
 
@@ -298,15 +301,36 @@ def address(node: Node, kind: str, payload: bytes, round: int) -> Message:
     return Message(to_record(kind, payload), node.id, MessageType.TRAIN, group_id=str(round))
 
 
-def decoded(content: RecordDict) -> protocol.Message:
-    """Decode the content of a Flower message; raises `ProtocolError`."""
-    return protocol.decode(*from_record(content))
+def decoded(content: RecordDict, expected: type[T]) -> T:
+    """Decode the content of a Flower message.
+
+    Parameters
+    ----------
+    content : RecordDict
+        The content.
+    expected : type
+        The message type that must come out.
+
+    Returns
+    -------
+    Message
+        The message.
+
+    Raises
+    ------
+    ProtocolError
+        The content is damaged or of another type.
+    """
+    message = protocol.decode(*from_record(content))
+    if not isinstance(message, expected):
+        raise ProtocolError(f"received a '{message.kind}' instead of a '{expected.kind}'.")
+    return message
 
 
 def _decoded(reply: Message) -> protocol.Message:
     if reply.has_error():
         raise NodesError(f"did not answer: {reply.error.reason or 'no reason given'} (code {reply.error.code}).")
-    message = decoded(reply.content)
+    message = protocol.decode(*from_record(reply.content))
     if isinstance(message, protocol.Failure):
         raise error_from_code(message.exit_code, message.message)
     return message

@@ -99,7 +99,9 @@ class Ledger:
         except sqlite3.DatabaseError as error:
             raise self._sqlite_error(error) from None
         except OSError as error:
-            raise ResourceError(f"{folder}: {error.strerror or error}; choose another 'run.dir' or free space.") from None
+            raise ResourceError(
+                f"{folder}: {error.strerror or error}; choose another 'run.dir' or free space."
+            ) from None
 
     @classmethod
     def read(cls, folder: Path) -> Ledger:
@@ -152,14 +154,14 @@ class Ledger:
             if value is not None:
                 query += f" AND {column} = ?"
                 values.append(value)
-        for seq, at, name, number, node, body, blob in self._db.execute(query + " ORDER BY seq", values):
-            yield Record(seq, at, name, number, node, json.loads(body), blob)
+        for row in self._db.execute(query + " ORDER BY seq", values):
+            yield _record(row)
 
     def last(self, kind: str) -> Record | None:
         """Return the newest record of a kind, None where there is none."""
         query = "SELECT seq, time, kind, round, node, body, blob FROM records WHERE kind = ? ORDER BY seq DESC LIMIT 1"
         row = self._db.execute(query, (kind,)).fetchone()
-        return Record(*row[:5], json.loads(row[5]), row[6]) if row else None
+        return _record(row) if row else None
 
     def put_file(self, tensors: dict[str, Tensor]) -> str:
         """Store tensors as an immutable safetensors file; returns the SHA-256 of its bytes, which is its name.
@@ -184,7 +186,9 @@ class Ledger:
             partial.replace(path)
         except OSError as error:
             partial.unlink(missing_ok=True)
-            raise ResourceError(f"cannot write {path}: {error.strerror}; free space, then start the run again.") from None
+            raise ResourceError(
+                f"cannot write {path}: {error.strerror}; free space, then start the run again."
+            ) from None
         return name
 
     def get_file(self, name: str) -> dict[str, Tensor]:
@@ -211,7 +215,8 @@ class Ledger:
             self._lock.acquire()
         except Timeout:
             raise LedgerError(
-                f"the run in {self.folder} is being written by another process: stop that one, or choose another 'run.dir'."
+                f"the run in {self.folder} is being written by another process: "
+                "stop that one, or choose another 'run.dir'."
             ) from None
 
     def _open(self, writable: bool) -> sqlite3.Connection:
@@ -226,7 +231,9 @@ class Ledger:
                 db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")
                 found = FORMAT
         if found != FORMAT:
-            raise LedgerError(f"{self._path} has format {found}, this FedTune writes {FORMAT}: use the matching release.")
+            raise LedgerError(
+                f"{self._path} has format {found}, this FedTune writes {FORMAT}: use the matching release."
+            )
         return db
 
     def _verify(self) -> bytes:
@@ -243,6 +250,11 @@ class Ledger:
         if "full" in text or "readonly" in text or "disk I/O" in text:
             return ResourceError(f"cannot write {self._path}: {text}; free space, then start the run again.")
         return LedgerError(f"{self._path}: {text}; restore it from a backup or choose another 'run.dir'.")
+
+
+def _record(row: tuple[Any, ...]) -> Record:
+    seq, at, kind, round, node, body, blob = row
+    return Record(seq, at, kind, round, node, json.loads(body), blob)
 
 
 def _digest(previous: bytes, at: float, kind: str, round: int, node: str, body: str, blob: bytes) -> bytes:

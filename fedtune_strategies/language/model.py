@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import psutil
 import torch
@@ -17,8 +17,6 @@ from transformers.utils import logging as transformers_logging
 
 from fedtune_strategies.errors import ConfigError, ModelError, ResourceError
 from fedtune_strategies.language.model_files import count_parameters, map_tensors, model_folder, weight_files
-
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 CGROUP = Path("/sys/fs/cgroup")
 """Where a container finds its own memory limit (control groups, version 2)."""
@@ -48,7 +46,7 @@ class LanguageModel:
     folder: Path
 
 
-def load_model(name: str, dtype: Dtype = "float32", device: str = "cpu") -> LanguageModel:
+def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> LanguageModel:
     """Load a causal language model from disk; the network is never touched.
 
     Parameters
@@ -100,7 +98,7 @@ def check_context(language: LanguageModel, seq_length: int) -> None:
     limit = context_length(language.model)
     if limit is not None and seq_length > limit:
         raise ConfigError(
-            f"run config: 'train.seq-length' is {seq_length}, but {language.name} reads {limit} tokens at most; lower it"
+            f"run config: 'train.seq-length' is {seq_length}, but {language.name} reads at most {limit}; lower it"
         )
 
 
@@ -164,7 +162,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         raise ResourceError(f"{folder}: no disk space left for the model; free some and export again") from None
 
 
-def _load_weights(name: str, folder: Path, dtype: Dtype) -> PreTrainedModel:
+def _load_weights(name: str, folder: Path, dtype: str) -> PreTrainedModel:
     try:
         with _quiet():
             loaded = AutoModelForCausalLM.from_pretrained(

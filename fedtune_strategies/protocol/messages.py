@@ -289,7 +289,9 @@ def decode(kind: str, payload: bytes) -> Message:
     """
     cls = _TYPES.get(kind)
     if cls is None:
-        raise ProtocolError(f"received a message of unknown kind {kind[:40]!r}: run the same FedTune version everywhere.")
+        raise ProtocolError(
+            f"received a message of unknown kind {kind[:40]!r}: run the same FedTune version everywhere."
+        )
     try:
         tensors = safetensors.torch.load(payload)
         header = json.loads(tensors.pop(_HEADER).numpy().tobytes())
@@ -309,7 +311,9 @@ def _fields(cls: type, header: Any, tensors: _Tensors) -> dict[str, Any]:
             values[name] = tensors.pop(name)
         elif kind == _Tensors:
             prefix = name + "/"
-            values[name] = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+            values[name] = {
+                key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)
+            }
         else:
             values[name] = _plain(name, header.pop(name), kind)
     if header or tensors:

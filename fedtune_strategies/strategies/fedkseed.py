@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, MetricRecordValues, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 from numpy.typing import NDArray
@@ -98,7 +98,7 @@ class FedKSeed(TuningStrategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Turn every reply into the theta that its node reached, and let the inner strategy aggregate those."""
-        answers = sorted((decoded(reply.content) for reply in replies), key=lambda answer: answer.node)
+        answers = sorted((decoded(reply.content, protocol.SeedReply) for reply in replies), key=lambda one: one.node)
         if not answers:
             return None, None
         odds = self.odds()
@@ -144,7 +144,7 @@ class FedKSeed(TuningStrategy):
         theta = self.theta.astype(np.float64)
         np.subtract.at(theta, self.draws(answer.node, answer.round, odds), self.config.fedkseed.lr * scalars)
         weight = answer.num_examples if self.config.strategy.weighting == "examples" else 1
-        metrics = {
+        metrics: dict[str, MetricRecordValues] = {
             "num-examples": weight,
             "train/loss": answer.loss,
             "train/skipped": int((~torch.isfinite(answer.scalars)).sum()),
@@ -178,7 +178,7 @@ class FedKSeedPro(FedKSeed):
         return np.maximum(1, np.rint(MAX_ODDS * likelihood)).astype(np.uint16)
 
     def mean_amplitude(self) -> NDArray[np.float64]:
-        """Return Lambda, the mean of \\|clip(g, +-1000)\\| of each seed, float64 [K]."""
+        """Return Lambda, the mean absolute scalar of each seed, clipped at `AMPLITUDE_LIMIT`, float64 [K]."""
         if self.config.fedkseed.pro_mean == "faithful":
             return self.amplitude / (self.count + 1)
         drawn = self.count > 0

@@ -1,0 +1,187 @@
+"""A node's side of FedCyBGD: which version of every block it holds, and the training of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedtune_strategies.blocks.codecs import decode, parse_codec
+from fedtune_strategies.blocks.exchange import block_fingerprint, frozen_form, turn_fingerprint
+from fedtune_strategies.blocks.find import Block, find_blocks
+from fedtune_strategies.blocks.schedule import local_steps_rule
+from fedtune_strategies.blocks.train import BlockUpdate, apply_delta, train_block
+from fedtune_strategies.config import Config
+from fedtune_strategies.errors import ProtocolError
+from fedtune_strategies.language.examples import Examples, batches
+from fedtune_strategies.language.loss import response_loss
+from fedtune_strategies.protocol import messages as protocol
+
+
+@dataclass(frozen=True)
+class _Exact:
+    """The one block that the node holds exactly, and the change that it sent for it, if any."""
+
+    block: int
+    version: int
+    weights: dict[str, Tensor]
+    delta: dict[str, Tensor] | None = None
+
+
+class BlockTurns:
+    """The blocks as a node holds them: the frozen form of each in the model, and the last trained one exactly.
+
+    Parameters
+    ----------
+    config : Config
+        The run configuration.
+    model : nn.Module
+        The node's model, at the base weights.
+    base : mapping of str to Tensor
+        W_0 by canonical parameter name.
+    """
+
+    def __init__(self, config: Config, model: nn.Module, base: Mapping[str, Tensor]) -> None:
+        self._config = config
+        self._model = model
+        self._base = base
+        self._codec = parse_codec(config.fedcybgd.rest)
+        self._blocks: tuple[Block, ...] = ()
+        self._versions = torch.empty(0, dtype=torch.int64)
+        self._exact: _Exact | None = None
+
+    def take(self, task: protocol.BlockTask) -> bool:
+        """Take up what a task brings.
+
+        Parameters
+        ----------
+        task : BlockTask
+            The task.
+
+        Returns
+        -------
+        bool
+            Whether the node now holds what the task counts on. If not, it holds the base model alone.
+
+        Raises
+        ------
+        ProtocolError
+            The task does not fit the model.
+        """
+        self._check(task)
+        if not self._blocks or len(self._versions) != len(task.versions):
+            self._reset()
+        self._settle(task)
+        arrived = decode(task.rest)
+        if self._exact and self._blocks[self._exact.block].parameters[0] in arrived:
+            self._exact = None
+        for block in self._blocks:
+            if block.parameters[0] in arrived:
+                self._freeze(block, {name: arrived[name].to(self._dtype) for name in block.parameters})
+                self._versions[block.index] = task.versions[block.index]
+        if task.exact:
+            block = self._blocks[task.block]
+            self._exact = _Exact(block.index, int(task.versions[block.index]), dict(task.exact))
+            self._freeze(block, frozen_form(task.exact, self._codec, self._dtype))
+            self._versions[block.index] = task.versions[block.index]
+        if task.block >= 0 and not self._versions.equal(task.versions):
+            self._reset()
+            return False
+        return True
+
+    def train(
+        self, task: protocol.BlockTask, examples: Examples, key: tuple[int | str, ...]
+    ) -> tuple[BlockUpdate, str]:
+        """Train the task's block; `take` said that all is there.
+
+        Parameters
+        ----------
+        task : BlockTask
+            The task.
+        examples : Examples
+            The node's data.
+        key : tuple of int or str
+            Key of the batches.
+
+        Returns
+        -------
+        tuple of BlockUpdate and str
+            The change of the block, and the fingerprint of the weights on which training started.
+        """
+        settings, size = self._config.fedcybgd, self._config.train.batch_size
+        block = self._blocks[task.block]
+        start = self._start(block)
+        starting_print = self._fingerprint(block, start)
+        trained = sum(not block.frozen for block in self._blocks)
+        steps = task.steps or local_steps_rule(len(examples), size, trained)
+        update = train_block(
+            self._model,
+            block,
+            response_loss,
+            list(batches(examples, size, steps, key)),
+            steps,
+            task.lr,
+            weight_decay=settings.weight_decay,
+            start=start,
+        )
+        self._exact = _Exact(block.index, int(self._versions[block.index]), start, update.delta)
+        return update, starting_print
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self._model.parameters()).dtype
+
+    def _check(self, task: protocol.BlockTask) -> None:
+        blocks = self._blocks or self._find()
+        names = {name for block in blocks for name in block.parameters}
+        known = {part.partition(":")[0] for part in task.rest} | set(task.exact)
+        if len(task.versions) != len(blocks) or not -1 <= task.block < len(blocks) or not known <= names:
+            raise ProtocolError("a block task does not fit this node's model: give all nodes the same base model.")
+
+    def _find(self) -> tuple[Block, ...]:
+        settings = self._config.fedcybgd
+        return find_blocks(self._model, settings.layers_per_block, train_embeddings=settings.train_embeddings)
+
+    def _reset(self) -> None:
+        """Hold the base model alone, every block in its frozen form."""
+        self._blocks = self._find()
+        self._versions = torch.zeros(len(self._blocks), dtype=torch.int64)
+        self._exact = None
+        for block in self._blocks:
+            base = {name: self._base[name] for name in block.parameters}
+            self._freeze(block, frozen_form(base, self._codec, self._dtype))
+
+    def _settle(self, task: protocol.BlockTask) -> None:
+        """Apply the change that this node sent last if the server committed it; drop it if not."""
+        held = self._exact
+        if held is None or held.delta is None:
+            return
+        if task.versions[held.block] == held.version + 1:
+            weights = apply_delta(held.weights, held.delta, self._config.fedcybgd.gamma)
+            self._exact = _Exact(held.block, held.version + 1, weights)
+            self._freeze(self._blocks[held.block], frozen_form(weights, self._codec, self._dtype))
+            self._versions[held.block] = held.version + 1
+        else:
+            self._exact = _Exact(held.block, held.version, held.weights)
+
+    def _start(self, block: Block) -> dict[str, Tensor]:
+        version = int(self._versions[block.index])
+        if self._exact and (self._exact.block, self._exact.version) == (block.index, version):
+            return self._exact.weights
+        if version == 0:
+            return {name: self._base[name].to(torch.float32) for name in block.parameters}
+        raise ProtocolError(f"the exact weights of block {block.index}, version {version}, did not come with its turn.")
+
+    def _fingerprint(self, trained: Block, start: Mapping[str, Tensor]) -> str:
+        prints = []
+        for block in self._blocks:
+            frozen = {name: self._model.get_parameter(name).detach() for name in block.parameters}
+            prints.append(block_fingerprint(start if block is trained else frozen))
+        return turn_fingerprint(prints)
+
+    @torch.no_grad()
+    def _freeze(self, block: Block, weights: Mapping[str, Tensor]) -> None:
+        for name in block.parameters:
+            self._model.get_parameter(name).copy_(weights[name])

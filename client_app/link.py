@@ -1,0 +1,199 @@
+"""Find, start, replace and ask the worker of this SuperNode.
+
+A worker is bound to one SuperNode process, one FedTune version, one run configuration and one node configuration.
+Its folder lies under the user's runtime directory, is named after the SuperNode's process and holds a lock, the
+worker's identity (``worker.json``) and its socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+from filelock import FileLock
+
+from fedtune_strategies.errors import LinkError, ResourceError
+
+METHOD = "/fedtune.Worker/Do"
+GRPC_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+_START_SECONDS = 120.0
+_STOP_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """All that decides whether a running worker may answer.
+
+    Attributes
+    ----------
+    run_config, node_config : dict of str to str, int, float or bool
+        Flower's configurations of the run and of the node.
+    node_id : int
+        Flower's id of the node.
+    """
+
+    run_config: dict[str, Any]
+    node_config: dict[str, Any]
+    node_id: int
+
+    def key(self) -> str:
+        """Return a hash of the spec and of the installed FedTune version."""
+        text = json.dumps([asdict(self), version("fedtune")], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def ask_worker(spec: WorkerSpec, kind: str, payload: bytes, timeout: float) -> tuple[str, bytes]:
+    """Send one task to this SuperNode's worker, starting or replacing it first where needed.
+
+    A worker that dies on the task is replaced once and asked again: tasks are deterministic.
+
+    Parameters
+    ----------
+    spec : WorkerSpec
+        What the worker must have been started for.
+    kind : str
+        Kind of the message.
+    payload : bytes
+        The encoded message.
+    timeout : float
+        Seconds for the answer, after which the worker is ended.
+
+    Returns
+    -------
+    tuple of str and bytes
+        Kind and encoding of the answer.
+
+    Raises
+    ------
+    LinkError
+        The worker does not start, does not answer in time, or died twice.
+    """
+    folder = runtime_folder(_host_process())
+    for attempt in (1, 2):
+        with FileLock(folder / "lock"):
+            socket = _ensure_worker(folder, spec)
+        with grpc.insecure_channel(f"unix:{socket}", options=GRPC_OPTIONS) as channel:
+            do = channel.unary_unary(METHOD)
+            try:
+                answer = do(b"\0".join([kind.encode(), payload]), timeout=timeout)
+                break
+            except grpc.RpcError as error:
+                _stop(folder)
+                if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise LinkError(
+                        f"the worker did not answer within {timeout:.0f} s and was ended: raise 'round.deadline'."
+                    ) from None
+                if attempt == 2:
+                    raise LinkError(
+                        "the worker died twice on one task: look for 'out of memory' in the system's log and for "
+                        f"lines of the worker in the SuperNode's log ({error.details()})."
+                    ) from None
+    name, _, body = answer.partition(b"\0")
+    return name.decode(), body
+
+
+def runtime_folder(host: psutil.Process) -> Path:
+    """Return the folder of a SuperNode's worker, private to the user; made where absent.
+
+    Raises
+    ------
+    ResourceError
+        The folder cannot be made, or belongs to somebody else.
+    """
+    root = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"fedtune-{os.getuid()}"
+    folder = root / f"{host.pid}-{int(host.create_time())}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        root.chmod(0o700)
+        owner = root.stat().st_uid
+    except OSError as error:
+        raise ResourceError(
+            f"cannot use {folder}: {error.strerror}; set XDG_RUNTIME_DIR to a folder of yours."
+        ) from None
+    if owner != os.getuid():
+        raise ResourceError(f"{root} belongs to another user: set XDG_RUNTIME_DIR to a folder of yours.")
+    return folder
+
+
+def running_worker(folder: Path) -> tuple[psutil.Process, str] | None:
+    """Return the worker of a runtime folder and its key, None where none runs."""
+    try:
+        identity = json.loads((folder / "worker.json").read_text())
+        process = psutil.Process(identity["pid"])
+        return (process, identity["key"]) if abs(process.create_time() - identity["created"]) < 1.0 else None
+    except (OSError, ValueError, psutil.NoSuchProcess):
+        return None
+
+
+def _ensure_worker(folder: Path, spec: WorkerSpec) -> Path:
+    socket = folder / f"{spec.key()}.sock"
+    running = running_worker(folder)
+    if running is not None and running[1] == spec.key() and _ready(socket, 5.0):
+        return socket
+    _stop(folder)
+    spec_file = folder / "spec.json"
+    spec_file.write_text(json.dumps(asdict(spec)))
+    host_pid = folder.name.partition("-")[0]
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "client_app.worker", str(folder), host_pid],
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd=folder,
+    )
+    limit = time.monotonic() + _START_SECONDS
+    while time.monotonic() < limit:
+        if worker.poll() is not None:
+            raise LinkError(
+                f"the worker ended while starting (exit code {worker.returncode}): see the SuperNode's log."
+            )
+        if _ready(socket, 0.2):
+            return socket
+    worker.kill()
+    raise LinkError(f"the worker did not start within {_START_SECONDS:.0f} s: see the SuperNode's log.")
+
+
+def _ready(socket: Path, seconds: float) -> bool:
+    if not socket.exists():
+        time.sleep(min(seconds, 0.05))
+        return False
+    with grpc.insecure_channel(f"unix:{socket}") as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=seconds)
+            return True
+        except grpc.FutureTimeoutError:
+            return False
+
+
+def _stop(folder: Path) -> None:
+    running = running_worker(folder)
+    if running is None:
+        return
+    process = running[0]
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.terminate()
+        try:
+            process.wait(_STOP_SECONDS)
+        except psutil.TimeoutExpired:
+            process.kill()
+
+
+def _host_process() -> psutil.Process:
+    """Return the SuperNode above this process; outside one, the parent."""
+    ancestors = psutil.Process().parents()
+    for process in ancestors:
+        with contextlib.suppress(psutil.Error):
+            if any(Path(part).name == "flower-supernode" for part in process.cmdline()[:3]):
+                return process
+    return ancestors[0]

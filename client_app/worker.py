@@ -1,0 +1,131 @@
+"""The resident worker: holds model and data between rounds, answers the messenger on a Unix socket.
+
+Run as ``python -m client_app.worker FOLDER HOST_PID`` by `client_app.link`. It ends when its SuperNode is gone, when
+another worker took its place, on SIGTERM, or after an idle time.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import psutil
+
+from client_app.link import GRPC_OPTIONS, METHOD, WorkerSpec, running_worker
+from client_app.tasks import Node
+from fedtune_strategies.errors import FedTuneError
+from fedtune_strategies.protocol import messages as protocol
+
+log = logging.getLogger("fedtune")
+
+IDLE_SECONDS = 1800.0
+_WATCH_SECONDS = 0.5
+
+
+class Service:
+    """Answers tasks one at a time, loading the node on the first one.
+
+    Parameters
+    ----------
+    spec : WorkerSpec
+        What the worker was started for.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._spec = spec
+        self._node: Node | None = None
+        self._busy = threading.Lock()
+        self.last_used = time.monotonic()
+
+    def do(self, request: bytes) -> bytes:
+        """Answer one task; a node that cannot be loaded is a `Failure`, and tried again with the next task."""
+        kind, _, payload = request.partition(b"\0")
+        with self._busy:
+            try:
+                if self._node is None:
+                    self._node = Node(self._spec.run_config, self._spec.node_config, self._spec.node_id)
+                name, body = self._node.handle(kind.decode(errors="replace"), payload)
+            except FedTuneError as error:
+                log.error("%s", error)
+                failure = protocol.Failure(error.exit_code, str(error))
+                name, body = failure.kind, protocol.encode(failure)
+            self.last_used = time.monotonic()
+        return b"\0".join([name.encode(), body])
+
+    def idle_seconds(self) -> float:
+        """Return the seconds since the last task; 0 while one runs."""
+        return 0.0 if self._busy.locked() else time.monotonic() - self.last_used
+
+
+def serve(folder: Path, host_pid: int) -> None:
+    """Serve until there is a reason to end.
+
+    Parameters
+    ----------
+    folder : Path
+        The runtime folder, with the spec in ``spec.json``.
+    host_pid : int
+        Process id of the SuperNode.
+    """
+    host = psutil.Process(host_pid)
+    spec = WorkerSpec(**json.loads((folder / "spec.json").read_text()))
+    service = Service(spec)
+    handler = grpc.unary_unary_rpc_method_handler(lambda request, context: service.do(request))
+    server = grpc.server(ThreadPoolExecutor(max_workers=1), options=GRPC_OPTIONS)
+    server.add_generic_rpc_handlers((_Handler(handler),))
+    me = psutil.Process()
+    identity = folder / "worker.json"
+    partial = identity.with_suffix(".partial")
+    partial.write_text(json.dumps({"pid": me.pid, "created": me.create_time(), "key": spec.key()}))
+    partial.replace(identity)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    server.add_insecure_port(f"unix:{folder / f'{spec.key()}.sock'}")
+    server.start()
+    reason = _watch(host, folder, service, stop)
+    log.info("worker ends: %s", reason)
+    if reason == "its SuperNode is gone":
+        shutil.rmtree(folder, ignore_errors=True)
+    # A task may still be computing: nobody waits for it.
+    os._exit(0)
+
+
+def _watch(host: psutil.Process, folder: Path, service: Service, stop: threading.Event) -> str:
+    me = os.getpid()
+    checks: list[tuple[str, Callable[[], bool]]] = [
+        ("its SuperNode is gone", lambda: not host.is_running() or host.status() == psutil.STATUS_ZOMBIE),
+        ("another worker took its place", lambda: (found := running_worker(folder)) is None or found[0].pid != me),
+        (f"idle for {IDLE_SECONDS:.0f} s", lambda: service.idle_seconds() > IDLE_SECONDS),
+    ]
+    while not stop.wait(_WATCH_SECONDS):
+        for reason, holds in checks:
+            try:
+                if holds():
+                    return reason
+            except psutil.NoSuchProcess:
+                return "its SuperNode is gone"
+    return "asked to"
+
+
+class _Handler(grpc.GenericRpcHandler):
+    def __init__(self, handler: grpc.RpcMethodHandler) -> None:
+        self._handler = handler
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        """Route the one method."""
+        return self._handler if details.method == METHOD else None
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    serve(Path(sys.argv[1]), int(sys.argv[2]))

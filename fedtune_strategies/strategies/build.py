@@ -1,0 +1,37 @@
+"""From a run configuration to the strategy that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from fedtune_strategies.blocks.find import find_blocks
+from fedtune_strategies.config import Config
+from fedtune_strategies.strategies.base import TuningStrategy
+from fedtune_strategies.strategies.fedcybgd import FedCyBGD
+from fedtune_strategies.strategies.fedkseed import FedKSeed, FedKSeedPro
+
+
+def build_strategy(config: Config, model: nn.Module, base: Mapping[str, Tensor]) -> TuningStrategy:
+    """Make the strategy of ``method.name``.
+
+    Parameters
+    ----------
+    config : Config
+        The run configuration.
+    model : nn.Module
+        The server's copy of the model; its structure gives the blocks.
+    base : mapping of str to Tensor
+        W_0 by canonical parameter name.
+
+    Returns
+    -------
+    TuningStrategy
+        A new strategy at the base model.
+    """
+    if config.method.name == "fedcybgd":
+        settings = config.fedcybgd
+        blocks = find_blocks(model, settings.layers_per_block, train_embeddings=settings.train_embeddings)
+        return FedCyBGD(config, base, blocks)
+    return {"fedkseed": FedKSeed, "fedkseed-pro": FedKSeedPro}[config.method.name](config, base)

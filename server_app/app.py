@@ -1,0 +1,37 @@
+"""The ServerApp: Flower's run config in, a tuned model out."""
+
+from __future__ import annotations
+
+import logging
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run `server_app.run.execute`; a user's mistake fails the run with one line in Flower's log and run list."""
+    from server_app.run import execute
+
+    logging.getLogger("fedtune").addHandler(_flower_handler())
+    logging.getLogger("fedtune").setLevel(logging.INFO)
+    logging.getLogger("flwr").addFilter(_without_trace)
+    execute(grid, context.run_config, context.run_id)
+
+
+def _flower_handler() -> logging.Handler:
+    # Flower sends what its own logger gets to `flwr log`.
+    handler = logging.Handler()
+    handler.emit = logging.getLogger("flwr").handle  # type: ignore[method-assign]
+    return handler
+
+
+def _without_trace(record: logging.LogRecord) -> bool:
+    from fedtune_strategies.errors import FedTuneError
+
+    error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+    if isinstance(error, FedTuneError):
+        record.msg, record.args, record.exc_info = str(error), None, None
+    return True

@@ -1,0 +1,202 @@
+"""Drive a strategy over a fleet, round by round, from its ledger.
+
+A round is: ask, accept reply by reply (each one appended to the ledger at once), aggregate, append the new state.
+A server that was stopped in the middle of a round asks only the nodes whose reply it has not got.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import safetensors.torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
+from torch import Tensor
+
+from fedtune_strategies.config import Config
+from fedtune_strategies.errors import FedTuneError, NodesError, ProtocolError
+from fedtune_strategies.fleet import Fleet, Received
+from fedtune_strategies.protocol.records import from_record, to_record
+from fedtune_strategies.strategies.base import TuningStrategy
+from server_app.ledger import Ledger, Record
+
+log = logging.getLogger("fedtune")
+
+Evaluate = Callable[[int, ArrayRecord], None]
+
+
+def run_rounds(
+    strategy: TuningStrategy, fleet: Fleet, ledger: Ledger, config: Config, evaluate: Evaluate
+) -> ArrayRecord:
+    """Run all rounds that the ledger does not hold yet.
+
+    Parameters
+    ----------
+    strategy : TuningStrategy
+        A new strategy; it takes up the ledger's state.
+    fleet : Fleet
+        The nodes.
+    ledger : Ledger
+        Open for writing.
+    config : Config
+        The run configuration.
+    evaluate : callable
+        Called with (round, arrays) before the first round and after every round; it puts the weights in place,
+        which also gives the strategy the fingerprint that it expects of the nodes.
+
+    Returns
+    -------
+    ArrayRecord
+        The global model after the last round.
+
+    Raises
+    ------
+    NodesError
+        Too few nodes, or too few usable replies in all attempts of a round. The ledger keeps what was committed.
+    """
+    done, arrays = restore(strategy, ledger)
+    if done:
+        log.info("resuming after round %d of %d", done, config.num_server_rounds)
+    strategy.summary()
+    evaluate(done, arrays)
+    for number in range(done + 1, config.num_server_rounds + 1):
+        arrays = _round(number, strategy, arrays, fleet, ledger, config)
+        evaluate(number, arrays)
+    return arrays
+
+
+def restore(strategy: TuningStrategy, ledger: Ledger, round: int | None = None) -> tuple[int, ArrayRecord]:
+    """Fold the ledger into a strategy.
+
+    Parameters
+    ----------
+    strategy : TuningStrategy
+        A new strategy.
+    ledger : Ledger
+        The run's ledger.
+    round : int, optional
+        Stop after this round; the last committed one by default.
+
+    Returns
+    -------
+    tuple of int and ArrayRecord
+        The round and the global model after it; round 0 is the base model.
+
+    Raises
+    ------
+    LedgerError
+        A stored file is missing or damaged.
+    """
+    files: dict[str, str] = {}
+    newest: Record | None = None
+    for record in ledger.records("round"):
+        if round is not None and record.round > round:
+            break
+        files |= record.body["files"]
+        newest = record
+    if newest is None:
+        return 0, strategy.initial_arrays()
+
+    def load(label: str) -> dict[str, Tensor] | None:
+        return ledger.get_file(files[label]) if label in files else None
+
+    return newest.round, strategy.restore(safetensors.torch.load(newest.blob), load)
+
+
+def _round(
+    number: int, strategy: TuningStrategy, arrays: ArrayRecord, fleet: Fleet, ledger: Ledger, config: Config
+) -> ArrayRecord:
+    failed: set[str] = set()
+    for attempt in range(1, config.round.attempts + 1):
+        fleet.set_aside(())
+        fleet.gather(config.strategy.min_nodes, config.round.node_wait)
+        fleet.set_aside(failed if failed < set(fleet.nodes) else ())
+        failed |= _ask(number, strategy, arrays, fleet, ledger, config)
+        replies = list(ledger.records("reply", round=number))
+        if len(replies) >= config.strategy.min_replies:
+            return _commit(number, strategy, replies, ledger)
+        log.warning(
+            "round %d, attempt %d of %d: %d usable replies, %d needed",
+            number, attempt, config.round.attempts, len(replies), config.strategy.min_replies,
+        )  # fmt: skip
+    raise NodesError(
+        f"round {number} had too few usable replies in {config.round.attempts} attempts: "
+        f"{_reasons(ledger, number)}. Start the run again to go on from round {number - 1}."
+    )
+
+
+def _ask(
+    number: int, strategy: TuningStrategy, arrays: ArrayRecord, fleet: Fleet, ledger: Ledger, config: Config
+) -> set[str]:
+    """Send the round's tasks and record what comes; return the names of the nodes that gave nothing usable."""
+    names = {node.id: name for name, node in fleet.nodes.items()}
+    tasks = list(strategy.configure_train(number, arrays, ConfigRecord(), fleet))
+    answered = {record.node for record in ledger.records("reply", round=number)}
+    if answered:
+        asked = set().union(*(record.body["nodes"] for record in ledger.records("asked", round=number)))
+        tasks = [task for task in tasks if names[task.metadata.dst_node_id] in asked - answered]
+    waiting = {names[task.metadata.dst_node_id] for task in tasks}
+    ledger.append("asked", round=number, body={"nodes": sorted(waiting)})
+    failed = set(waiting)
+    for received in fleet.exchange(tasks, config.round.deadline):
+        try:
+            if _accept(number, received, strategy, ledger):
+                answered.add(received.node.name)
+            failed.discard(received.node.name)
+        except FedTuneError as error:
+            log.warning("round %d: %s: %s", number, received.node.name, error)
+            ledger.append("refused", round=number, node=received.node.name, body={"reason": str(error)})
+    for name in sorted(failed):
+        log.warning("round %d: no usable reply from %s", number, name)
+    return failed
+
+
+def _accept(number: int, received: Received, strategy: TuningStrategy, ledger: Ledger) -> bool:
+    message = received.message
+    if isinstance(message, FedTuneError):
+        raise message
+    sender = getattr(message, "node", None)
+    if sender != received.node.name:
+        raise ProtocolError(f"the reply bears the name of {sender!r}: it is left out.")
+    if not strategy.accept(number, message):
+        return False
+    assert received.content is not None
+    kind, payload = from_record(received.content)
+    facts: dict[str, Any] = {
+        key: value for key, value in vars(message).items() if isinstance(value, str | int | float) and key != "node"
+    }
+    facts |= {"kind": kind, "bytes_down": received.bytes_down, "bytes_up": received.bytes_up}
+    ledger.append("reply", round=number, node=received.node.name, body=facts, blob=payload)
+    return True
+
+
+def _commit(number: int, strategy: TuningStrategy, replies: list[Record], ledger: Ledger) -> ArrayRecord:
+    messages = [
+        Message(to_record(record.body["kind"], record.blob), dst_node_id=0, message_type=MessageType.TRAIN)
+        for record in replies
+    ]
+    arrays, metrics = strategy.aggregate_train(number, messages)
+    if arrays is None:
+        raise NodesError(f"round {number}: the strategy made no model of {len(replies)} replies.")
+    state = strategy.state()
+    files = {label: ledger.put_file(tensors) for label, tensors in state.files.items()}
+    facts: dict[str, Any] = {
+        "files": files,
+        "metrics": dict(metrics or {}),
+        "replies": [record.node for record in replies],
+    }
+    ledger.append("round", round=number, body=facts, blob=safetensors.torch.save(state.tensors))
+    log.info("round %d: %d replies, %s", number, len(replies), _brief(facts["metrics"]))
+    return arrays
+
+
+def _reasons(ledger: Ledger, round: int) -> str:
+    refused = [f"{record.node}: {record.body['reason']}" for record in ledger.records("refused", round=round)]
+    return "; ".join(dict.fromkeys(refused)) or "no node answered by the deadline"
+
+
+def _brief(metrics: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()
+    )

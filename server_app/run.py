@@ -1,0 +1,127 @@
+"""One run from its configuration to the exported model, over any grid."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord
+from flwr.serverapp import Grid
+
+from fedtune_strategies.config import Config, defaults, parse
+from fedtune_strategies.errors import FedTuneError, LedgerError
+from fedtune_strategies.fleet import Fleet
+from fedtune_strategies.language.model import base_tensors, load_model
+from fedtune_strategies.seed_space import fingerprint, tuned_parameters
+from fedtune_strategies.strategies.build import build_strategy
+from server_app.drive import run_rounds
+from server_app.evaluation import evaluate, load_held_out
+from server_app.export import export_model
+from server_app.ledger import Ledger
+
+log = logging.getLogger("fedtune")
+
+# What may differ between the start of a run and its resumption: nothing that a result depends on.
+_FREE_KEYS = ("num-server-rounds", "run.", "round.", "eval.", "strategy.min-nodes")
+
+
+def execute(grid: Grid, flat: Mapping[str, Any], run_id: int) -> Path:
+    """Run a configuration to its end, or resume it.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's grid, or an in-memory one.
+    flat : mapping of str to str, int, float or bool
+        The run config.
+    run_id : int
+        Flower's id of the run; names the run's folder where ``run.dir`` is empty.
+
+    Returns
+    -------
+    Path
+        Folder of the exported model.
+
+    Raises
+    ------
+    FedTuneError
+        The run cannot start or go on. The ledger, where there is one, records the line and the exit code.
+    """
+    config = parse(flat)
+    ledger = _open_ledger(config, flat, run_id)
+    try:
+        return _execute(grid, config, ledger)
+    except FedTuneError as error:
+        ledger.append("failed", body={"exit_code": error.exit_code, "message": str(error)})
+        raise
+    finally:
+        ledger.close()
+
+
+def run_folder(config: Config, run_id: int) -> Path:
+    """Return the folder of a run's ledger and export."""
+    if config.run.dir:
+        return Path(config.run.dir).expanduser()
+    home = os.environ.get("FEDTUNE_HOME", "~/.fedtune")
+    return Path(home).expanduser() / "runs" / str(run_id)
+
+
+def _execute(grid: Grid, config: Config, ledger: Ledger) -> Path:
+    language = load_model(config.model.name, config.model.dtype)
+    held_out = load_held_out(config, language)
+    base = base_tensors(language)
+    parameters = tuned_parameters(language.model)
+    strategy = build_strategy(config, language.model, base)
+    fleet = Fleet(grid, fingerprint(base), on_event=lambda kind, node, line: _note(ledger, kind, node, line))
+
+    def evaluate_round(number: int, arrays: ArrayRecord) -> None:
+        print_of_weights = strategy.materialise(arrays, parameters)
+        last = number == config.num_server_rounds
+        if held_out is None or not (last or number % config.eval.every == 0) or _has_evaluation(ledger, number):
+            return
+        facts = evaluate(language, held_out, config, with_answers=last or number == 0)
+        ledger.append("evaluation", round=number, body=facts | {"fingerprint": print_of_weights})
+        log.info("round %d: held-out loss %.4f, perplexity %.2f", number, facts["eval/loss"], facts["eval/perplexity"])
+
+    run_rounds(strategy, fleet, ledger, config, evaluate_round)
+    folder = export_model(language, config, ledger, config.num_server_rounds, ledger.folder / "model")
+    ledger.append("finished", round=config.num_server_rounds, body={"model": str(folder)})
+    log.info("finished: the tuned model is in %s", folder)
+    return folder
+
+
+def _open_ledger(config: Config, flat: Mapping[str, Any], run_id: int) -> Ledger:
+    folder = run_folder(config, run_id)
+    there = (folder / "ledger.sqlite").exists()
+    if there and config.run.resume == "never":
+        raise LedgerError(f"{folder} holds a run already: choose another 'run.dir' or set 'run.resume' to 'auto'.")
+    if not there and config.run.resume == "always":
+        raise LedgerError(f"{folder} holds no run to resume: check 'run.dir' or set 'run.resume' to 'auto'.")
+    ledger = Ledger(folder)
+    started = ledger.last("start")
+    settings = defaults() | dict(flat)
+    if started is not None:
+        _check_same_run(started.body["config"], settings, folder)
+    ledger.append("start", body={"config": settings, "version": version("fedtune"), "run_id": str(run_id)})
+    return ledger
+
+
+def _check_same_run(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    for key in sorted(set(before) | set(now)):
+        if before.get(key) != now.get(key) and not key.startswith(_FREE_KEYS):
+            raise LedgerError(
+                f"the run in {folder} was started with '{key}' = {before.get(key)!r}, now it is {now.get(key)!r}: "
+                "set it back, or choose another 'run.dir'."
+            )
+
+
+def _has_evaluation(ledger: Ledger, round: int) -> bool:
+    return next(ledger.records("evaluation", round=round), None) is not None
+
+
+def _note(ledger: Ledger, kind: str, node: str, line: str) -> None:
+    ledger.append(kind, node=node, body={"reason": line})
