@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -103,13 +104,14 @@ def generate_answers(
     """
     room = max((context_length(model) or 1 << 30) - max_new_tokens, 1)
     fitting = [list(prompt[-room:]) for prompt in prompts]
+    stop = _stop_ids(model, tokenizer)
     config = GenerationConfig(
         do_sample=False,
         repetition_penalty=1.0,  # else the model's own, which is for chatting
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=_stop_ids(model, tokenizer),
+        eos_token_id=stop,
     )
     answers = [""] * len(fitting)
     for indices in _by_length([len(prompt) for prompt in fitting], batch_size):
@@ -117,9 +119,9 @@ def generate_answers(
         output = model.generate(  # type: ignore[operator]  # known to the class of a concrete model only
             input_ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
         )
-        texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
-        for i, text in zip(indices, texts, strict=True):
-            answers[i] = text.strip()
+        for i, ids in zip(indices, output[:, input_ids.shape[1] :].tolist(), strict=True):
+            answer = list(takewhile(lambda token: token not in stop, ids))
+            answers[i] = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
     return answers
 
 

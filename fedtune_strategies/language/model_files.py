@@ -12,11 +12,10 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
 from fedtune_strategies.errors import ModelError
+from fedtune_strategies.tiny import MODEL_FOLDER
 
 EMBEDDED_NAME = "fedtune-tiny"
 """Name of the model that comes with the package."""
-
-EMBEDDED_FOLDER = Path(__file__).parent.parent / "tiny" / "model"
 
 
 def model_folder(name: str) -> Path:
@@ -30,18 +29,23 @@ def model_folder(name: str) -> Path:
     Returns
     -------
     Path
-        A folder with a ``config.json``.
+        A folder whose ``config.json`` names a model type.
 
     Raises
     ------
     ModelError
         There is none.
     """
-    folder = EMBEDDED_FOLDER if name == EMBEDDED_NAME else Path(name).expanduser()
+    folder = MODEL_FOLDER if name == EMBEDDED_NAME else Path(name).expanduser()
     if not folder.is_dir():
         folder = _cached_folder(name)
-    if not (folder / "config.json").is_file():
+    config = folder / "config.json"
+    if not config.is_file():
         raise ModelError(f"{name}: not a model folder: no config.json in {folder}; give the folder that holds it")
+    try:
+        json.loads(config.read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, KeyError, TypeError):
+        raise ModelError(f"{name}: {config} does not say what model this is; download it again") from None
     return folder
 
 

@@ -1,0 +1,163 @@
+import logging
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune_strategies.errors import DataError
+from fedtune_strategies.language.data import Row
+from fedtune_strategies.language.examples import CHUNK, IGNORE, Examples, _fit, batches, collate, tokenise
+
+from .models import make_tokenizer
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}|{{ m['role'] }}:{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}|assistant:{% endif %}"
+)
+MESSAGES = [{"role": "user", "content": "who is it?"}]
+
+
+def parts(examples, tokenizer, i=0):
+    ids, start = examples.tokens[i], examples.prompt_lengths[i]
+    return tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:])
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer():
+    tokenizer = make_tokenizer(pad_token="<unk>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def test_plain_template(tokenizer):
+    examples = tokenise([Row(MESSAGES, "ada", ("ada",))], tokenizer, 100)
+    assert parts(examples, tokenizer) == ("<s>### Instruction:\nwho is it?\n\n### Response:\n", "ada</s>")
+    assert examples.references == [("ada",)]
+
+
+def test_string_prompt_stays_as_written(tokenizer):
+    assert parts(tokenise([Row("2 is ", "two")], tokenizer, 100), tokenizer) == ("<s>2 is ", "two</s>")
+
+
+def test_plain_text_is_all_response(tokenizer):
+    examples = tokenise([Row(None, "once")], tokenizer, 100)
+    assert parts(examples, tokenizer) == ("", "<s>once</s>")
+
+
+@pytest.mark.parametrize("prompt", [MESSAGES, "who is it?"])
+def test_chat_template_shapes_conversations_and_strings_alike(chat_tokenizer, prompt):
+    examples = tokenise([Row(prompt, "ada")], chat_tokenizer, 100)
+    assert parts(examples, chat_tokenizer) == ("|user:who is it?</s>|assistant:", "ada</s>")
+
+
+def test_plain_text_under_a_chat_template_gets_the_tokenizers_own_special_tokens(chat_tokenizer):
+    assert parts(tokenise([Row(None, "once")], chat_tokenizer, 100), chat_tokenizer) == ("", "<s>once</s>")
+
+
+def test_template_that_opens_answers_differently_when_generating():
+    tokenizer = make_tokenizer(pad_token="<unk>")
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("|assistant:{% endif", "|assistant:#{% endif")
+    assert parts(tokenise([Row("who", "ada")], tokenizer, 100), tokenizer) == ("|user:who</s>|assistant:#", "ada</s>")
+
+
+def test_token_across_the_boundary_belongs_to_the_response():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE({"<unk>": 0, "a": 1, "b": 2, "ab": 3}, [("a", "b")], unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<unk>")
+    examples = tokenise([Row("aa", "bb")], tokenizer, 10)
+    assert examples.tokens[0].tolist() == [1, 3, 2]
+    assert examples.prompt_lengths == [1]
+
+
+def test_long_prompt_loses_its_beginning(tokenizer):
+    examples = tokenise([Row("abcdefgh", "xyz")], tokenizer, 8)
+    assert parts(examples, tokenizer) == ("<s>fgh", "xyz</s>")
+    assert (examples.cut_prompts, examples.truncated, examples.dropped) == (1, 0, 0)
+
+
+def test_long_response_loses_its_end_and_is_counted(tokenizer, caplog):
+    with caplog.at_level(logging.WARNING):
+        examples = tokenise([Row("abcdefgh", "uvwxyz0123"), Row("a", "b")], tokenizer, 8)
+    assert parts(examples, tokenizer) == ("<s>fgh", "uvwx")
+    assert examples.truncated == 1
+    assert "1 of 2 responses lost their end: longer than 8 tokens" in caplog.text
+
+
+def test_no_response_fits(tokenizer):
+    with pytest.raises(DataError, match=r"not one of the 2 responses fits in 8 tokens; raise 'train.seq-length'"):
+        tokenise([Row("a", "0123456789")] * 2, tokenizer, 8)
+
+
+def test_long_plain_text_is_cut(tokenizer):
+    examples = tokenise([Row(None, "0123456789")], tokenizer, 8)
+    assert parts(examples, tokenizer) == ("", "<s>0123456")
+
+
+def test_row_with_nothing_to_predict_is_dropped():
+    tokenizer = make_tokenizer(pad_token="<unk>", bos_token=None, eos_token=None)
+    tokenizer.backend_tokenizer.post_processor = None
+    examples = tokenise([Row(None, "a"), Row(None, "ab")], tokenizer, 8)
+    assert (len(examples), examples.dropped) == (1, 1)
+
+
+def test_chunks_join_in_order(tokenizer):
+    rows = [Row("n", str(i)) for i in range(CHUNK + 3)]
+    examples = tokenise(rows, tokenizer, 20)
+    assert [parts(examples, tokenizer, i)[1] for i in (0, CHUNK, CHUNK + 2)] == ["0</s>", "1000</s>", "1002</s>"]
+
+
+@given(st.integers(0, 30), st.integers(1, 30), st.integers(2, 20), st.booleans())
+def test_fit_keeps_the_response_where_it_can(prompt_length, response_length, seq_length, has_bos):
+    ids = list(range(prompt_length + response_length))
+    fitted, start = _fit(ids, prompt_length, seq_length, 0 if has_bos else None)
+    prompt, response = fitted[:start], fitted[start:]
+    assert len(fitted) == min(len(ids), seq_length)
+    assert response == ids[prompt_length:][: len(response)]
+    assert len(response) == response_length or response_length >= seq_length
+    tail = prompt[1:] if has_bos and start > 1 else prompt
+    assert tail == ids[prompt_length - len(tail) : prompt_length]
+    assert prompt == tail or prompt[0] == 0
+
+
+def make_examples(count):
+    tokens = [np.array([i, i], dtype=np.int32) for i in range(count)]
+    return Examples(tokens, [1] * count, [()] * count, 0)
+
+
+def drawn(examples, batch_size, steps, key):
+    return [batch["input_ids"][:, 0].tolist() for batch in batches(examples, batch_size, steps, key)]
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 20), st.integers(1, 25), st.integers(1, 5), st.integers(-(2**70), 2**70), st.text(max_size=5))
+def test_batches_visit_every_example_once_an_epoch(count, batch_size, steps, seed, node):
+    order = drawn(make_examples(count), batch_size, steps, (seed, node))
+    assert [len(batch) for batch in order] == [batch_size] * steps
+    flat = [i for batch in order for i in batch]
+    for epoch in range(len(flat) // count):
+        assert sorted(flat[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+def test_batches_depend_on_the_key_alone():
+    examples = make_examples(50)
+    first = drawn(examples, 4, 30, (1, 2, "node"))
+    assert first == drawn(examples, 4, 30, (1, 2, "node"))
+    assert first[:10] == drawn(examples, 4, 10, (1, 2, "node"))
+    others = [drawn(examples, 4, 30, key) for key in [(1, 2, "edon"), (1, 3, "node"), (2, 1, "node")]]
+    assert all(first != other for other in others)
+
+
+def test_batches_stay_the_same_from_release_to_release():
+    # A run that goes on after an upgrade must go on with the batches that it began with.
+    assert drawn(make_examples(6), 3, 3, (7, 1, "node-0")) == [[0, 1, 4], [5, 3, 2], [0, 3, 2]]
+
+
+def test_collate_pads_on_the_right_and_masks_prompts():
+    tokens = [np.array([5, 6, 7], dtype=np.int32), np.array([8, 9], dtype=np.int32)]
+    batch = collate(Examples(tokens, [2, 0], [(), ()], pad_id=1), [0, 1])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 1]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[IGNORE, IGNORE, 7], [8, 9, IGNORE]]

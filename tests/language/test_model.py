@@ -1,0 +1,243 @@
+import json
+import logging
+import shutil
+import socket
+from types import SimpleNamespace
+
+import huggingface_hub.constants
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from fedtune_strategies.errors import ConfigError, ModelError, ResourceError
+from fedtune_strategies.language import model as model_module
+from fedtune_strategies.language.evaluation import generate_answers
+from fedtune_strategies.language.model import base_tensors, check_context, load_model, save_model
+from fedtune_strategies.tiny import MODEL_FOLDER
+
+from .models import CONFIGS, CONTEXT, make_model, make_tokenizer
+
+
+@pytest.fixture
+def folder(folders, tmp_path):
+    """A copy of one model's folder, to be damaged."""
+    return shutil.copytree(folders["llama"], tmp_path / "model")
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.arange(3, 20)[None]).logits
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_load_base_tensors_save_and_reload(folders, tmp_path, name):
+    language = load_model(str(folders[name]))
+    assert not language.model.training
+    base = base_tensors(language)
+    assert list(base) == [name for name, _ in language.model.named_parameters()]
+    for key, parameter in language.model.named_parameters():
+        assert torch.equal(base[key], parameter)
+    before = {key: tensor.clone() for key, tensor in base.items()}
+
+    with torch.no_grad():
+        for parameter in language.model.parameters():
+            parameter.add_(0.01)
+    assert all(torch.equal(base[key], before[key]) for key in base), "tuning must not touch the base"
+
+    save_model(language.model, language.tokenizer, tmp_path / "tuned")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", dtype=torch.float32)
+    torch.testing.assert_close(logits(plain), logits(language.model), rtol=0, atol=0)
+    again = load_model(str(tmp_path / "tuned"))
+    assert again.tokenizer("ada").input_ids == language.tokenizer("ada").input_ids
+    if language.model.config.tie_word_embeddings:
+        assert again.model.get_output_embeddings().weight is again.model.get_input_embeddings().weight
+
+
+def test_base_tensors_are_mapped_not_copied(folders, monkeypatch):
+    language = load_model(str(folders["llama"]))
+    monkeypatch.setattr(torch.Tensor, "clone", lambda self: pytest.fail("copied"))
+    assert len(base_tensors(language)) == 21
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_base_tensors_of_another_dtype(folders, dtype):
+    language = load_model(str(folders["llama"]), dtype=dtype)
+    base = base_tensors(language)
+    assert {tensor.dtype for tensor in base.values()} == {getattr(torch, dtype)}
+    with torch.no_grad():
+        language.model.lm_head.weight.zero_()
+    assert base["lm_head.weight"].any()
+
+
+def test_gpt2_file_without_prefix_is_mapped(folders, tmp_path, monkeypatch):
+    folder = shutil.copytree(folders["gpt2"], tmp_path / "gpt2")
+    tensors = load_file(folder / "model.safetensors")
+    stripped = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    save_file(stripped, folder / "model.safetensors", {"format": "pt"})
+    language = load_model(str(folder))
+    monkeypatch.setattr(torch.Tensor, "clone", lambda self: pytest.fail("copied"))
+    assert torch.equal(base_tensors(language)["transformer.wte.weight"], tensors["transformer.wte.weight"])
+
+
+def test_sharded_model(tmp_path):
+    make_model(CONFIGS["llama"]).save_pretrained(tmp_path, max_shard_size="8KB")
+    make_tokenizer().save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert len(base_tensors(load_model(str(tmp_path)))) == 21
+    next(tmp_path.glob("model-00002*")).unlink()
+    with pytest.raises(ModelError, match=r"incomplete download, without model-00002-of-.*; download the model again"):
+        load_model(str(tmp_path))
+
+
+def test_never_touches_the_network(folders, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("network"))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("network"))
+    load_model(str(folders["mistral"]))
+    with pytest.raises(ModelError):
+        load_model("no-such-owner/no-such-model")
+
+
+@pytest.mark.parametrize("name", ["no-such-owner/no-such-model", "/no/such/folder", "no such name"])
+def test_unknown_model(name):
+    with pytest.raises(ModelError, match="no such folder, nor a model of that name in the Hugging Face cache"):
+        load_model(name)
+
+
+def test_model_in_the_cache_loads_by_its_id(folders, tmp_path, monkeypatch):
+    repository = tmp_path / "models--owner--tiny"
+    shutil.copytree(folders["qwen2"], repository / "snapshots" / "0123")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert load_model("owner/tiny").folder == repository / "snapshots" / "0123"
+
+
+def rewrite_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def truncate(path, size):
+    with path.open("r+b") as file:
+        file.truncate(size)
+
+
+def drop_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+BAD_FOLDERS = {
+    "not a model folder: no config.json": lambda folder: (folder / "config.json").unlink(),
+    "holds no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "the weights are pickled": lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+    "incomplete or damaged .*not fully covered": lambda folder: truncate(folder / "model.safetensors", 9000),
+    "incomplete or damaged .*header": lambda folder: truncate(folder / "model.safetensors", 3),
+    "causal language model: Unrecognized configuration class": lambda folder: rewrite_config(folder, model_type="t5"),
+    "causal language model: .*nosuch": lambda folder: rewrite_config(folder, model_type="nosuch"),
+    "does not say what model this is": lambda folder: (folder / "config.json").write_text("{"),
+    "config.json does not say": lambda folder: (folder / "config.json").write_text('{"n_embd": 3}'),
+    "lack 1 tensors, such as lm_head.weight": drop_tensor,
+    "lack .* tensors, such as": lambda folder: rewrite_config(folder, num_hidden_layers=3),
+    "causal language model: .*size": lambda folder: rewrite_config(folder, intermediate_size=20),
+    "no usable tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
+    "no usable tokenizer in": lambda folder: (folder / "tokenizer.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("message", BAD_FOLDERS)
+def test_bad_folder_gives_one_line(folder, message):
+    BAD_FOLDERS[message](folder)
+    with pytest.raises(ModelError, match=message) as caught:
+        load_model(str(folder))
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_broken_index(folder):
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    (folder / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ModelError, match="not an index of weight files"):
+        load_model(str(folder))
+
+
+def test_tokenizer_of_another_model(folder):
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.model = type(tokenizer.backend_tokenizer.model)(
+        {"<unk>": 0, "<s>": 1, "</s>": 2} | {chr(300 + i): 3 + i for i in range(100)}, unk_token="<unk>"
+    )
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match="the tokenizer has 103 tokens but the model embeds 64"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize(("tokens", "pad"), [({}, "</s>"), ({"eos_token": None}, "<unk>"), ({"pad_token": "a"}, "a")])
+def test_padding_token(folder, caplog, tokens, pad):
+    make_tokenizer(**tokens).save_pretrained(folder)
+    with caplog.at_level(logging.INFO):
+        assert load_model(str(folder)).tokenizer.pad_token == pad
+    assert (f"no padding token; padding with {pad}" in caplog.text) == ("pad_token" not in tokens)
+
+
+def test_no_token_to_pad_with(folder):
+    make_tokenizer(eos_token=None, unk_token=None).save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"no pad, eos or unk token; set pad_token in tokenizer_config.json"):
+        load_model(str(folder))
+
+
+def test_too_little_memory(folders, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    needed = 4 * sum(p.numel() for p in make_model(CONFIGS["llama"]).parameters())
+    with pytest.raises(ResourceError, match=f"the weights need {needed:,} bytes on cpu, but 1,000 are available"):
+        load_model(str(folders["llama"]))
+
+
+def test_containers_limit_counts(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_module, "CGROUP", tmp_path)
+    (tmp_path / "memory.current").write_text("9000\n")
+    (tmp_path / "memory.stat").write_text("anon 5000\ninactive_file 500\n")
+    (tmp_path / "memory.max").write_text("10000\n")
+    with pytest.raises(ResourceError, match="but 1,500 are available"):
+        load_model(str(folders["llama"]))
+    (tmp_path / "memory.max").write_text("max\n")
+    load_model(str(folders["llama"]))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_no_such_device(folders):
+    with pytest.raises(ResourceError, match="torch finds no usable GPU"):
+        load_model(str(folders["llama"]), device="cuda")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_context(folders, name):
+    language = load_model(str(folders[name]))
+    check_context(language, CONTEXT)
+    with pytest.raises(ConfigError, match=f"'train.seq-length' is 129, but .* reads at most {CONTEXT}; lower it"):
+        check_context(language, CONTEXT + 1)
+
+
+def test_full_disk(folders, tmp_path, monkeypatch):
+    language = load_model(str(folders["llama"]))
+    error = OSError(28, "No space left on device")
+    monkeypatch.setattr(type(language.model), "save_pretrained", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(ResourceError, match="no disk space left"):
+        save_model(language.model, language.tokenizer, tmp_path)
+
+
+def test_generation_settings_as_published_can_be_saved(folder, tmp_path):
+    # Llama 2 ships a temperature without do_sample, which transformers itself calls invalid.
+    (folder / "generation_config.json").write_text('{"temperature": 0.6, "bos_token_id": 1, "eos_token_id": 2}')
+    language = load_model(str(folder))
+    generate_answers(language.model, language.tokenizer, [[5, 6]], max_new_tokens=2)
+    save_model(language.model, language.tokenizer, tmp_path / "tuned")
+    load_model(str(tmp_path / "tuned"))
+
+
+def test_embedded_model():
+    language = load_model("fedtune-tiny")
+    assert language.folder == MODEL_FOLDER
+    assert language.tokenizer.pad_token_id is not None
