@@ -111,7 +111,7 @@ def generate_answers(
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=stop,
+        eos_token_id=stop or None,
     )
     answers = [""] * len(fitting)
     for indices in _by_length([len(prompt) for prompt in fitting], batch_size):

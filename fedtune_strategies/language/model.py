@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,9 @@ from typing import cast
 
 import psutil
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from fedtune_strategies.errors import ConfigError, ModelError, ResourceError
@@ -71,6 +74,7 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> Langua
         The weights do not fit in the memory that is available, or there is no such device.
     """
     folder = model_folder(name)
+    _check_architecture(name, folder)
     needed = count_parameters(weight_files(folder)) * getattr(torch, dtype).itemsize
     _check_memory(name, needed, device)
     tokenizer = _load_tokenizer(name, folder)
@@ -160,6 +164,17 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         if getattr(error, "errno", None) != errno.ENOSPC and "os error 28" not in str(error):
             raise
         raise ResourceError(f"{folder}: no disk space left for the model; free some and export again") from None
+
+
+def _check_architecture(name: str, folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    architecture = (config.get("architectures") or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config["model_type"])])[0]
+    # An encoder such as BERT can be loaded as a causal model too, but sees the tokens that it shall predict.
+    if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise ModelError(
+            f"{name}: {architecture or config['model_type']} is not a causal language model that transformers "
+            f"{transformers.__version__} knows; choose one such as Llama, Qwen, Gemma or GPT-2"
+        )
 
 
 def _load_weights(name: str, folder: Path, dtype: str) -> PreTrainedModel:

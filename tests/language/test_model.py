@@ -137,8 +137,13 @@ BAD_FOLDERS = {
     "the weights are pickled": lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
     "incomplete or damaged .*not fully covered": lambda folder: truncate(folder / "model.safetensors", 9000),
     "incomplete or damaged .*header": lambda folder: truncate(folder / "model.safetensors", 3),
-    "causal language model: Unrecognized configuration class": lambda folder: rewrite_config(folder, model_type="t5"),
-    "causal language model: .*nosuch": lambda folder: rewrite_config(folder, model_type="nosuch"),
+    "BertForMaskedLM is not a causal language model": lambda folder: rewrite_config(
+        folder, model_type="bert", architectures=["BertForMaskedLM"]
+    ),
+    "nosuch is not a causal language model that transformers": lambda folder: rewrite_config(
+        folder, model_type="nosuch", architectures=None
+    ),
+    "cannot be loaded as a causal language model: .*nosuch": lambda folder: rewrite_config(folder, model_type="nosuch"),
     "does not say what model this is": lambda folder: (folder / "config.json").write_text("{"),
     "config.json does not say": lambda folder: (folder / "config.json").write_text('{"n_embd": 3}'),
     "lack 1 tensors, such as lm_head.weight": drop_tensor,
