@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from deploy.app_folder import write_app
 from deploy.federation import CONNECTION, Federation, federation
 from deploy.progress import Progress, clock, follow
 from deploy.proxy import Traffic
@@ -26,7 +27,6 @@ SETTINGS: dict[str, dict[str, Scalar]] = {
     "fedcybgd": {"num-server-rounds": 12},
 }
 HELD_OUT = 200  # most examples held out of a user's own file
-APP = Path(__file__).parent.parent
 
 
 def run_demo(
@@ -63,6 +63,7 @@ def run_demo(
     node_files, held_out = _data(out / "data", nodes, data)
     console.print(f"[bold]FedTune demo[/bold]: {nodes} nodes, {', '.join(methods)}; everything is written to {out}")
     console.print("Starting a SuperLink and the nodes: TLS, node keys, gRPC, free loopback ports …")
+    app = write_app(out / "app")
     named = {f"node-{i}": file for i, file in enumerate(node_files)}
     with federation(out / "federation", named) as running:
         console.print(
@@ -72,20 +73,22 @@ def run_demo(
         for method in methods:
             changes = {**SETTINGS[method], **({"num-server-rounds": rounds} if rounds else {})}
             changes |= {"method.name": method, "model.name": model, "eval.data": str(held_out)}
-            results.append(_tune(running, method, changes, out / method, console))
+            results.append(_tune(running, app, method, changes, out / method, console))
         _write(results, out)
         _show(results, out, console)
         console.print(f"The demo took {clock(time.monotonic() - started)}.")
         if keep:
-            _wait(running, console)
+            _wait(running, app, console)
 
 
-def _tune(running: Federation, method: str, changes: Mapping[str, Scalar], folder: Path, console: Console) -> Result:
+def _tune(
+    running: Federation, app: Path, method: str, changes: Mapping[str, Scalar], folder: Path, console: Console
+) -> Result:
     shutil.rmtree(folder, ignore_errors=True)
     before = running.traffic()
     started = time.time()
     progress = Progress(method, int(changes["num-server-rounds"]), len(running.nodes), started)
-    run_id = running.submit(APP, {**changes, "run.dir": str(folder), "strategy.min-nodes": len(running.nodes)})
+    run_id = running.submit(app, {**changes, "run.dir": str(folder), "strategy.min-nodes": len(running.nodes)})
     follow(running, run_id, folder, progress, console)
     after = running.traffic()
     traffic = sum((after[node] - before[node] for node in after), Traffic())
@@ -152,9 +155,11 @@ def _show(results: Sequence[Result], out: Path, console: Console) -> None:
     console.print(f"Table: {out / 'table.md'}, figures: {out / 'results.json'}", highlight=False)
 
 
-def _wait(running: Federation, console: Console) -> None:
+def _wait(running: Federation, app: Path, console: Console) -> None:
     home = running.environment["FLWR_HOME"]
-    console.print(f"The federation goes on until Ctrl-C. In another terminal: FLWR_HOME={home} flwr run . {CONNECTION}")
+    console.print(
+        f"The federation goes on until Ctrl-C. In another terminal: FLWR_HOME={home} flwr run {app} {CONNECTION}"
+    )
     while True:
         running.check()
         time.sleep(1.0)

@@ -111,7 +111,7 @@ def follow(running: Federation, run_id: int, folder: Path, progress: Progress, c
                 seen = record.seq
                 line = progress.take(record)
                 if line and (live is None or record.kind != "evaluation"):
-                    console.print(line, highlight=False)
+                    console.print(line, highlight=False, soft_wrap=True)
             if progress.ended or time.monotonic() - asked > ASK_EVERY:
                 status = running.status(run_id)
                 asked = time.monotonic()
