@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from fedtune_strategies.errors import ConfigError
 from fedtune_strategies.seed_space import reference
+from fedtune_strategies.seed_space.kernels import kernels, thread_count
 
 CHUNK = 1 << 15  # elements of 16-bit weights that are held in float32 at once
+SHARE = 1 << 18  # elements that are worth a thread
 
 
 @dataclass(frozen=True)
@@ -230,10 +233,10 @@ class WalshPool(Pool):
         return max(CHUNK, self.columns)
 
     def _add(self, name: str, out: Tensor, weight: Tensor, k: int, c: float, start: int) -> None:
-        reference.walsh_add(out, weight, k, c, self.key, name, self.columns, self.block, start)
+        kernels(out.device).walsh_add(out, weight, k, c, self.key, name, self.columns, self.block, start)
 
     def _rebuild(self, name: str, out: Tensor, base: Tensor, theta: Tensor, start: int) -> None:
-        reference.walsh_rebuild(out, base, theta, self.key, name, self.columns, self.block, start)
+        kernels(out.device).walsh_rebuild(out, base, theta, self.key, name, self.columns, self.block, start)
 
     def _project(self, name: str, delta: Tensor, start: int) -> Tensor:
         return reference.walsh_project(delta, self.key, name, self.columns, self.block, start)
@@ -248,10 +251,12 @@ class GaussianPool(Pool):
     """Independent standard normal directions, as in the FedKSeed paper (arXiv 2312.06353). Rebuilding costs O(K)."""
 
     def _add(self, name: str, out: Tensor, weight: Tensor, k: int, c: float, start: int) -> None:
-        reference.gaussian_add(out, weight, k, c, self.key, name, start)
+        seed, factor = torch.tensor([k]), torch.tensor([c], dtype=torch.float32, device=out.device)
+        kernels(out.device).gaussian_rebuild(out, weight, seed, factor, self.key, name, start)
 
     def _rebuild(self, name: str, out: Tensor, base: Tensor, theta: Tensor, start: int) -> None:
-        reference.gaussian_rebuild(out, base, theta, self.key, name, start)
+        seeds = torch.nonzero(theta).flatten()
+        kernels(out.device).gaussian_rebuild(out, base, seeds, theta[seeds], self.key, name, start)
 
     def _project(self, name: str, delta: Tensor, start: int) -> Tensor:
         return reference.gaussian_project(delta, self.size, self.key, name, start)
@@ -297,17 +302,29 @@ def make_pool(kind: str, key: int, size: int, transform: int | None = None) -> P
 
 
 def _sweep(kernel: Callable[[Tensor, Tensor, int], None], source: Tensor, out: Tensor | None, chunk: int) -> Tensor:
-    """Apply a flat float32 kernel to tensors of any dtype: directly, or chunk by chunk through a float32 scratch."""
+    """Apply a flat float32 kernel to a tensor of any dtype, over all threads that torch may use."""
     source = source.detach()
     out = torch.empty_like(source, memory_format=torch.contiguous_format) if out is None else out
     if not out.is_contiguous():
         return out.copy_(_sweep(kernel, source, None, chunk))
     flat, result = source.reshape(-1), out.detach().view(-1)
-    if flat.dtype == result.dtype == torch.float32:
-        kernel(result, flat, 0)
+
+    def run(low: int, high: int) -> None:
+        if flat.dtype == result.dtype == torch.float32:
+            kernel(result[low:high], flat[low:high], low)
+            return
+        for start in range(low, high, chunk):  # 16 bits: through a small float32 scratch
+            stop = min(start + chunk, high)
+            scratch = flat[start:stop].to(torch.float32)
+            kernel(scratch, scratch, start)
+            result[start:stop] = scratch
+
+    n = len(flat)
+    threads = min(thread_count(flat.device), -(-n // SHARE))
+    if threads <= 1:
+        run(0, n)
         return out
-    for low in range(0, len(flat), chunk):
-        scratch = flat[low : low + chunk].to(torch.float32)
-        kernel(scratch, scratch, low)
-        result[low : low + chunk] = scratch
+    share = -(-n // (threads * chunk)) * chunk
+    with ThreadPoolExecutor(threads) as executor:
+        list(executor.map(lambda low: run(low, min(low + share, n)), range(0, n, share)))
     return out

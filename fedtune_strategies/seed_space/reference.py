@@ -199,7 +199,7 @@ def normals(key: int, words: tuple[int, int], k: int, start: int, count: int, de
     m = ((bits & 0x7FFFFF) + 0x3F3504F3).view(torch.float32)
     s = (m - 1.0) / (m + 1.0)
     log_u = _odd_series(s, (2 / 9, 2 / 7, 2 / 5, 2 / 3, 2.0)) + exponent * math.log(2.0)
-    radius = torch.sqrt(-2.0 * log_u)
+    radius = (-2.0 * log_u).to(torch.float64).sqrt().to(torch.float32)  # float32 sqrt is not always exact in torch
 
     # Angle: quadrant from the top two bits, the rest an odd multiple of 2**-24 in (-1/2, 1/2) quarter turns.
     quadrant = angle_bits >> 30
@@ -228,43 +228,26 @@ def _odd_series(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
     return _even_series(x, coefficients) * x
 
 
-def gaussian_add(out: Tensor, weight: Tensor, k: int, c: float, key: int, name: str, start: int = 0) -> None:
-    """Write ``weight + c * z_k`` into `out`: one float32 multiplication and one addition per element.
-
-    Parameters
-    ----------
-    out, weight : Tensor
-        float32, shape (n,).
-    k, c, key, name, start
-        As in `walsh_add`.
-    """
-    words = stream(name, NORMALS)
-    factor = torch.tensor(c, dtype=torch.float32, device=weight.device)
-    for low in range(0, len(weight), TILE):
-        n = min(TILE, len(weight) - low)
-        z = normals(key, words, k, start + low, n, weight.device)
-        torch.add(weight[low : low + n], z * factor, out=out[low : low + n])
-
-
-def gaussian_rebuild(out: Tensor, base: Tensor, theta: Tensor, key: int, name: str, start: int = 0) -> None:
-    """Write ``base + sum_k theta_k * z_k`` into `out`: the sum in ascending k from 0, added to the base once.
+def gaussian_rebuild(
+    out: Tensor, base: Tensor, seeds: Tensor, factors: Tensor, key: int, name: str, start: int = 0
+) -> None:
+    """Write ``base + sum_i factors_i * z_{seeds_i}`` into `out`: the sum in that order from 0, added to the base once.
 
     Parameters
     ----------
     out, base : Tensor
         float32, shape (n,).
-    theta : Tensor
-        float32, shape (K,).
+    seeds, factors : Tensor
+        int64 and float32, shape (m,): the seeds that count, and their factors.
     key, name, start
         As in `walsh_add`.
     """
     words = stream(name, NORMALS)
-    seeds = torch.nonzero(theta).flatten().tolist()
     for low in range(0, len(base), TILE):
         n = min(TILE, len(base) - low)
         total = torch.zeros(n, device=base.device)
-        for k in seeds:
-            total += normals(key, words, k, start + low, n, base.device) * theta[k]
+        for k, factor in zip(seeds.tolist(), factors, strict=True):
+            total += normals(key, words, k, start + low, n, base.device) * factor
         torch.add(base[low : low + n], total, out=out[low : low + n])
 
 

@@ -26,7 +26,7 @@ def test_every_shard_is_rebuilt_and_the_rest_copied(tmp_path):
 
 def test_a_folder_without_weights_or_of_another_model_is_refused(tmp_path):
     pool = make_pool("walsh", 1, 4)
-    with pytest.raises(ModelError, match="no .*safetensors file"):
+    with pytest.raises(ModelError, match=r"no .*safetensors file"):
         rebuild_folder(pool, tmp_path, tmp_path / "out", torch.zeros(4))
     save_file({"a": torch.zeros(3)}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match="lacks b"):

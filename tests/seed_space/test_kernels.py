@@ -1,0 +1,70 @@
+"""Every kernel against the reference: the same bits for any size, seed, split, thread count and dtype."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune_strategies.seed_space import cpu, make_pool, reference
+from fedtune_strategies.seed_space.pool import _sweep
+
+LENGTHS = st.one_of(st.integers(1, 300), st.sampled_from([2047, 2048, 2049, 4096, 9001]))
+KEYS = st.integers(0, 2**64 - 1)
+
+
+@given(n=LENGTHS, bits=st.integers(0, 12), wider=st.integers(0, 4), key=KEYS, data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_walsh_on_the_cpu_is_the_reference(n, bits, wider, key, data):
+    columns, block = 1 << bits, 1 << bits + wider
+    weight, theta = torch.randn(n), torch.randn(columns)
+    start = max(128, columns) * data.draw(st.integers(0, 1000))
+    expected, found = torch.empty(n), torch.empty(n)
+    reference.walsh_rebuild(expected, weight, theta, key, "w", columns, block, start)
+    cpu.walsh_rebuild(found, weight, theta, key, "w", columns, block, start)
+    assert torch.equal(expected, found)
+    k = data.draw(st.integers(0, columns - 1))
+    reference.walsh_add(expected, weight, k, 0.3, key, "w", columns, block, start)
+    cpu.walsh_add(found, weight, k, 0.3, key, "w", columns, block, start)
+    assert torch.equal(expected, found)
+
+
+@given(n=LENGTHS, key=KEYS, start=st.integers(0, 10**6), seeds=st.lists(st.integers(0, 2**32 - 1), max_size=3))
+@settings(max_examples=30, deadline=None)
+def test_gaussian_on_the_cpu_is_the_reference(n, key, start, seeds):
+    weight, factors, order = torch.randn(n), torch.randn(len(seeds)), torch.tensor(seeds, dtype=torch.int64)
+    expected, found = torch.empty(n), torch.empty(n)
+    reference.gaussian_rebuild(expected, weight, order, factors, key, "w", 4 * start)
+    cpu.gaussian_rebuild(found, weight, order, factors, key, "w", 4 * start)
+    assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("kind", ["walsh", "gaussian"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_reach_the_bits(kind, dtype, monkeypatch):
+    monkeypatch.setattr("fedtune_strategies.seed_space.pool.SHARE", 1 << 15)
+    pool, theta = make_pool(kind, 4, 32), torch.randn(32)
+    base, results = torch.randn(200_001).to(dtype), []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr("fedtune_strategies.seed_space.pool.thread_count", lambda device, t=threads: t)
+        results.append(pool.rebuild("w", base, theta))
+        results.append(pool.perturb("w", base, 7, 0.5, out=base.clone()))
+    assert torch.equal(results[0], results[2]) and torch.equal(results[0], results[4])
+    assert torch.equal(results[1], results[3]) and torch.equal(results[1], results[5])
+
+
+def test_sweep_covers_every_element_once(monkeypatch):
+    monkeypatch.setattr("fedtune_strategies.seed_space.pool.SHARE", 64)
+    monkeypatch.setattr("fedtune_strategies.seed_space.pool.thread_count", lambda device: 3)
+    for n in (1, 63, 64, 65, 1000):
+        seen = _sweep(lambda out, source, start: out.copy_(source + start), torch.zeros(n).half(), None, 64)
+        assert torch.equal(seen, (torch.arange(n) // 64 * 64).half())
+
+
+def test_without_numba_the_reference_serves_the_cpu(monkeypatch):
+    from fedtune_strategies.seed_space import kernels
+
+    monkeypatch.setitem(__import__("sys").modules, "fedtune_strategies.seed_space.cpu", None)
+    monkeypatch.delattr("fedtune_strategies.seed_space.cpu", raising=False)
+    kernels._fast_cpu.cache_clear()
+    assert kernels.kernels(torch.device("cpu")) is reference
+    kernels._fast_cpu.cache_clear()
