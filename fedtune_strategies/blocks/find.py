@@ -37,6 +37,8 @@ class Block:
         first name.
     layer : int or None
         The first decoder layer of the block; None outside the layers.
+    depth : int
+        Number of decoder layers in the block; 0 outside the layers.
     frozen : bool
         True for a block that is never trained. It is still a block: a node that holds nothing receives it.
     """
@@ -46,6 +48,7 @@ class Block:
     kind: Kind
     parameters: tuple[str, ...]
     layer: int | None = None
+    depth: int = 0
     frozen: bool = False
 
 
@@ -142,11 +145,11 @@ def find_blocks(
         members = [name for layer in range(first, last + 1) for name in inside.get(layer, [])]
         label = f"layer {first}" if first == last else f"layers {first}-{last}"
         if split == "none":
-            blocks.append(Block(0, label, "layer", tuple(members), first))
+            blocks.append(Block(0, label, "layer", tuple(members), first, last + 1 - first))
         else:
             mlp = _mlp_parameters(layers[first], f"{path}.{first}")
-            blocks.append(Block(0, f"{label} attention", "layer", tuple(n for n in members if n not in mlp), first))
-            blocks.append(Block(0, f"{label} mlp", "layer", tuple(n for n in members if n in mlp), first))
+            blocks.append(Block(0, f"{label} attention", "layer", tuple(n for n in members if n not in mlp), first, 1))
+            blocks.append(Block(0, f"{label} mlp", "layer", tuple(n for n in members if n in mlp), first, 1))
     blocks += [_outside_block(kind, outside, train_embeddings) for kind in ("norm", "head")]
     present = [block for block in blocks if block.parameters]
     return tuple(replace(block, index=index) for index, block in enumerate(present))
@@ -207,7 +210,7 @@ def _kind_outside(model: nn.Module, name: str) -> Kind:
 
 
 def _outside_block(kind: Kind, outside: dict[str, list[str]], trained: bool) -> Block:
-    return Block(0, kind, kind, tuple(outside[kind]), None, frozen=not trained)
+    return Block(0, kind, kind, tuple(outside[kind]), frozen=not trained)
 
 
 def _mlp_parameters(layer: nn.Module, path: str) -> set[str]:

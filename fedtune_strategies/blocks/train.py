@@ -1,4 +1,4 @@
-"""Local training of one block: AdamW on a float32 copy, with backward stopping at the block.
+"""Local training of one block: AdamW on a float32 copy.
 
 The source is BAdam (arXiv 2404.02827) as FedCyBGD (arXiv 2406.11187) uses it: fresh moments for every turn, gradients
 and optimiser state for the active block only.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fedtune_strategies.blocks.find import Block
-
-LossFn = Callable[[nn.Module, Any], Tensor]
+from fedtune_strategies.blocks.gradients import LossFn, block_gradients
+from fedtune_strategies.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,10 @@ def train_block(
     betas: tuple[float, float] = (0.9, 0.999),
     start: Mapping[str, Tensor] | None = None,
     accumulate: int = 1,
+    autocast: torch.dtype | None = None,
+    checkpoint: bool = False,
+    cache_bytes: int = 0,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
 ) -> BlockUpdate:
     """Take AdamW steps on one block, leaving the model as it was.
 
@@ -64,6 +68,8 @@ def train_block(
     ``requires_grad = False``, and the block itself is trained in float32 whatever the model's dtype. On return, or on
     an error, every weight and flag of the model is what it was before: to commit the result, whoever holds the weights
     calls `apply_delta` with the delta *as it travelled*, and so all holders have the same bits.
+
+    Memory of the block itself: its start, a float32 copy, one gradient and two moments, 20 bytes a parameter in all.
 
     Parameters
     ----------
@@ -85,6 +91,12 @@ def train_block(
         The exact float32 block to start from where the model holds it in 16 bits; by default the model's own.
     accumulate : int
         Batches whose mean gradient makes one step.
+    autocast, checkpoint, cache_bytes
+        How gradients are computed; see `gradients.block_gradients`. The cache pays when steps · accumulate >
+        len(batches).
+    optimizer : callable
+        Called as ``torch.optim.AdamW(tensors, lr=…, betas=…, weight_decay=…)``; `adamw_8bit` gives one that keeps
+        its state in 8 bits.
 
     Returns
     -------
@@ -93,25 +105,23 @@ def train_block(
     """
     parameters = {name: model.get_parameter(name) for name in block.parameters}
     start = {name: (start or parameters)[name].detach().to(p.device, torch.float32) for name, p in parameters.items()}
+    master = [value.clone() for value in start.values()]
+    stepper = optimizer(master, lr=0.0, betas=betas, weight_decay=weight_decay)
     losses: list[float] = []
     norms: list[float] = []
-    with _only_trainable(model, parameters.values()), _restored(parameters.values()):
-        master = [value.clone() for value in start.values()]
-        optimizer = torch.optim.AdamW(master, lr=0.0, betas=betas, weight_decay=weight_decay)
-        _write(parameters.values(), master)
+    options: dict[str, Any] = {"autocast": autocast, "checkpoint": checkpoint, "cache_bytes": cache_bytes}
+    with block_gradients(model, block, loss_fn, batches, **options) as gradient, _shown(master, parameters) as show:
         for step in range(steps):
-            turn_batches = [batches[(step * accumulate + i) % len(batches)] for i in range(accumulate)]
-            loss = _accumulate_gradients(model, loss_fn, turn_batches)
-            norm = _take_gradients(parameters.values(), master) if math.isfinite(loss) else math.nan
-            for parameter in parameters.values():
-                parameter.grad = None
-            if not math.isfinite(norm):
+            found = gradient((step * accumulate + i) % len(batches) for i in range(accumulate))
+            if not math.isfinite(found.norm):
                 continue
-            optimizer.param_groups[0]["lr"] = lr(step) if callable(lr) else lr
-            optimizer.step()
-            _write(parameters.values(), master)
-            losses.append(loss)
-            norms.append(norm)
+            for copy, tensor in zip(master, found.tensors, strict=True):
+                copy.grad = tensor
+            stepper.param_groups[0]["lr"] = lr(step) if callable(lr) else lr
+            stepper.step()
+            show()
+            losses.append(found.loss)
+            norms.append(found.norm)
     delta = {name: new.sub_(old) for (name, old), new in zip(start.items(), master, strict=True)}
     grad_norm = sum(norms) / len(norms) if norms else math.nan
     return BlockUpdate(delta, losses, len(losses), steps - len(losses), grad_norm)
@@ -140,56 +150,58 @@ def apply_delta(weights: Mapping[str, Tensor], delta: Mapping[str, Tensor], gamm
     return {name: value.float() + delta[name].float() * gamma for name, value in weights.items()}
 
 
-def _accumulate_gradients(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]) -> float:
-    """Add the mean gradient of the batches to ``.grad``; return the mean loss, not finite as soon as one is not."""
-    total = 0.0
-    for batch in batches:
-        loss = loss_fn(model, batch) / len(batches)
-        total += loss.item()
-        if not math.isfinite(total):
-            break
-        loss.backward()
-    return total
+def mean_delta(deltas: Sequence[Mapping[str, Tensor]], examples: Sequence[int]) -> dict[str, Tensor]:
+    """Average the changes that several nodes made to one block (FedBAvg), weighed by their examples.
+
+    Parameters
+    ----------
+    deltas : sequence of mapping of str to Tensor
+        One for each node; the order of the sequence fixes the order of the sums, so give it sorted by node.
+    examples : sequence of int
+        Number of examples of each node.
+
+    Returns
+    -------
+    dict of str to Tensor
+        The mean, float32.
+    """
+    weights = [count / sum(examples) for count in examples]
+    mean = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in deltas[0].items()}
+    for delta, weight in zip(deltas, weights, strict=True):
+        mean = apply_delta(mean, delta, weight)
+    return mean
 
 
-def _take_gradients(parameters: Iterable[nn.Parameter], master: Sequence[Tensor]) -> float:
-    """Give the gradients to the float32 copies; return their 2-norm."""
-    for parameter, copy in zip(parameters, master, strict=True):
-        copy.grad = torch.zeros_like(copy) if parameter.grad is None else parameter.grad.float()
-    return torch.stack([copy.grad.norm() for copy in master if copy.grad is not None]).norm().item()
+def adamw_8bit() -> Callable[..., torch.optim.Optimizer]:
+    """Return the AdamW of bitsandbytes, whose moments take 1 byte an element instead of 4.
 
-
-def _write(parameters: Iterable[nn.Parameter], master: Sequence[Tensor]) -> None:
-    """Let the model see the float32 copies: themselves where it is in float32, rounded where not."""
-    for parameter, copy in zip(parameters, master, strict=True):
-        parameter.data = copy.to(parameter.dtype)
+    Raises
+    ------
+    ConfigError
+        If bitsandbytes is not installed.
+    """
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise ConfigError("8-bit optimiser state needs bitsandbytes: install it on the node or use 32 bits") from None
+    return AdamW8bit
 
 
 @contextlib.contextmanager
-def _only_trainable(model: nn.Module, trained: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Evaluation mode, with gradients for `trained` alone; restores both."""
-    modes = {module: module.training for module in model.modules()}
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        model.eval().requires_grad_(False)
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
+def _shown(master: Sequence[Tensor], parameters: Mapping[str, nn.Parameter]) -> Iterator[Callable[[], None]]:
+    """Let the model see the float32 copies: themselves where it is in float32, rounded where not.
 
+    Yields the function that shows them again after a step; the model's own weights come back at the end.
+    """
+    before = [parameter.data for parameter in parameters.values()]
 
-@contextlib.contextmanager
-def _restored(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Start without gradients; afterwards put the block's tensors and gradients back."""
-    before = [(parameter, parameter.data, parameter.grad) for parameter in parameters]
+    def show() -> None:
+        for parameter, copy in zip(parameters.values(), master, strict=True):
+            parameter.data = copy.to(parameter.dtype)
+
     try:
-        for parameter, _, _ in before:
-            parameter.grad = None
-        yield
+        show()
+        yield show
     finally:
-        for parameter, data, grad in before:
-            parameter.data, parameter.grad = data, grad
+        for parameter, data in zip(parameters.values(), before, strict=True):
+            parameter.data = data

@@ -3,6 +3,8 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+torch.set_num_threads(1)
+
 _SIZES = {
     "vocab_size": 64,
     "hidden_size": 16,

@@ -1,5 +1,7 @@
 import copy
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -7,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune_strategies.blocks.find import find_blocks
-from fedtune_strategies.blocks.train import apply_delta, train_block
+from fedtune_strategies.blocks.train import adamw_8bit, apply_delta, mean_delta, train_block
+from fedtune_strategies.errors import ConfigError
 
 from .models import ARCHITECTURES, lm_loss, tiny_batches, tiny_model
 
@@ -116,6 +119,50 @@ def test_accumulated_batches_make_one_step():
     large = train_block(model, block, lm_loss, [torch.cat(batches)], 2, 1e-2)
     assert small.losses == pytest.approx(large.losses, rel=1e-5)
     assert small.grad_norm == pytest.approx(large.grad_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_stays_near_full_precision(dtype):
+    model, batches = tiny_model(), tiny_batches(1)
+    block = block_of(model, "layer 1")
+    full = train_block(model, block, lm_loss, batches, 4, 1e-2)
+    cast = train_block(model, block, lm_loss, batches, 4, 1e-2, autocast=dtype)
+    assert cast.skipped == 0 and cast.losses != full.losses
+    assert cast.losses == pytest.approx(full.losses, rel=0.02)
+    assert cast.grad_norm == pytest.approx(full.grad_norm, rel=0.1)
+
+
+def test_a_loss_scale_that_overflows_is_lowered_until_steps_succeed():
+    model = tiny_model(dtype=torch.float16)
+    update = train_block(
+        model, block_of(model, "layer 1"), lambda m, b: lm_loss(m, b) * 1000, tiny_batches(1), 12, 1e-3
+    )
+    assert 0 < update.skipped < 12 and update.steps == 12 - update.skipped
+
+
+def test_another_optimizer():
+    model, batches = tiny_model(), tiny_batches(1)
+    block = block_of(model, "layer 1")
+    update = train_block(
+        model, block, lm_loss, batches, 1, 0.5, optimizer=lambda p, lr, betas, weight_decay: torch.optim.SGD(p, lr)
+    )
+    assert update.grad_norm * 0.5 == pytest.approx(
+        math.sqrt(sum(change.square().sum().item() for change in update.delta.values())), rel=1e-4
+    )
+
+
+def test_8_bit_state_is_that_of_bitsandbytes_or_a_clear_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ConfigError, match="needs bitsandbytes"):
+        adamw_8bit()
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", types.SimpleNamespace(AdamW8bit=torch.optim.AdamW))
+    assert adamw_8bit() is torch.optim.AdamW
+
+
+def test_mean_delta_weighs_by_examples():
+    deltas = [{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([5.0, -2.0])}]
+    assert mean_delta(deltas, [3, 1])["w"].tolist() == [2.0, 1.0]
 
 
 def test_an_error_leaves_the_model_as_it_was():

@@ -1,0 +1,186 @@
+"""What compressing the frozen rest costs: which layers to leave out, which weights to prune, what the gradient loses.
+
+Sources: block influence, ShortGPT (arXiv 2403.03853), equation 1; scores of weights, Wanda (arXiv 2306.11695),
+equation 1. FedCyBGD (arXiv 2406.11187) prunes and drops; here the responsible block itself is never compressed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from fedtune_strategies.blocks.codecs import Codec, decode, encode
+from fedtune_strategies.blocks.find import Block, decoder_layers
+from fedtune_strategies.blocks.layers import without_layers
+from fedtune_strategies.errors import ConfigError
+
+Run = Callable[[nn.Module, Any], Any]
+
+
+@torch.no_grad()
+def layer_influence(model: nn.Module, batches: Iterable[Any], run: Run) -> list[float]:
+    """Measure how much every decoder layer changes the hidden states: 1 − cos(in, out), the mean over all tokens.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A causal language model in evaluation mode.
+    batches : iterable
+        Text to measure on: the server's own, or public.
+    run : callable
+        ``run(model, batch)`` makes one forward pass; its result is ignored.
+
+    Returns
+    -------
+    list of float
+        One number in [0, 2] for each layer.
+    """
+    _, layers = decoder_layers(model)
+    totals, tokens = [0.0] * len(layers), [0] * len(layers)
+
+    def note(index: int, hidden: Tensor, output: Tensor) -> None:
+        distance = 1 - cosine_similarity(hidden.float(), output.float(), dim=-1)
+        totals[index] += distance.sum().item()
+        tokens[index] += distance.numel()
+
+    with contextlib.ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            hook = layer.register_forward_hook(lambda _, args, output, index=index: note(index, args[0], output))
+            stack.callback(hook.remove)
+        for batch in batches:
+            run(model, batch)
+    return [total / count for total, count in zip(totals, tokens, strict=True)]
+
+
+def dropped_layers(influence: Sequence[float], count: int, block: Block) -> tuple[int, ...]:
+    """Choose the layers to leave out in a turn: those of least influence, never the block or its neighbours.
+
+    Parameters
+    ----------
+    influence : sequence of float
+        As `layer_influence` gives it.
+    count : int
+        Layers to leave out.
+    block : Block
+        The responsible block.
+
+    Returns
+    -------
+    tuple of int
+        Indices of the layers, ascending.
+
+    Raises
+    ------
+    ConfigError
+        If the model has too few layers for that.
+    """
+    if block.layer is not None:
+        near = range(block.layer - 1, block.layer + block.depth + 1)
+    else:
+        near = range(1) if block.kind == "embedding" else range(len(influence) - 1, len(influence))
+    candidates = [layer for layer in range(len(influence)) if layer not in near]
+    if count > len(candidates):
+        raise ConfigError(
+            f"cannot leave out {count} layers while {block.name} is trained: of {len(influence)} layers only "
+            f"{len(candidates)} are neither in that block nor beside it"
+        )
+    return tuple(sorted(sorted(candidates, key=lambda layer: (influence[layer], layer))[:count]))
+
+
+@torch.no_grad()
+def input_norms(model: nn.Module, batches: Iterable[Any], run: Run) -> dict[str, Tensor]:
+    """Measure the 2-norm of every input feature of every linear layer over all tokens, for Wanda's scores.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A causal language model in evaluation mode.
+    batches : iterable
+        Text to measure on: the server's own, or public.
+    run : callable
+        ``run(model, batch)`` makes one forward pass; its result is ignored.
+
+    Returns
+    -------
+    dict of str to Tensor
+        float32 [in features] by the canonical name of the weight. Matrices stored as [in, out] (GPT-2's) are left to
+        their magnitude.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    squares: dict[str, Tensor] = {}
+
+    def note(name: str, inputs: Tensor) -> None:
+        square = inputs.float().flatten(0, -2).square().sum(dim=0)
+        squares[name] = squares[name] + square if name in squares else square
+
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                name = names[module.get_parameter("weight")]
+                hook = module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
+                stack.callback(hook.remove)
+        for batch in batches:
+            run(model, batch)
+    return {name: square.sqrt().cpu() for name, square in squares.items()}
+
+
+@contextlib.contextmanager
+def compressed_rest(
+    model: nn.Module,
+    block: Block,
+    codec: Codec,
+    influence: Sequence[float] = (),
+    norms: Mapping[str, Tensor] | None = None,
+) -> Iterator[None]:
+    """See the model as the node responsible for a block sees it: that block exact, the rest coded and decoded.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The exact model; exact again afterwards.
+    block : Block
+        The responsible block.
+    codec : Codec
+        Coding of the rest.
+    influence : sequence of float
+        As `layer_influence` gives it; needed where the codec drops layers.
+    norms : mapping of str to Tensor, optional
+        As `input_norms` gives it, for pruning.
+    """
+    exact = {
+        name: (parameter, parameter.data)
+        for name, parameter in model.named_parameters()
+        if name not in block.parameters
+    }
+    dropped = dropped_layers(influence, codec.drop, block) if codec.drop else ()
+    try:
+        for name, (parameter, weights) in exact.items():
+            parameter.data = decode(encode({name: weights}, codec, norms))[name].to(weights)
+        with without_layers(model, dropped):
+            yield
+    finally:
+        for parameter, weights in exact.values():
+            parameter.data = weights
+
+
+def gradient_cosine(exact: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Cosine between two gradients of a block, as `train.block_gradient` gives them.
+
+    Parameters
+    ----------
+    exact, other : mapping of str to Tensor
+        The gradients, by the same names.
+
+    Returns
+    -------
+    float
+        In [-1, 1]; NaN where one is zero.
+    """
+    product = sum(float((exact[name].double() * other[name].double()).sum()) for name in exact)
+    square = [sum(float(value.double().square().sum()) for value in gradient.values()) for gradient in (exact, other)]
+    return product / (square[0] * square[1]) ** 0.5 if square[0] * square[1] else float("nan")

@@ -1,0 +1,109 @@
+import math
+
+import pytest
+import torch
+
+from fedtune_strategies.blocks.codecs import Codec, parse_codec
+from fedtune_strategies.blocks.find import Block, decoder_layers, find_blocks
+from fedtune_strategies.blocks.gradients import block_gradients
+from fedtune_strategies.blocks.layers import without_layers
+from fedtune_strategies.blocks.rest import (
+    compressed_rest,
+    dropped_layers,
+    gradient_cosine,
+    input_norms,
+    layer_influence,
+)
+from fedtune_strategies.errors import ConfigError
+
+from .models import ARCHITECTURES, lm_loss, tiny_batches, tiny_model
+
+
+def layer_block(layer, depth=1):
+    return Block(0, f"layer {layer}", "layer", (), layer, depth)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_influence_of_a_layer_that_does_nothing_is_zero(name):
+    model = tiny_model(name).eval()
+    _, layers = decoder_layers(model)
+    with torch.no_grad():
+        for parameter in layers[1].parameters():
+            parameter.zero_()
+    influence = layer_influence(model, tiny_batches(2), lm_loss)
+    assert influence[1] == pytest.approx(0.0, abs=1e-6)
+    assert influence[0] > 1e-4 and influence[2] > 1e-4
+
+
+def test_influence_is_one_minus_the_cosine():
+    model, batches = tiny_model().eval(), tiny_batches(2)
+    distances = []
+    for batch in batches:
+        states = model(input_ids=batch, output_hidden_states=True).hidden_states
+        distances.append(1 - torch.nn.functional.cosine_similarity(states[0], states[1], dim=-1))
+    assert layer_influence(model, batches, lm_loss)[0] == pytest.approx(torch.stack(distances).mean().item(), rel=1e-4)
+
+
+def test_dropped_layers_are_the_least_influential_away_from_the_block():
+    influence = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+    assert dropped_layers(influence, 2, layer_block(7)) == (0, 1)
+    assert dropped_layers(influence, 3, layer_block(1)) == (3, 4, 5)
+    assert dropped_layers(influence, 2, layer_block(1, depth=3)) == (5, 6)
+    assert dropped_layers(influence, 1, Block(0, "embedding", "embedding", ())) == (1,)
+    assert dropped_layers(influence[::-1], 1, Block(0, "norm", "norm", ())) == (6,)
+    with pytest.raises(ConfigError, match="cannot leave out 6 layers while layer 3 is trained"):
+        dropped_layers(influence, 6, layer_block(3))
+
+
+def test_input_norms_are_those_of_the_inputs():
+    model, batches = tiny_model().eval(), tiny_batches(2)
+    norms = input_norms(model, batches, lm_loss)
+    hidden = torch.cat([model.model.layers[0].input_layernorm(model.model.embed_tokens(batch)) for batch in batches])
+    torch.testing.assert_close(norms["model.layers.0.self_attn.q_proj.weight"], hidden.flatten(0, 1).norm(dim=0))
+    assert set(norms) == {n for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n}
+
+
+def test_compressed_rest_keeps_the_block_exact_and_is_undone():
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    block = find_blocks(model)[2]
+    with compressed_rest(model, block, parse_codec("prune:0.5+int8")):
+        for name, value in model.named_parameters():
+            assert torch.equal(value, before[name]) == (name in block.parameters or value.dim() == 1)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
+def gradient_of(model, block, batches):
+    with block_gradients(model, block, lm_loss, batches) as gradient:
+        return dict(zip(block.parameters, gradient(range(len(batches))).tensors, strict=True))
+
+
+def test_block_gradient_is_that_of_autograd():
+    model, batches = tiny_model(), tiny_batches(2)
+    block = find_blocks(model)[2]
+    got = gradient_of(model, block, batches)
+    (lm_loss(model, batches[0]) / 2 + lm_loss(model, batches[1]) / 2).backward()
+    for name in block.parameters:
+        torch.testing.assert_close(got[name], model.get_parameter(name).grad)
+
+
+def test_gradient_cosine_orders_the_codecs():
+    model, batches = tiny_model(), tiny_batches(2)
+    block = find_blocks(model)[2]
+    exact = gradient_of(model, block, batches)
+    cosine = {}
+    for codec in ("none", "bf16", "int8", "nf4", "prune:0.9"):
+        with compressed_rest(model, block, parse_codec(codec)):
+            cosine[codec] = gradient_cosine(exact, gradient_of(model, block, batches))
+    assert cosine["none"] == pytest.approx(1.0, abs=1e-12)
+    assert cosine["none"] > cosine["bf16"] > cosine["int8"] > cosine["nf4"] > cosine["prune:0.9"]
+    assert math.isnan(gradient_cosine(exact, {name: torch.zeros_like(value) for name, value in exact.items()}))
+
+
+def test_compressed_rest_drops_layers():
+    model, batch = tiny_model(num_hidden_layers=4).eval(), tiny_batches(1)[0]
+    block = find_blocks(model)[4]  # layer 3
+    with without_layers(model, [1]):
+        expected = lm_loss(model, batch).item()
+    with compressed_rest(model, block, Codec(drop=1), influence=[0.5, 0.1, 0.0, 0.0]):
+        assert lm_loss(model, batch).item() == expected
