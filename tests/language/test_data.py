@@ -1,5 +1,7 @@
 import csv
 import json
+import re
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -7,6 +9,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from fedtune_strategies.errors import DataError
+from fedtune_strategies.language.data import FORMATS as DATA_FORMATS
 from fedtune_strategies.language.data import Row, read_rows, rows_from
 
 
@@ -169,3 +172,13 @@ def test_dataset_without_train_split(tmp_path):
     DatasetDict(test=Dataset.from_list(RECORDS)).save_to_disk(tmp_path / "data")
     with pytest.raises(DataError, match="holds the splits test, none named train"):
         read_rows(tmp_path / "data")
+
+
+def test_examples_of_the_guide_are_read(tmp_path):
+    guide = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    lines = re.findall(r"```jsonl\n(.*?)```", guide, re.DOTALL)
+    assert len(lines) == len(FORMATS)
+    for name, line in zip(DATA_FORMATS, lines, strict=True):
+        (tmp_path / "data.jsonl").write_text(line)
+        assert read_rows(tmp_path / "data.jsonl") == read_rows(tmp_path / "data.jsonl", name)
+        assert f"| `{name}` |" in guide
