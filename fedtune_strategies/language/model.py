@@ -239,9 +239,13 @@ def _check_memory(name: str, needed: int, device: str) -> None:
 
 
 def _available_memory(device: str) -> int:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ResourceError(
+            f"device {device!r}: torch cannot use it on this machine ({_brief(error)}); take 'cpu'"
+        ) from None
     if torch.device(device).type == "cuda":
-        if not torch.cuda.is_available():
-            raise ResourceError(f"device {device!r}: torch finds no usable GPU on this machine; take 'cpu'")
         return torch.cuda.mem_get_info(device)[0]
     return min(psutil.virtual_memory().available, _container_memory())
 

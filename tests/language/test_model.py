@@ -211,10 +211,10 @@ def test_containers_limit_counts(folders, tmp_path, monkeypatch):
     load_model(str(folders["llama"]))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-def test_no_such_device(folders):
-    with pytest.raises(ResourceError, match="torch finds no usable GPU"):
-        load_model(str(folders["llama"]), device="cuda")
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_no_such_device(folders, device):
+    with pytest.raises(ResourceError, match=rf"device '{device}': torch cannot use it on this machine .*; take 'cpu'"):
+        load_model(str(folders["llama"]), device=device)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
