@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,13 +66,16 @@ class Codec:
         What is kept of each value. ``"none"`` keeps the tensor's own dtype and bits.
     prune : float
         Share of each row's elements, those with the lowest scores, that is set to zero and not sent.
+    wanda : bool
+        Whether the score of an element is |w|·‖x‖ (Wanda, arXiv 2306.11695, equation 1) or its magnitude |w|.
     drop : int
         Decoder layers that are left out altogether. `encode` does not act on it: whoever chooses the layers
-        (`measure.dropped_layers`) leaves their tensors out.
+        (`rest.dropped_layers`) leaves their tensors out.
     """
 
     quantisation: str = "none"
     prune: float = 0.0
+    wanda: bool = False
     drop: int = 0
 
 
@@ -81,8 +85,8 @@ def parse_codec(text: str) -> Codec:
     Parameters
     ----------
     text : str
-        Parts joined by ``+``: at most one of ``none``, ``bf16``, ``int8``, ``nf4``; ``prune:s`` with 0 < s < 1;
-        ``drop:n`` with n ≥ 1.
+        Parts joined by ``+``: at most one of ``none``, ``bf16``, ``int8``, ``nf4``; ``prune:s`` or ``wanda:s`` with
+        0 < s < 1; ``drop:n`` with n ≥ 1.
 
     Returns
     -------
@@ -94,13 +98,13 @@ def parse_codec(text: str) -> Codec:
     ConfigError
         If a part is unknown, repeated or out of range.
     """
-    fields: dict[str, str | float | int] = {}
+    fields: dict[str, Any] = {}
     for part in text.split("+"):
-        field, value = _parse_part(text, part.strip())
-        if field in fields:
-            raise ConfigError(f"codec {text!r} names its {field} twice; name it once")
-        fields[field] = value
-    return Codec(**fields)  # type: ignore[arg-type]
+        found = _parse_part(text, part.strip())
+        if not fields.keys().isdisjoint(found):
+            raise ConfigError(f"codec {text!r} names its {next(iter(found))} twice; name it once")
+        fields |= found
+    return Codec(**fields)
 
 
 def encode(
@@ -115,8 +119,8 @@ def encode(
     codec : Codec
         See `parse_codec`.
     input_norms : mapping of str to Tensor, optional
-        For pruning: 2-norm of each input feature of a matrix, as `measure.input_norms` gives it. Then an element's
-        score is |w|·‖x‖ (Wanda, arXiv 2306.11695, eq. 1); without, its magnitude.
+        2-norm of each input feature of a matrix, as `rest.input_norms` gives it: needed where the codec says wanda.
+        A matrix without any, such as an embedding, is pruned by magnitude.
 
     Returns
     -------
@@ -127,10 +131,14 @@ def encode(
     ------
     ModelError
         If a tensor that is to be quantised holds a value that is not finite.
+    ValueError
+        If the codec says wanda and there are no norms.
     """
+    if codec.wanda and input_norms is None:
+        raise ValueError("a codec with wanda needs the norms of the inputs")
     parts: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        norm = input_norms.get(name) if input_norms else None
+        norm = input_norms.get(name) if codec.wanda and input_norms is not None else None
         coded = _encode_tensor(tensor.detach().cpu(), codec, norm)
         if not torch.isfinite(coded.get("scale", torch.zeros(1))).all():
             raise ModelError(f"tensor {name} holds a value that is not finite; start again from sound weights")
@@ -200,20 +208,20 @@ def encoded_size(parts: Mapping[str, Tensor]) -> int:
     return sum(part.numel() * part.element_size() for part in parts.values())
 
 
-def _parse_part(text: str, part: str) -> tuple[str, str | float | int]:
+def _parse_part(text: str, part: str) -> dict[str, Any]:
     name, _, value = part.partition(":")
     try:
         if part in QUANTISATIONS:
-            return "quantisation", part
-        if name == "prune" and 0.0 < float(value) < 1.0:
-            return "prune", float(value)
+            return {"quantisation": part}
+        if name in ("prune", "wanda") and 0.0 < float(value) < 1.0:
+            return {"prune": float(value), "wanda": name == "wanda"}
         if name == "drop" and int(value) >= 1:
-            return "drop", int(value)
+            return {"drop": int(value)}
     except ValueError:
         pass
     raise ConfigError(
-        f"codec {text!r}: {part!r} is not one of none, bf16, int8, nf4, prune:S with 0 < S < 1, drop:N with N >= 1; "
-        "join several with +, such as prune:0.5+int8"
+        f"codec {text!r}: {part!r} is not one of {', '.join(QUANTISATIONS)}, prune:S or wanda:S with 0 < S < 1, "
+        "drop:N with N >= 1; join several with +, such as wanda:0.5+int8"
     )
 
 
