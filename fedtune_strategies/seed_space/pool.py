@@ -7,7 +7,7 @@ the dtype, the thread count, the shard or the order of tensors. Mathematics: doc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -104,13 +104,43 @@ class Pool(ABC):
         ConfigError
             If k is not in the pool.
         """
-        if not 0 <= k < self.size:
-            raise ConfigError(f"seed {k} is not in a pool of {self.size}: seeds are 0 to {self.size - 1}")
+        return self.move(name, weight, [(k, c)], out)
+
+    def move(self, name: str, weight: Tensor, moves: Sequence[tuple[int, float]], out: Tensor | None = None) -> Tensor:
+        """``weight + c_1 * z_{k_1} + c_2 * z_{k_2} + …``, in that order, in one pass over memory.
+
+        Parameters
+        ----------
+        name : str
+            Canonical name.
+        weight : Tensor
+            float32, bfloat16 or float16; sums are float32, rounded to its dtype once at the end.
+        moves : sequence of (int, float)
+            Seeds and factors.
+        out : Tensor, optional
+            As in `perturb`.
+
+        Returns
+        -------
+        Tensor
+            `out`.
+
+        Raises
+        ------
+        ConfigError
+            If a seed is not in the pool.
+        """
+        for k, _ in moves:
+            if not 0 <= k < self.size:
+                raise ConfigError(f"seed {k} is not in a pool of {self.size}: seeds are 0 to {self.size - 1}")
 
         def kernel(result: Tensor, source: Tensor, start: int) -> None:
-            self._add(name, result, source, int(k), float(c), start)
+            for k, c in moves:
+                self._add(name, result, source, int(k), float(c), start)
+                source = result
 
-        return _sweep(kernel, weight, out, self._chunk)
+        # Several moves go chunk by chunk, so that all but the first find the weights in the cache.
+        return _sweep(kernel, weight, out, self._chunk, whole=len(moves) == 1)
 
     def rebuild(self, name: str, base: Tensor, theta: Tensor, out: Tensor | None = None) -> Tensor:
         """``base + sum_k theta_k * z_k``: float32 sums, one rounding at the end.
@@ -301,23 +331,27 @@ def make_pool(kind: str, key: int, size: int, transform: int | None = None) -> P
     return WalshPool(key, size, block)
 
 
-def _sweep(kernel: Callable[[Tensor, Tensor, int], None], source: Tensor, out: Tensor | None, chunk: int) -> Tensor:
+def _sweep(
+    kernel: Callable[[Tensor, Tensor, int], None], source: Tensor, out: Tensor | None, chunk: int, whole: bool = True
+) -> Tensor:
     """Apply a flat float32 kernel to a tensor of any dtype, over all threads that torch may use."""
     source = source.detach()
     out = torch.empty_like(source, memory_format=torch.contiguous_format) if out is None else out
     if not out.is_contiguous():
-        return out.copy_(_sweep(kernel, source, None, chunk))
+        return out.copy_(_sweep(kernel, source, None, chunk, whole))
     flat, result = source.reshape(-1), out.detach().view(-1)
+    direct = flat.dtype == result.dtype == torch.float32
 
     def run(low: int, high: int) -> None:
-        if flat.dtype == result.dtype == torch.float32:
-            kernel(result[low:high], flat[low:high], low)
-            return
-        for start in range(low, high, chunk):  # 16 bits: through a small float32 scratch
-            stop = min(start + chunk, high)
-            scratch = flat[start:stop].to(torch.float32)
-            kernel(scratch, scratch, start)
-            result[start:stop] = scratch
+        step = high - low if whole and direct else chunk
+        for start in range(low, high, step):
+            stop = min(start + step, high)
+            if direct:
+                kernel(result[start:stop], flat[start:stop], start)
+            else:  # 16 bits: through a small float32 scratch
+                scratch = flat[start:stop].to(torch.float32)
+                kernel(scratch, scratch, start)
+                result[start:stop] = scratch
 
     n = len(flat)
     threads = min(thread_count(flat.device), -(-n // SHARE))

@@ -1,35 +1,44 @@
-"""Local steps against exact slopes."""
+"""Local steps against exact slopes, in both ways, for all dtypes."""
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 from fedtune_strategies.seed_space import make_pool, tuned_parameters
 from fedtune_strategies.zeroth_order import local_steps
 
+ways = pytest.mark.parametrize("in_place", [True, False])
+
 
 def linear_model():
     torch.manual_seed(0)
-    return nn.Linear(6, 3).double().float()
+    return nn.Linear(6, 3)
 
 
 def loss(model, batch):
-    return (model(batch) ** 2).mean()
+    return (model(batch).float() ** 2).mean()
 
 
-def test_scalar_is_the_directional_derivative():
+def weights(model):
+    return {name: p.detach().clone() for name, p in tuned_parameters(model).items()}
+
+
+@ways
+def test_scalar_is_the_directional_derivative(in_place):
     model, pool, batch = linear_model(), make_pool("gaussian", 3, 8), torch.randn(20, 6)
     loss(model, batch).backward()
     exact = sum((p.grad * pool.direction(name, p.shape, 5)).sum() for name, p in tuned_parameters(model).items())
-    found = local_steps(model, pool, loss, [batch], [5], eps=1e-2, lr=0.0)
+    found = local_steps(model, pool, loss, [batch], [5], eps=1e-2, lr=0.0, in_place=in_place)
     np.testing.assert_allclose(found.g, [exact.item()], rtol=1e-3)
 
 
-def test_model_ends_at_the_point_that_the_scalars_name():
+@ways
+def test_model_ends_at_the_point_that_the_scalars_name(in_place):
     model, pool = linear_model(), make_pool("walsh", 3, 8)
-    base = {name: p.detach().clone() for name, p in tuned_parameters(model).items()}
+    base = weights(model)
     batches, seeds = [torch.randn(20, 6) for _ in range(30)], np.random.default_rng(0).integers(0, 8, 30)
-    found = local_steps(model, pool, loss, batches, seeds, eps=1e-3, lr=1e-2)
+    found = local_steps(model, pool, loss, batches, seeds, eps=1e-3, lr=1e-2, in_place=in_place)
     theta = torch.zeros(8)
     for k, g in zip(seeds, found.g, strict=True):
         theta[int(k)] -= 1e-2 * float(g)
@@ -38,13 +47,38 @@ def test_model_ends_at_the_point_that_the_scalars_name():
     assert found.loss[-5:].mean() < found.loss[:5].mean()
 
 
-def test_a_non_finite_loss_skips_the_step():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_updates_far_below_a_unit_in_the_last_place_survive_16_bits(dtype):
+    model = nn.Linear(64, 64, bias=False).to(dtype)
+    nn.init.constant_(model.weight, 1.0)
+    pool, base = make_pool("walsh", 3, 64), weights(model)
+    batches = [torch.randn(4, 64).to(dtype)] * 100
+    found = local_steps(model, pool, loss, batches, [5] * 100, eps=0.05, lr=1e-6)
+    moved = -1e-6 * float(found.g.sum())
+    assert abs(1e-6 * found.g).max() < 2**-12  # each step alone would round to nothing
+    expected = pool.perturb("weight", base["weight"], 5, moved)
+    assert torch.equal(model.weight.detach(), expected)
+
+
+@ways
+def test_a_non_finite_loss_skips_the_step(in_place):
     model, pool = linear_model(), make_pool("walsh", 3, 8)
-    before = [p.detach().clone() for p in model.parameters()]
-    found = local_steps(model, pool, loss, [torch.full((2, 6), torch.inf)], [1], eps=1e-3, lr=1.0)
-    assert np.isnan(found.g).all()
-    for old, new in zip(before, model.parameters(), strict=True):
-        torch.testing.assert_close(old, new.detach(), rtol=0, atol=1e-6)
+    before = weights(model)
+    batch = torch.full((2, 6), torch.inf)
+    found = local_steps(model, pool, loss, [batch], [1], eps=1e-3, lr=1.0, in_place=in_place)
+    assert np.isnan(found.g).all() and np.isnan(found.loss).all()
+    for name, weight in weights(model).items():
+        torch.testing.assert_close(before[name], weight, rtol=0, atol=1e-6)
+
+
+def test_from_a_start_the_weights_stay_at_the_base():
+    model, pool, batch = linear_model(), make_pool("walsh", 3, 8), torch.randn(20, 6)
+    before, theta = weights(model), torch.randn(8) * 0.1
+    found = local_steps(model, pool, loss, [batch] * 5, [1, 2, 3, 1, 2], eps=1e-3, lr=1e-2, start=theta)
+    assert all(torch.equal(before[name], weight) for name, weight in weights(model).items())
+    pool.rebuild_model(tuned_parameters(model), before, theta)
+    again = local_steps(model, pool, loss, [batch] * 5, [1, 2, 3, 1, 2], eps=1e-3, lr=1e-2)
+    np.testing.assert_allclose(found.g, again.g, rtol=1e-2, atol=1e-3)
 
 
 def test_dropout_is_off_during_steps_and_the_mode_restored():
