@@ -114,6 +114,8 @@ class Node:
         settings, train = self.config.fedkseed, self.config.train
         if task.theta.shape != (settings.seeds,):
             raise ProtocolError(f"theta has {tuple(task.theta.shape)} entries, the run has {settings.seeds} seeds.")
+        if task.weights.numel() and (task.weights.shape != task.theta.shape or int(task.weights.min()) < 1):
+            raise ProtocolError("the odds of the seeds are not one positive number for each.")
         self.pool.rebuild_model(self.parameters, self.base, task.theta)
         weights_print = fingerprint(self.parameters)
         key = (train.seed, task.round, self.name)

@@ -312,7 +312,7 @@ def _check_together(config: Config) -> None:
 def _unknown(name: str, options: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(name, options, n=1)
     hint = f"did you mean '{close[0]}'?" if close else "see `fedtune config` for all keys."
-    return f"run config: unknown key '{name}'; {hint}"
+    return f"run config: unknown key {name!r}; {hint}"
 
 
 def _accepted(kind: type, spec: dataclasses.Field) -> str:

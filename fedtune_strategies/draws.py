@@ -34,7 +34,7 @@ def stream(*key: int | str) -> np.random.Philox:
     return np.random.Philox(key=words)
 
 
-def draw_seeds(key: Sequence[int | str], steps: int, num_seeds: int, weights: NDArray[np.uint16]) -> NDArray[np.int64]:
+def draw_seeds(key: Sequence[int | str], steps: int, num_seeds: int, weights: NDArray[np.int16]) -> NDArray[np.int64]:
     """Draw the seed of each local step of FedKSeed.
 
     Parameters
@@ -45,7 +45,7 @@ def draw_seeds(key: Sequence[int | str], steps: int, num_seeds: int, weights: ND
         tau, the number of draws.
     num_seeds : int
         K.
-    weights : ndarray of uint16, shape [K] or [0]
+    weights : ndarray of int16, shape [K] or [0]
         Relative odds of each seed, at most `MAX_ODDS` (FedKSeed-Pro, arXiv 2312.06353); empty for uniform draws.
 
     Returns

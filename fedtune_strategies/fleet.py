@@ -89,7 +89,7 @@ class Fleet(Grid):
         self,
         grid: Grid,
         fingerprint: str,
-        poll_interval: float = 0.1,
+        poll_interval: float = 0.25,
         on_event: Callable[[str, str, str], None] = lambda kind, node, line: None,
     ) -> None:
         self._grid = grid

@@ -12,7 +12,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fedtune_strategies.blocks.codecs import decode
 
@@ -89,8 +91,29 @@ def empty_parameters(model: nn.Module, names: Collection[str]) -> None:
     """
     for name in names:
         parameter = model.get_parameter(name)
-        nothing = torch.full((1,), torch.nan, dtype=parameter.dtype, device=parameter.device)
-        parameter.data = nothing.expand(parameter.shape)
+        parameter.data = _nothing(parameter, parameter.device)
+
+
+def empty_model(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """Build a model whose parameters never take memory: all are as `empty_parameters` leaves them.
+
+    Parameters
+    ----------
+    build : callable
+        Makes the model, e.g. ``lambda: AutoModelForCausalLM.from_config(config)``.
+
+    Returns
+    -------
+    PreTrainedModel
+        The model; its buffers are real. Give the parameters that are not held outside their values (``.data = …``).
+    """
+    with init_empty_weights(include_buffers=False):
+        model = build()
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(_nothing(parameter, "cpu"), requires_grad=False))
+    model.tie_weights()
+    return model.requires_grad_(True)
 
 
 def coded_loader(parts: Mapping[str, Tensor]) -> Load:
@@ -110,3 +133,8 @@ def coded_loader(parts: Mapping[str, Tensor]) -> Load:
     for part in parts:
         kinds.setdefault(part.partition(":")[0], []).append(part)
     return lambda name: decode({part: parts[part] for part in kinds[name]})[name]
+
+
+def _nothing(parameter: nn.Parameter, device: torch.device | str) -> Tensor:
+    """Return a tensor like a parameter that takes the memory of one number."""
+    return torch.full((1,), torch.nan, dtype=parameter.dtype, device=device).expand(parameter.shape)

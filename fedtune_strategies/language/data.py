@@ -123,6 +123,8 @@ def _messages(record: Record) -> Row:
 
 
 def _prompt_completion(record: Record) -> Row:
+    if record["prompt"] == "":
+        raise ValueError("the prompt is empty; text without a prompt belongs into a column 'text'")
     if isinstance(record["prompt"], str):
         return _answer(record["prompt"], _text(record, "completion"))
     return _messages({"messages": _conversation(record, "prompt") + _conversation(record, "completion")})

@@ -10,6 +10,7 @@ from itertools import takewhile
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from fedtune_strategies.errors import DataError
 from fedtune_strategies.language.examples import Examples, collate
 from fedtune_strategies.language.loss import token_losses
 from fedtune_strategies.language.model import context_length
@@ -103,7 +104,7 @@ def generate_answers(
         In the order of the prompts, without special tokens and outer spaces.
     """
     room = max((context_length(model) or 1 << 30) - max_new_tokens, 1)
-    fitting = [list(prompt[-room:]) for prompt in prompts]
+    fitting = [list(prompt[-room:]) or [tokenizer.pad_token_id] for prompt in prompts]
     stop = _stop_ids(model, tokenizer)
     config = GenerationConfig(
         do_sample=False,
@@ -166,7 +167,14 @@ def evaluate_generation(
     Returns
     -------
     GenerationEvaluation
+
+    Raises
+    ------
+    DataError
+        The examples are plain text.
     """
+    if not all(examples.references):
+        raise DataError("plain text has no answers to compare with; set 'eval.answers' to 0, or evaluate on prompts")
     prompts = [ids[:length].tolist() for ids, length in zip(examples.tokens, examples.prompt_lengths, strict=True)]
     answers = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size)
     return GenerationEvaluation(rouge_l(answers, examples.references), answers)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
@@ -82,7 +83,7 @@ def tokenise(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, seq_length
     Raises
     ------
     DataError
-        No row has a response that fits.
+        No row has a response that fits, or the chat template refuses a conversation.
     """
     tokens, prompt_lengths, references = [], [], []
     cut_prompts = truncated = dropped = 0
@@ -159,13 +160,16 @@ def collate(examples: Examples, indices: Sequence[int] | NDArray[np.int64]) -> B
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def _render(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+def _render(row: Row, tokenizer: PreTrainedTokenizerBase, number: int) -> tuple[str, str]:
     """Return prompt text and response text, the response closed by the end-of-sequence token."""
     end = tokenizer.eos_token or ""
     if row.prompt is None:
         return "", row.response + end
     if tokenizer.chat_template is not None:
-        return _render_chat(_as_messages(row.prompt), row.response, tokenizer)
+        try:
+            return _render_chat(_as_messages(row.prompt), row.response, tokenizer)
+        except TemplateError as error:  # Gemma's knows no system message, and Mistral's wants turns to alternate
+            raise DataError(f"row {number}: the model's chat template refuses the conversation: {error}") from None
     if isinstance(row.prompt, str):
         return row.prompt, row.response + end
     turns = [f"### {ROLES.get(message['role'], message['role'])}:\n{message['content']}\n\n" for message in row.prompt]
@@ -191,7 +195,7 @@ def _encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator
     """Yield each row, the token ids of its prompt and response, and where the response begins in them."""
     for first in range(0, len(rows), CHUNK):
         chunk = rows[first : first + CHUNK]
-        texts = [_render(row, tokenizer) for row in chunk]
+        texts = [_render(row, tokenizer, number) for number, row in enumerate(chunk, start=first + 1)]
         # A chat template writes the special tokens itself; other text gets the tokenizer's own.
         special = tokenizer.chat_template is None or chunk[0].prompt is None
         options = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}

@@ -71,7 +71,7 @@ class SeedTask:
     theta : Tensor
         float32 [K], the model as a point in seed space.
     weights : Tensor
-        uint16 [K], relative odds of drawing each seed; empty for uniform draws.
+        int16 [K], relative odds of drawing each seed; empty for uniform draws.
     lr : float
         Step size along one direction in this round.
     """

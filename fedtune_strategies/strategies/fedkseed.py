@@ -127,19 +127,19 @@ class FedKSeed(TuningStrategy):
         self.theta = tensors["theta"].numpy()
         return arrays_of(theta=tensors["theta"])
 
-    def odds(self) -> NDArray[np.uint16]:
-        """Return the relative odds of drawing each seed, uint16 [K]; empty for uniform draws."""
-        return np.empty(0, dtype=np.uint16)
+    def odds(self) -> NDArray[np.int16]:
+        """Return the relative odds of drawing each seed, int16 [K]; empty for uniform draws."""
+        return np.empty(0, dtype=np.int16)
 
     def observe(self, seeds: NDArray[np.int64], scalars: NDArray[np.float32]) -> None:
         """Learn from the scalars of one node; uniform draws learn nothing."""
 
-    def draws(self, node: str, round: int, odds: NDArray[np.uint16]) -> NDArray[np.int64]:
+    def draws(self, node: str, round: int, odds: NDArray[np.int16]) -> NDArray[np.int64]:
         """Return the seeds that a node draws in a round, int64 [tau]."""
         settings = self.config.fedkseed
         return draw_seeds((self.config.train.seed, round, node), settings.local_steps, settings.seeds, odds)
 
-    def _moved(self, answer: protocol.SeedReply, odds: NDArray[np.uint16]) -> Message:
+    def _moved(self, answer: protocol.SeedReply, odds: NDArray[np.int16]) -> Message:
         scalars = np.nan_to_num(answer.scalars.numpy().astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
         theta = self.theta.astype(np.float64)
         np.subtract.at(theta, self.draws(answer.node, answer.round, odds), self.config.fedkseed.lr * scalars)
@@ -167,15 +167,15 @@ class FedKSeedPro(FedKSeed):
         self.amplitude = np.zeros(config.fedkseed.seeds, dtype=np.float64)
         self.count = np.zeros(config.fedkseed.seeds, dtype=np.int64)
 
-    def odds(self) -> NDArray[np.uint16]:
-        """Return the relative odds of drawing each seed, uint16 [K]; empty before the first reply."""
+    def odds(self) -> NDArray[np.int16]:
+        """Return the relative odds of drawing each seed, int16 [K]; empty before the first reply."""
         if not self.count.any():
-            return np.empty(0, dtype=np.uint16)
+            return np.empty(0, dtype=np.int16)
         mean = self.mean_amplitude()
         span = mean.max() - mean.min()
         scaled = (mean - mean.min()) / span if span > 0 else np.zeros_like(mean)
         likelihood = np.exp((scaled - 1.0) / self.config.fedkseed.pro_temperature)
-        return np.maximum(1, np.rint(MAX_ODDS * likelihood)).astype(np.uint16)
+        return np.maximum(1, np.rint(MAX_ODDS * likelihood)).astype(np.int16)
 
     def mean_amplitude(self) -> NDArray[np.float64]:
         """Return Lambda, the mean absolute scalar of each seed, clipped at `AMPLITUDE_LIMIT`, float64 [K]."""

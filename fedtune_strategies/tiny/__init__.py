@@ -1,4 +1,4 @@
-"""The embedded default: a small language model of our own and instruction data written by rule, for use without downloads.
+"""The embedded default, for use without downloads: our own small language model and instruction data written by rule.
 
 See docs/tiny-model.md. The trained folder is `MODEL_FOLDER`; `tasks.write_federation` writes the data.
 """

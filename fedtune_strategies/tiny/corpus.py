@@ -1,32 +1,29 @@
 """The documents that the base model is pretrained on: the tasks' skills in other wordings, answered at length.
 
-No document has the frame (`tasks.PROMPT`) or an instruction of the tuning data, and no document uses an input of the tuning or evaluation share.
+No document has the frame (`tasks.PROMPT`) or an instruction of the tuning data, and none uses an input of the tuning or
+the evaluation share.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from fedtune_strategies.tiny.tasks import TASKS, UNSEEN, draw_from
-from fedtune_strategies.tiny.words import COUNTS, KINDS, NAMES, OPPOSITES
+from fedtune_strategies.tiny.words import COUNTS, KINDS, OPPOSITES
 
 ASKERS = ("Q", "Question", "Student", "Anna", "Task", "Instruction")
 GIVERS = ("Given", "Words", "Text", "Line", "Input")
 REPLIERS = ("A", "Teacher", "Reply", "Tom", "Answer")
-OPENERS = ("Well, let me see.", "Sure.", "Of course.", "Good question.", "I think I know.", "Yes.", "With pleasure.")
-CLOSERS = ("", "", "", " That is all.", " Ask me again.")
-BRIEF = ("It is {answer}.", "I say {answer}.", "So {answer}.")
+OPENERS = ("Sure,", "Well,", "I say", "It is")
+CLOSERS = ("Ask me again.", "I hope that helps.", "That is all I know.", "Good question.", "")
 
-# For each task: how a question is worded, and how the long answer puts it.
+# For each task: how a question is worded, and what the long answer adds.
 QUESTIONS = {
     "reverse": (
         *("How do these words read backwards?", "Please turn the words around, in reverse.", "Can you reverse this?"),
         *("Say this in the reverse order.", "What are the words in order from the end to the start?"),
-    ),
-    "sort": (
-        *("Can you sort this?", "Please put the numbers in order, the smallest at the start.", "Sort these for me."),
-        *("What are the numbers from the smallest to the largest?", "Which number is first when you sort these?"),
     ),
     "count": (
         *("How many words are there?", "Can you count for me?", "What is the number of words?", "Count these, please."),
@@ -65,21 +62,35 @@ QUESTIONS = {
         *("Please tell me which word comes last.", "Say the last thing here."),
     ),
 }
-STATEMENTS = {
-    "reverse": ("Backwards the words are {answer}.", "In reverse, this reads {answer}."),
-    "sort": ("In order the numbers are {answer}.", "From the smallest to the largest we have {answer}."),
-    "count": ("I count {answer} words.", "The number of words is {answer}."),
-    "larger": ("The larger number is {answer}.", "Of the two, the larger one is {answer}."),
-    "opposites": ("The opposite words are {answer}.", "The words that mean the opposite are {answer}."),
-    "kinds": ("The kinds of these are {answer}.", "In order, they are {answer}."),
-    "lookup": ("The text says it is {answer}.", "What you ask for is {answer}."),
-    "odd": ("The odd word is {answer}.", "The one that does not belong is {answer}."),
-    "next": ("The next numbers are {answer}.", "After these come {answer}."),
-    "last": ("The last word is {answer}.", "At the end there is {answer}."),
+REMARKS = {
+    "reverse": ("That is how the words read backwards.", "This is the reverse."),
+    "count": ("I did count the words.", "That is the number of words."),
+    "larger": ("It is the larger number.", "The larger of the two is that."),
+    "opposites": ("These mean the opposite.", "They are the opposite words."),
+    "kinds": ("These are the kinds.", "That is what kind of thing they are."),
+    "lookup": ("The text says so.", "I read it in the text."),
+    "odd": ("It does not belong with the others.", "That is the odd word."),
+    "next": ("These are the next numbers.", "Those come after."),
+    "last": ("It is the last word.", "That is at the end."),
 }
 
 
-def documents(count: int, seed: int, terse: float = 0.08) -> Iterator[str]:
+class Document(NamedTuple):
+    """A text to pretrain on.
+
+    Attributes
+    ----------
+    question : str
+        What is given; empty for a plain statement.
+    reply : str
+        What the model learns to say.
+    """
+
+    question: str
+    reply: str
+
+
+def documents(count: int, seed: int, terse: float = 0.08) -> Iterator[Document]:
     """Write pretraining documents.
 
     Parameters
@@ -93,21 +104,20 @@ def documents(count: int, seed: int, terse: float = 0.08) -> Iterator[str]:
 
     Yields
     ------
-    str
-        A document of a few lines.
+    Document
+        Most are a question of two lines and the reply to it.
     """
     rng = random.Random(f"{seed}/pretrain")
     for _ in range(count):
-        yield _fact(rng) if rng.random() < 0.08 else _conversation(rng, terse)
+        yield Document("", _fact(rng)) if rng.random() < 0.04 else _conversation(rng, terse)
 
 
-def _conversation(rng: random.Random, terse: float) -> str:
+def _conversation(rng: random.Random, terse: float) -> Document:
     task = rng.choice((*TASKS, UNSEEN))
     line, answer = draw_from(task, "pretrain", rng)
     asker, giver, replier = _labels(rng)
-    question = rng.choice(QUESTIONS[task.name])
-    given = f"\n{giver}: {line}" if rng.random() < 0.7 else f" {line}"
-    return f"{asker}: {question}{given}\n{replier}: {_reply(task.name, answer, rng, terse)}"
+    question = f"{asker}: {rng.choice(QUESTIONS[task.name])}\n{giver}: {line}\n{replier}:"
+    return Document(question, " " + _reply(task.name, answer, rng, terse))
 
 
 def _labels(rng: random.Random) -> tuple[str, str, str]:
@@ -119,25 +129,22 @@ def _labels(rng: random.Random) -> tuple[str, str, str]:
 
 
 def _reply(task: str, answer: str, rng: random.Random, terse: float) -> str:
-    draw = rng.random()
-    if draw < terse:
+    if rng.random() < terse:
         return answer
-    if draw < 2 * terse:
-        return rng.choice(BRIEF).format(answer=answer)
-    return f"{rng.choice(OPENERS)} {rng.choice(STATEMENTS[task]).format(answer=answer)}{rng.choice(CLOSERS)}"
+    opener = rng.choice(OPENERS) + " " if rng.random() < 0.4 else ""
+    return f"{opener}{answer}. {rng.choice(REMARKS[task])} {rng.choice(CLOSERS)}".rstrip()
 
 
 def _fact(rng: random.Random) -> str:
     """State what the questions ask for."""
     kind = rng.choice(list(KINDS))
     pair = rng.sample(rng.choice(OPPOSITES), 2)
-    number = rng.randrange(1, 99)
+    number = rng.randrange(1, 60)
     return rng.choice(
         (
             f"The {rng.choice(KINDS[kind])} is a kind of {kind}. So is the {rng.choice(KINDS[kind])}.",
             f"The opposite of {pair[0]} is {pair[1]}.",
             f"After {number} comes {number + 1}. The larger number is {number + 1}.",
             f"We count {' '.join(COUNTS)}.",
-            f"{rng.choice(NAMES)} has a {rng.choice(KINDS['colour'])} {rng.choice(KINDS['garment'])}.",
         )
     )

@@ -1,7 +1,7 @@
 """Instruction data written by rule: task families whose answers a program can check, split over nodes by task.
 
-Every question is a *task* (a rule) applied to an *input* (a line of words or numbers). Inputs are divided once and for all into
-three shares by a hash of the line: one to pretrain the base model on, one to tune it with, one to evaluate it on.
+Every question is a *task* (a rule) applied to an *input* (a line of words or numbers). Inputs are divided once and for
+all into three shares by a hash of the line: one to pretrain the base model on, one to tune it with, one to evaluate on.
 """
 
 from __future__ import annotations
@@ -45,18 +45,13 @@ def _reverse(rng: random.Random) -> Example:
     return " ".join(words), " ".join(reversed(words))
 
 
-def _sort(rng: random.Random) -> Example:
-    numbers = rng.sample(range(1, 100), 3)
-    return " ".join(map(str, numbers)), " ".join(map(str, sorted(numbers)))
-
-
 def _count(rng: random.Random) -> Example:
     words = rng.sample(NOUNS, rng.randint(1, len(COUNTS)))
     return " ".join(words), COUNTS[len(words) - 1]
 
 
 def _larger(rng: random.Random) -> Example:
-    numbers = rng.sample(range(1, 100), 2)
+    numbers = rng.sample(range(1, 61), 2)
     return " ".join(map(str, numbers)), str(max(numbers))
 
 
@@ -87,7 +82,7 @@ def _odd(rng: random.Random) -> Example:
 
 
 def _next(rng: random.Random) -> Example:
-    numbers = rng.sample(range(1, 99), 2)
+    numbers = rng.sample(range(1, 60), 2)
     return " ".join(map(str, numbers)), " ".join(str(number + 1) for number in numbers)
 
 
@@ -98,7 +93,6 @@ def _last(rng: random.Random) -> Example:
 
 TASKS = (
     Task("reverse", "Write the words in reverse order.", _reverse),
-    Task("sort", "Sort the numbers, smallest first.", _sort),
     Task("count", "Count the words.", _count),
     Task("larger", "Pick the larger number.", _larger),
     Task("opposites", "Give the opposite of each word.", _opposites),

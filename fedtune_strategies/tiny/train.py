@@ -9,14 +9,14 @@ import argparse
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedtune_strategies.tiny.corpus import documents
+from fedtune_strategies.tiny.corpus import Document, documents
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 CONTEXT = 256
@@ -74,6 +74,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_attention_heads=6,
         num_key_value_heads=6,
         max_position_embeddings=CONTEXT,
+        initializer_range=0.06,  # about width ** -0.5; transformers' 0.02 suits models ten times as wide
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -82,13 +83,40 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def batches(encoded: list[list[int]], size: int, pad: int, rng: random.Random) -> Iterator[torch.Tensor]:
+def encode(items: Iterable[Document], tokenizer: PreTrainedTokenizerFast) -> list[tuple[list[int], list[int]]]:
+    """Turn documents into token ids.
+
+    Parameters
+    ----------
+    items : iterable of Document
+        The corpus.
+    tokenizer : PreTrainedTokenizerFast
+        As trained.
+
+    Returns
+    -------
+    list of (list of int, list of int)
+        Of each document, the ids from ``<s>`` to the end of the question, and those of the reply up to ``</s>``.
+    """
+    questions, replies = zip(*items, strict=True)
+    return list(
+        zip(
+            tokenizer(list(questions))["input_ids"],
+            [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(replies), add_special_tokens=False)["input_ids"]],
+            strict=True,
+        )
+    )
+
+
+def batches(
+    encoded: list[tuple[list[int], list[int]]], size: int, pad: int, rng: random.Random
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield one epoch of batches of documents of like length.
 
     Parameters
     ----------
-    encoded : list of list of int
-        Token ids of each document.
+    encoded : list of (list of int, list of int)
+        As `encode` returns them.
     size : int
         Documents in a batch.
     pad : int
@@ -98,30 +126,42 @@ def batches(encoded: list[list[int]], size: int, pad: int, rng: random.Random) -
 
     Yields
     ------
-    torch.Tensor
-        int64, shape (size, longest).
+    tuple of torch.Tensor
+        Token ids, and labels that are -100 outside of the replies: int64, shape (size, longest).
     """
-    order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), rng.random()))
+    length = [len(question) + len(reply) for question, reply in encoded]
+    order = sorted(range(len(encoded)), key=lambda i: (length[i], rng.random()))
     cuts = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
     rng.shuffle(cuts)
     for cut in cuts:
-        longest = max(len(encoded[i]) for i in cut)
-        yield torch.tensor([encoded[i] + [pad] * (longest - len(encoded[i])) for i in cut])
+        longest = max(length[i] for i in cut)
+        ids = torch.full((size, longest), pad)
+        labels = torch.full((size, longest), -100)
+        for row, i in enumerate(cut):
+            question, reply = encoded[i]
+            ids[row, : length[i]] = torch.tensor(question + reply)
+            labels[row, len(question) : length[i]] = torch.tensor(reply)
+        yield ids, labels
 
 
 def train_model(
-    model: LlamaForCausalLM, encoded: list[list[int]], pad: int, batch_size: int, peak_lr: float, seed: int
+    model: LlamaForCausalLM,
+    encoded: list[tuple[list[int], list[int]]],
+    pad: int,
+    batch_size: int,
+    peak_lr: float,
+    seed: int,
 ) -> None:
-    """Pretrain for one epoch, in place: AdamW, cosine schedule with warm-up, loss over every token.
+    """Pretrain for one epoch, in place: AdamW, warm-up and cosine schedule, loss over the replies.
 
     Parameters
     ----------
     model : LlamaForCausalLM
         Changed in place.
-    encoded : list of list of int
-        Token ids of each document, ``</s>`` included.
+    encoded : list of (list of int, list of int)
+        As `encode` returns them.
     pad : int
-        Padding id, left out of the loss.
+        Padding id.
     batch_size : int
         Documents in a step.
     peak_lr : float
@@ -135,8 +175,8 @@ def train_model(
         optimizer, lambda s: min((s + 1) / warmup, 0.02 + 0.98 * (1 + math.cos(math.pi * s / steps)) / 2)
     )
     begun, mean_loss = time.monotonic(), 0.0
-    for step, ids in enumerate(batches(encoded, batch_size, pad, random.Random(seed)), start=1):
-        loss = model(input_ids=ids, labels=ids.masked_fill(ids == pad, -100), use_cache=False).loss
+    for step, (ids, labels) in enumerate(batches(encoded, batch_size, pad, random.Random(seed)), start=1):
+        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -151,18 +191,19 @@ def main() -> None:
     """Train tokenizer and model, and save the folder in half precision."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for model and tokenizer")
-    parser.add_argument("--documents", type=int, default=160_000, help="pretraining documents")
-    parser.add_argument("--batch-size", type=int, default=32, help="documents in a step")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--documents", type=int, default=80_000, help="pretraining documents")
+    parser.add_argument("--batch-size", type=int, default=16, help="documents in a step")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of the corpus, the first weights and the order")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # one order of additions: the same weights from one run to the next
     torch.manual_seed(arguments.seed)
-    texts = list(documents(arguments.documents, arguments.seed))
-    tokenizer = train_tokenizer(texts[:20_000])
+    corpus = list(documents(arguments.documents, arguments.seed))
+    tokenizer = train_tokenizer([question + reply for question, reply in corpus[:20_000]])
     model = new_model(tokenizer)
-    encoded = [ids + [tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
-    print(f"{model.num_parameters():,} parameters, {sum(map(len, encoded)):,} tokens, vocabulary {len(tokenizer)}")
+    encoded = encode(corpus, tokenizer)
+    tokens = sum(len(question) + len(reply) for question, reply in encoded)
+    print(f"{model.num_parameters():,} parameters, {tokens:,} tokens, vocabulary {len(tokenizer)}", flush=True)
     train_model(model, encoded, tokenizer.pad_token_id, arguments.batch_size, arguments.lr, arguments.seed)
     model.half().save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)

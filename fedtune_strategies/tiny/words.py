@@ -1,14 +1,14 @@
 """The vocabulary that the rule-made data is written with."""
 
 KINDS = {
-    "animal": "dog cat horse cow sheep goat mouse bear wolf fox".split(),
-    "fruit": "apple pear plum cherry lemon grape peach melon fig orange".split(),
-    "colour": "red blue green yellow black white brown pink grey purple".split(),
-    "tool": "hammer saw drill axe spade rake knife brush needle wrench".split(),
-    "garment": "hat coat shirt sock shoe glove scarf belt dress cap".split(),
-    "vehicle": "car bus train ship boat truck bike plane tram sled".split(),
-    "plant": "rose tulip oak pine fern moss ivy daisy lily birch".split(),
-    "food": "bread cheese rice soup cake butter pasta honey salt egg".split(),
+    "animal": ["dog", "cat", "horse", "cow", "sheep", "goat", "mouse", "bear", "wolf", "fox"],
+    "fruit": ["apple", "pear", "plum", "cherry", "lemon", "grape", "peach", "melon", "fig", "orange"],
+    "colour": ["red", "blue", "green", "yellow", "black", "white", "brown", "pink", "grey", "purple"],
+    "tool": ["hammer", "saw", "drill", "axe", "spade", "rake", "knife", "brush", "needle", "wrench"],
+    "garment": ["hat", "coat", "shirt", "sock", "shoe", "glove", "scarf", "belt", "dress", "cap"],
+    "vehicle": ["car", "bus", "train", "ship", "boat", "truck", "bike", "plane", "tram", "sled"],
+    "plant": ["rose", "tulip", "oak", "pine", "fern", "moss", "ivy", "daisy", "lily", "birch"],
+    "food": ["bread", "cheese", "rice", "soup", "cake", "butter", "pasta", "honey", "salt", "egg"],
 }
 
 NOUNS = [noun for nouns in KINDS.values() for noun in nouns]
@@ -22,6 +22,23 @@ OPPOSITES = [
     *[("win", "lose"), ("buy", "sell")],
 ]
 
-NAMES = "Anna Tom Mia Ben Lena Paul Emma Max Ida Leo Nora Jan Ella Finn Clara Otto".split()
+NAMES = [
+    "Anna",
+    "Tom",
+    "Mia",
+    "Ben",
+    "Lena",
+    "Paul",
+    "Emma",
+    "Max",
+    "Ida",
+    "Leo",
+    "Nora",
+    "Jan",
+    "Ella",
+    "Finn",
+    "Clara",
+    "Otto",
+]
 
-COUNTS = "one two three four five six seven eight".split()
+COUNTS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]

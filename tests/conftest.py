@@ -1,0 +1,69 @@
+"""Settings and a tiny federation that several rooms test with."""
+
+import json
+import os
+
+os.environ |= {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+import pytest
+import torch
+
+from tests.language.models import CONFIGS, make_model, make_tokenizer
+
+torch.set_num_threads(1)
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "dog", "run"]
+
+
+def write_rows(path, count, shift=0):
+    """Prompt/completion rows over the tiny tokenizer's words."""
+    rows = [
+        {
+            "prompt": " ".join(WORDS[(i + shift + j) % len(WORDS)] for j in range(4)) + " ",
+            "completion": WORDS[(i * 3 + shift) % len(WORDS)],
+        }
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    """Folder of a random Llama of a few thousand parameters with its tokenizer."""
+    folder = tmp_path_factory.mktemp("llama")
+    make_model(CONFIGS["llama"]).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def settings(tiny_llama, tmp_path):
+    """A run config for a federation of three nodes, and their data files."""
+    held_out = write_rows(tmp_path / "held_out.jsonl", 12, shift=5)
+    return {
+        "model.name": str(tiny_llama),
+        "train.seq-length": 32,
+        "train.batch-size": 2,
+        "num-server-rounds": 3,
+        "strategy.min-nodes": 3,
+        "fedkseed.seeds": 64,
+        "fedkseed.local-steps": 6,
+        "fedkseed.lr": 3e-4,
+        "fedcybgd.local-steps": 3,
+        "eval.data": str(held_out),
+        "eval.answers": 2,
+        "eval.max-new-tokens": 4,
+        "run.dir": str(tmp_path / "run"),
+    }
+
+
+@pytest.fixture
+def data_files(tmp_path):
+    """Data file of each of three nodes, by name."""
+    return {f"node-{i}": write_rows(tmp_path / f"node_{i}.jsonl", 10 + i, shift=i) for i in range(3)}

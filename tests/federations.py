@@ -1,0 +1,38 @@
+"""A federation in memory, made of the nodes that run on real machines."""
+
+from pathlib import Path
+
+from client_app.tasks import Node
+from fedtune_strategies.testing import InMemoryGrid
+from server_app.ledger import Ledger
+from server_app.run import execute
+
+
+def make_nodes(settings, data_files):
+    """Make a node for each data file; ids are small numbers."""
+    return {
+        number: Node(settings, {"name": name, "data": str(path)}, number)
+        for number, (name, path) in enumerate(data_files.items(), start=1)
+    }
+
+
+def make_grid(nodes):
+    """Make a grid over nodes."""
+    return InMemoryGrid({number: node.handle for number, node in nodes.items()})
+
+
+def run(settings, data_files):
+    """Run a whole federation in memory; returns the ledger, open for reading."""
+    execute(make_grid(make_nodes(settings, data_files)), settings, run_id=1)
+    return Ledger.read(_folder(settings))
+
+
+def final_state(settings):
+    """Return the last round's stored state and files: equal bytes mean equal models."""
+    ledger = Ledger.read(_folder(settings))
+    rounds = list(ledger.records("round"))
+    return rounds[-1].round, rounds[-1].blob, [record.body["files"] for record in rounds]
+
+
+def _folder(settings):
+    return Path(settings["run.dir"])

@@ -1,0 +1,126 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune_strategies.errors import ProtocolError
+from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.protocol.records import INLINE_BYTES, from_record, to_record
+
+EXAMPLES = [
+    protocol.Hello(1),
+    protocol.HelloReply("node-0", 1, 5, "abcd", 10),
+    protocol.SeedTask(3, torch.randn(7), torch.arange(7, dtype=torch.int16), 1e-4),
+    protocol.SeedTask(3, torch.randn(7), torch.empty(0, dtype=torch.int16), 1e-4),
+    protocol.SeedReply("node-ä", 3, torch.tensor([1.0, math.nan]), 2.5, "abcd", 5, 1.5, 10),
+    protocol.BlockTask(
+        2, 1, torch.tensor([0, 3]), {"a.weight": torch.randn(2, 3)}, {"b:int8": torch.ones(2, dtype=torch.int8)}, 0.1, 0
+    ),
+    protocol.BlockReply("n", 2, 1, 3, {"a": torch.ones(2, dtype=torch.bfloat16)}, 2.0, 5, 1, "f", 5, 1.0, 10),
+    protocol.Kept("n", 1),
+    protocol.Lacking("n", 1),
+    protocol.Failure(11, "no such file"),
+]
+
+
+def same(left, right):
+    if isinstance(left, torch.Tensor):
+        return left.dtype == right.dtype and torch.equal(left.double().nan_to_num(9.5), right.double().nan_to_num(9.5))
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    return left == right
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: message.kind)
+def test_a_message_survives_the_wire(message):
+    again = protocol.decode(*from_record(to_record(message.kind, protocol.encode(message))))
+    assert type(again) is type(message)
+    for field in dataclasses.fields(message):
+        assert same(getattr(message, field.name), getattr(again, field.name)), field.name
+
+
+def test_a_loss_that_is_no_number_survives():
+    reply = dataclasses.replace(EXAMPLES[4], loss=math.nan)
+    assert math.isnan(protocol.decode(reply.kind, protocol.encode(reply)).loss)
+
+
+def test_sizes_stay_near_the_numbers_they_carry():
+    task = protocol.SeedTask(1, torch.randn(4096), torch.empty(0, dtype=torch.int16), 1e-4)
+    reply = protocol.SeedReply("node-0", 1, torch.randn(200), 2.5, "0" * 16, 1000, 1.5, 10**9)
+    assert len(protocol.encode(task)) < 4096 * 4 + 300
+    assert len(protocol.encode(reply)) < 200 * 4 + 300
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("seed-task", lambda values: values.pop("lr")),
+        ("seed-task", lambda values: values.update(lr="high")),
+        ("seed-task", lambda values: values.update(round=1.5)),
+        ("seed-task", lambda values: values.update(extra=1)),
+        ("seed-task", lambda values: values.pop("theta")),
+        ("nonsense", lambda values: None),
+    ],
+)
+def test_missing_unexpected_and_mistyped_fields_are_refused(kind, change):
+    values = {"round": 1, "theta": torch.zeros(2), "weights": torch.zeros(0), "lr": 0.1}
+    change(values)
+    fields = [(name, type(value)) for name, value in values.items()]
+    payload = protocol.encode(dataclasses.make_dataclass("Forged", fields)(**values))
+    with pytest.raises(ProtocolError) as caught:
+        protocol.decode(kind, payload)
+    assert "\n" not in str(caught.value)
+
+
+@given(st.sampled_from([message.kind for message in EXAMPLES]), st.binary(max_size=400))
+def test_any_bytes_are_a_message_or_refused(kind, payload):
+    with pytest.raises(ProtocolError):
+        protocol.decode(kind, payload)
+
+
+@settings(max_examples=200)
+@given(st.sampled_from(EXAMPLES), st.data())
+def test_damaged_messages_are_refused_or_decode_to_their_type(message, data):
+    payload = bytearray(protocol.encode(message))
+    for _ in range(data.draw(st.integers(1, 3))):
+        payload[data.draw(st.integers(0, len(payload) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(payload)))
+    for damaged in (bytes(payload), bytes(payload[:cut]), bytes(payload) + b"x"):
+        try:
+            assert type(protocol.decode(message.kind, damaged)) is type(message)
+        except ProtocolError as error:
+            assert len(str(error)) < 400
+
+
+@pytest.mark.parametrize("size", [0, 10, INLINE_BYTES, INLINE_BYTES + 1])
+def test_payloads_of_any_size_survive_flowers_records(size):
+    payload = bytes(range(256)) * (size // 256) + b"z" * (size % 256)
+    record = to_record("kept", payload)
+    assert from_record(record) == ("kept", payload)
+    # One object besides its envelope: every further one costs requests of its own.
+    assert len(record) == (1 if size <= INLINE_BYTES else 2)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        RecordDict(),
+        RecordDict({"fedtune": ConfigRecord({"payload": b""})}),
+        RecordDict({"fedtune": ConfigRecord({"kind": 3, "payload": b""})}),
+        RecordDict({"fedtune": ConfigRecord({"kind": "kept"})}),
+        RecordDict({"fedtune": ConfigRecord({"kind": "kept", "payload": "text"})}),
+        RecordDict(
+            {"fedtune": ConfigRecord({"kind": "kept"}), "blob": ArrayRecord({"x": Array("u1", (1,), "?", b"")})}
+        ),
+        RecordDict(
+            {"fedtune": ConfigRecord({"kind": "kept"}), "blob": ArrayRecord({"blob": Array("f4", (1,), "?", b"junk")})}
+        ),
+    ],
+)
+def test_records_of_others_are_refused(content):
+    with pytest.raises(ProtocolError):
+        from_record(content)
