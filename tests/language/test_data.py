@@ -124,6 +124,7 @@ BAD_FILES = {
         "line 1: column 'prompt' must be a non-empty list of messages",
     ),
     "silent.jsonl": ('{"prompt": "a", "completion": " "}', "line 1: the response is empty"),
+    "mute.jsonl": ('{"prompt": "", "completion": "b"}', "line 1: the prompt is empty"),
     "role.jsonl": ('{"messages": [{"role": "user", "content": "a"}]}', "must be the assistant's, not the user's"),
     "alone.jsonl": ('{"messages": [{"role": "assistant", "content": "a"}]}', "holds only the assistant's answer"),
     "shape.jsonl": ('{"messages": [{"from": "user"}]}', "line 1: each message in 'messages' needs a string 'role'"),

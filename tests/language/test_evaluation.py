@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from fedtune_strategies.errors import DataError
 from fedtune_strategies.language.data import Row
 from fedtune_strategies.language.evaluation import evaluate_generation, evaluate_loss, generate_answers, rouge_l
 from fedtune_strategies.language.examples import collate, tokenise
@@ -76,6 +77,17 @@ def test_prompt_as_long_as_the_context_is_cut(folders):
     long = [3 + i % 50 for i in range(CONTEXT)]
     answers = generate_answers(language.model, language.tokenizer, [long, long[8:]], max_new_tokens=8)
     assert answers[0] == answers[1]
+
+
+def test_empty_prompt_is_answered(folders):
+    language = load_model(str(folders["llama"]))
+    assert len(generate_answers(language.model, language.tokenizer, [[], [5, 6]], max_new_tokens=2)) == 2
+
+
+def test_plain_text_has_no_answers(folders, tokenizer):
+    language = load_model(str(folders["llama"]))
+    with pytest.raises(DataError, match=r"set 'eval\.answers' to 0"):
+        evaluate_generation(language.model, tokenizer, tokenise([Row(None, "once")], tokenizer, 20))
 
 
 def test_rouge_l_of_hand_computed_pairs():

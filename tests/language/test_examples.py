@@ -61,6 +61,14 @@ def test_template_that_opens_answers_differently_when_generating():
     assert parts(tokenise([Row("who", "ada")], tokenizer, 100), tokenizer) == ("|user:who</s>|assistant:#", "ada</s>")
 
 
+def test_conversation_that_the_template_refuses():
+    tokenizer = make_tokenizer(pad_token="<unk>")
+    tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}|"
+    refused = [{"role": "system", "content": "be brief"}, *MESSAGES]
+    with pytest.raises(DataError, match="row 2: the model's chat template refuses the conversation: no system"):
+        tokenise([Row(MESSAGES, "ada"), Row(refused, "ada")], tokenizer, 100)
+
+
 def test_token_across_the_boundary_belongs_to_the_response():
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
