@@ -103,8 +103,13 @@ def follow(running: Federation, run_id: int, folder: Path, progress: Progress, c
     asked = time.monotonic()
     live = Live(progress, console=console, transient=True, refresh_per_second=4) if console.is_terminal else None
     with live or contextlib.nullcontext():
-        while True:
+        status = RunStatus("pending", "")
+        while not status.finished:
             running.check()
+            # Asked before the ledger is read, so that what is read after a run's end is all of it.
+            if progress.ended or time.monotonic() - asked > ASK_EVERY:
+                status = running.status(run_id)
+                asked = time.monotonic()
             progress.alive = len(running.alive())
             progress.traffic = _grown(start, running.traffic())
             for record in _records(folder, seen):
@@ -112,11 +117,6 @@ def follow(running: Federation, run_id: int, folder: Path, progress: Progress, c
                 line = progress.take(record)
                 if line and (live is None or record.kind != "evaluation"):
                     console.print(line, highlight=False, soft_wrap=True)
-            if progress.ended or time.monotonic() - asked > ASK_EVERY:
-                status = running.status(run_id)
-                asked = time.monotonic()
-                if status.finished:
-                    break
             time.sleep(LOOK_EVERY)
     _raise_failure(running, run_id, status, progress.ended)
 
