@@ -14,6 +14,29 @@ from fedtune_strategies.errors import ModelError
 TILES, TILE = 16, 64  # a fingerprint reads so many tiles of so many elements from each tensor
 
 
+def canonical_names(model: nn.Module) -> dict[str, str]:
+    """Give every name of a parameter the one name under which it counts: for tied weights, the first of their names.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any model.
+
+    Returns
+    -------
+    dict of str to str
+        Canonical name by name, in the order of the model's modules.
+    """
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
+    # Offloaded weights are separate placeholders, also where they are tied: there the model itself must tell.
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for name, source in tied.items():
+        if name in names and source in names and model.get_parameter(name).is_meta:
+            names[name] = names[source]
+    return names
+
+
 def tuned_parameters(model: nn.Module, pattern: str | None = None) -> dict[str, nn.Parameter]:
     """Name the parameters that are tuned.
 
@@ -35,10 +58,11 @@ def tuned_parameters(model: nn.Module, pattern: str | None = None) -> dict[str, 
     ModelError
         If there is none.
     """
+    canonical = canonical_names(model)
     found = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and (pattern is None or re.search(pattern, name))
+        if canonical[name] == name and parameter.is_floating_point() and (pattern is None or re.search(pattern, name))
     }
     if not found:
         raise ModelError(f'no parameter of the model matches "{pattern}": see model.named_parameters() for the names')

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtune_strategies.seed_space import Pool, tuned_parameters
+from fedtune_strategies.seed_space.parameters import canonical_names
 
 
 @contextmanager
@@ -56,10 +57,11 @@ def at_point(model: nn.Module, pool: Pool, theta: Tensor, pattern: str | None = 
 
 def _owners(model: nn.Module, pattern: str | None) -> list[tuple[nn.Module, dict[str, str]]]:
     """Modules that own tuned parameters, each with {attribute: canonical name}; tied weights have several owners."""
-    names = {id(parameter): name for name, parameter in tuned_parameters(model, pattern).items()}
+    canonical, tuned = canonical_names(model), tuned_parameters(model, pattern)
     found = []
-    for module in model.modules():
-        own = {attribute: names[id(p)] for attribute, p in module.named_parameters(recurse=False) if id(p) in names}
+    for prefix, module in model.named_modules():
+        names = {name: canonical[f"{prefix}.{name}".lstrip(".")] for name, _ in module.named_parameters(recurse=False)}
+        own = {attribute: name for attribute, name in names.items() if name in tuned}
         if own:
             found.append((module, own))
     return found

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from fedtune_strategies.seed_space import make_pool, tuned_parameters
 from fedtune_strategies.zeroth_order import at_point, local_steps
 
-SMALL = {"vocab_size": 64, "tie_word_embeddings": True}
+SMALL = {"vocab_size": 64, "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2}
 CONFIGS = [
     LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, **SMALL),
     GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, **SMALL),
