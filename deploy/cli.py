@@ -81,7 +81,7 @@ def demo(
 
 @app.command()
 def config(
-    pattern: Annotated[str, typer.Argument(help="Show only keys that contain this text, such as `fedkseed`.")] = "",
+    pattern: Annotated[str, typer.Argument()] = "",
     toml: Annotated[
         bool, typer.Option("--toml", help="Print the defaults as TOML, for `flwr run --run-config`.")
     ] = False,
@@ -90,7 +90,10 @@ def config(
         typer.Option(help="Write the defaults into `[tool.flwr.app.config]` of this pyproject.toml.", exists=True),
     ] = None,
 ) -> None:
-    """Show the run configuration: every key, its default, what it accepts and what it does."""
+    """Show the run configuration: every key, its default, what it does and what it accepts.
+
+    PATTERN keeps the keys that contain it: `fedtune config fedkseed`.
+    """
     from fedtune_strategies.config import as_toml
 
     if write:
@@ -103,7 +106,7 @@ def config(
 
 @app.command()
 def keys(
-    folder: Annotated[Path, typer.Argument(help="Where to make them; what lies there is kept.")],
+    folder: Path,
     name: Annotated[
         list[str] | None,
         typer.Option(help="Host name or address by which nodes reach the server; repeat for several."),
@@ -112,7 +115,7 @@ def keys(
         list[str] | None, typer.Option(help="Name of a node that gets a key pair; repeat for several.")
     ] = None,
 ) -> None:
-    """Make the certificates and node keys of a federation.
+    """Make the certificates and node keys of a federation in FOLDER; what lies there is kept.
 
     The server's certificate is valid for `localhost` and every `--name`. Calling this again adds names and nodes; a
     certificate that has expired is refused, with what to do.
