@@ -20,7 +20,7 @@ from fedtune_strategies.errors import ConfigError, FedTuneError, ProtocolError, 
 from fedtune_strategies.language.data import FORMATS, read_rows
 from fedtune_strategies.language.examples import batches, tokenise
 from fedtune_strategies.language.loss import response_loss
-from fedtune_strategies.language.model import base_tensors, load_model, model_folder
+from fedtune_strategies.language.model import base_tensors, check_context, load_model
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.seed_space import fingerprint, make_pool, tuned_parameters
 from fedtune_strategies.zeroth_order import local_steps
@@ -61,6 +61,7 @@ class Node:
         rows = read_rows(Path(settings["data"]).expanduser(), settings.get("format", "auto"))
         model_name = settings.get("model") or self.config.model.name
         self.language = load_model(model_name, self.config.model.dtype, settings.get("device", "cpu"))
+        check_context(self.language, self.config.train.seq_length)
         self.examples = tokenise(rows, self.language.tokenizer, self.config.train.seq_length)
         self.base = base_tensors(self.language)
         self.base_fingerprint = fingerprint(self.base)
@@ -68,7 +69,7 @@ class Node:
         seeds = self.config.fedkseed
         self.pool = make_pool(seeds.pool, key=self.config.train.seed, size=seeds.seeds)
         self.turns = BlockTurns(self.config, self.language.model, self.base)
-        log.info("%s: %d examples, model %s", self.name, len(self.examples), model_folder(model_name))
+        log.info("%s: %d examples, model %s", self.name, len(self.examples), self.language.folder)
 
     def handle(self, kind: str, payload: bytes) -> tuple[str, bytes]:
         """Do one task.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -149,19 +150,26 @@ class Fleet(Grid):
         Received
             One for every task that was answered, failed or lost. Those still missing at the deadline yield nothing.
         """
-        sent = list(tasks)
-        for message in sent:
+        queues: dict[int, deque[Message]] = {}
+        for message in tasks:
             message.metadata.ttl = deadline
-        pending = dict(zip(self._grid.push_messages(sent), sent, strict=True))
+            queues.setdefault(message.metadata.dst_node_id, deque()).append(message)
+        pending = self._push_next(queues, queues)
         limit = time.monotonic() + deadline
         while pending and time.monotonic() < limit:
             replies = list(self._grid.pull_messages(list(pending)))
             for reply in replies:
                 task = pending.pop(reply.metadata.reply_to_message_id, None)
                 if task is not None:
+                    pending |= self._push_next(queues, [task.metadata.dst_node_id])
                     yield self._received(task, reply)
             if not replies:
                 time.sleep(self._poll_interval)
+
+    def _push_next(self, queues: dict[int, deque[Message]], node_ids: Iterable[int]) -> dict[str, Message]:
+        # One task at a time for a node: Flower does not promise to deliver several in their order.
+        messages = [queues[node_id].popleft() for node_id in node_ids if queues[node_id]]
+        return dict(zip(self._grid.push_messages(messages), messages, strict=True)) if messages else {}
 
     # Flower's Grid interface
 

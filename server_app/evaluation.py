@@ -63,7 +63,7 @@ def evaluate(language: LanguageModel, held_out: HeldOut, config: Config, *, with
     config : Config
         The run configuration.
     with_answers : bool
-        Also answer greedily and measure Rouge-L.
+        Also answer greedily and measure Rouge-L, unless the held-out data is plain text.
 
     Returns
     -------
@@ -79,8 +79,8 @@ def evaluate(language: LanguageModel, held_out: HeldOut, config: Config, *, with
         "examples": loss.examples,
         "tokens": loss.tokens,
     }
-    if with_answers and config.eval.answers:
-        examples = held_out.answers
+    examples = held_out.answers
+    if with_answers and config.eval.answers and all(examples.references):
         generated = evaluate_generation(
             language.model, language.tokenizer, examples, config.eval.max_new_tokens, config.eval.batch_size
         )

@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from fedtune_strategies.config import Config, defaults, parse
 from fedtune_strategies.errors import FedTuneError, LedgerError
 from fedtune_strategies.fleet import Fleet
-from fedtune_strategies.language.model import base_tensors, load_model
+from fedtune_strategies.language.model import base_tensors, check_context, load_model
 from fedtune_strategies.seed_space import fingerprint, tuned_parameters
 from fedtune_strategies.strategies.build import build_strategy
 from server_app.drive import run_rounds
@@ -72,6 +72,7 @@ def run_folder(config: Config, run_id: int) -> Path:
 
 def _execute(grid: Grid, config: Config, ledger: Ledger) -> Path:
     language = load_model(config.model.name, config.model.dtype)
+    check_context(language, config.train.seq_length)
     held_out = load_held_out(config, language)
     base = base_tensors(language)
     parameters = tuned_parameters(language.model)

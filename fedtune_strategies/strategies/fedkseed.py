@@ -120,7 +120,7 @@ class FedKSeed(TuningStrategy):
 
     def state(self) -> State:
         """Return theta."""
-        return State({"theta": torch.from_numpy(self.theta)})
+        return State({"theta": torch.tensor(self.theta)})
 
     def restore(self, tensors: dict[str, Tensor], load: Callable[[str], dict[str, Tensor] | None]) -> ArrayRecord:
         """Take up theta."""
@@ -193,7 +193,7 @@ class FedKSeedPro(FedKSeed):
 
     def state(self) -> State:
         """Return theta and the amplitudes' history."""
-        history = {"amplitude": torch.from_numpy(self.amplitude), "count": torch.from_numpy(self.count)}
+        history = {"amplitude": torch.tensor(self.amplitude), "count": torch.tensor(self.count)}
         return State(super().state().tensors | history)
 
     def restore(self, tensors: dict[str, Tensor], load: Callable[[str], dict[str, Tensor] | None]) -> ArrayRecord:

@@ -1,0 +1,87 @@
+import pytest
+import torch
+
+from client_app.tasks import Node, check_node_config
+from fedtune_strategies.errors import ConfigError, DataError, ProtocolError
+from fedtune_strategies.protocol import messages as protocol
+
+
+@pytest.fixture
+def node(settings, data_files):
+    return Node(settings, {"name": "node-0", "data": str(data_files["node-0"])}, 1)
+
+
+def ask(node, message):
+    return protocol.decode(*node.handle(message.kind, protocol.encode(message)))
+
+
+def seed_task(theta=None, weights=None):
+    theta = torch.zeros(64) if theta is None else theta
+    return protocol.SeedTask(1, theta, torch.empty(0, dtype=torch.int16) if weights is None else weights, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [({}, "'data' is missing"), ({"data": 3}, "'data' is 3"), ({"data": "x", "name": 7}, "'name' is 7")],
+)
+def test_a_bad_node_config_names_the_key(config, words):
+    with pytest.raises(ConfigError, match=words):
+        check_node_config(config)
+
+
+def test_flowers_own_keys_are_left_alone():
+    assert check_node_config({"data": "x", "partition-id": 0}) == {"data": "x"}
+
+
+def test_without_a_name_a_node_is_named_by_its_id(settings, data_files):
+    node = Node(settings, {"data": str(data_files["node-0"])}, -1)
+    assert node.name == "node-ffffffffffffffff"
+
+
+def test_an_empty_data_file(settings, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"empty\.jsonl"):
+        Node(settings, {"data": str(tmp_path / "empty.jsonl")}, 1)
+
+
+def test_one_task_twice_has_one_answer(node):
+    task = seed_task(torch.linspace(-1e-3, 1e-3, 64))
+    first, _, second = ask(node, task), ask(node, seed_task()), ask(node, task)
+    assert torch.equal(first.scalars, second.scalars) and first.fingerprint == second.fingerprint
+
+
+def test_theta_is_where_the_node_starts(node):
+    moved, base = ask(node, seed_task(torch.full((64,), 1e-3))), ask(node, seed_task())
+    assert moved.fingerprint != base.fingerprint
+    assert base.fingerprint == node.base_fingerprint
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        seed_task(torch.zeros(63)),
+        seed_task(weights=torch.ones(3, dtype=torch.int16)),
+        seed_task(weights=torch.full((64,), -1, dtype=torch.int16)),
+        protocol.BlockTask(1, 0, torch.zeros(2, dtype=torch.int64), {}, {}, 1e-3, 1),
+        protocol.BlockTask(1, 99, torch.zeros(5, dtype=torch.int64), {}, {}, 1e-3, 1),
+        protocol.BlockTask(1, 0, torch.zeros(5, dtype=torch.int64), {"foreign": torch.zeros(2)}, {}, 1e-3, 1),
+        protocol.BlockTask(1, 0, torch.zeros(5, dtype=torch.int64), {}, {"foreign:int8": torch.zeros(2)}, 1e-3, 1),
+        protocol.Kept("n", 1),
+    ],
+)
+def test_a_task_that_does_not_fit_is_refused_and_the_node_stays(node, task):
+    failure = ask(node, task)
+    assert isinstance(failure, protocol.Failure) and failure.exit_code == ProtocolError.exit_code, failure
+    assert isinstance(ask(node, seed_task()), protocol.SeedReply)
+
+
+def test_a_block_of_wrong_shape_is_a_failure_not_a_crash(node):
+    name = node.turns._find()[0].parameters[0]
+    task = protocol.BlockTask(1, 0, torch.ones(5, dtype=torch.int64), {name: torch.zeros(2)}, {}, 1e-3, 1)
+    assert isinstance(ask(node, task), protocol.Failure)
+    assert isinstance(ask(node, seed_task()), protocol.SeedReply)
+
+
+def test_a_node_without_the_versions_that_a_turn_counts_on_says_so(node):
+    task = protocol.BlockTask(3, 0, torch.tensor([0, 1, 0, 0, 0]), {}, {}, 1e-3, 1)
+    assert isinstance(ask(node, task), protocol.Lacking)

@@ -1,0 +1,112 @@
+"""The resident worker as real processes, beside a process that stands for the SuperNode."""
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from client_app import link
+from client_app.link import WorkerSpec, ask_worker, running_worker, runtime_folder
+from fedtune_strategies.errors import DataError, LinkError
+from fedtune_strategies.protocol import messages as protocol
+from tests.conftest import write_rows
+
+HELLO = ("hello", protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION)))
+
+
+@pytest.fixture
+def host(monkeypatch, tmp_path):
+    """A process that stands for the SuperNode."""
+    # Unix sockets have short names, shorter than pytest's folders.
+    monkeypatch.setenv("XDG_RUNTIME_DIR", f"/tmp/fedtune-test-{tmp_path.name[-8:]}-{psutil.Process().pid}")
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    monkeypatch.setattr(link, "_host_process", lambda: psutil.Process(process.pid))
+    yield process
+    process.kill()
+    process.wait()
+    wait_until(lambda: not list(Path(link.os.environ["XDG_RUNTIME_DIR"]).glob("*/*")))
+
+
+@pytest.fixture
+def spec(settings, tmp_path):
+    return WorkerSpec(settings, {"name": "node-0", "data": str(write_rows(tmp_path / "data.jsonl", 9))}, 1)
+
+
+def wait_until(condition, seconds=15):
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "waited too long"
+        time.sleep(0.05)
+
+
+def ask(spec, kind=HELLO[0], payload=HELLO[1], timeout=60):
+    return protocol.decode(*ask_worker(spec, kind, payload, timeout))
+
+
+def worker_of(host):
+    return running_worker(runtime_folder(psutil.Process(host.pid)))[0]
+
+
+def test_life_of_a_worker(host, spec, tmp_path):
+    reply = ask(spec)
+    assert (reply.node, reply.num_examples) == ("node-0", 9)
+    first = worker_of(host)
+    folder = runtime_folder(psutil.Process(host.pid))
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+    # It stays for the next task, and the answer comes without a new start.
+    start = time.monotonic()
+    ask(spec)
+    assert worker_of(host).pid == first.pid and time.monotonic() - start < 5
+
+    # Killed, it is replaced; another configuration, and it is replaced too.
+    first.kill()
+    assert ask(spec).num_examples == 9
+    second = worker_of(host)
+    assert second.pid != first.pid
+    other = replace(spec, run_config=spec.run_config | {"train.seed": 5})
+    ask(other)
+    third = worker_of(host)
+    assert third.pid != second.pid
+    wait_until(lambda: not second.is_running())
+
+    # A task that takes too long ends it; nothing hangs.
+    endless = replace(other, run_config=other.run_config | {"fedkseed.local-steps": 100_000})
+    task = protocol.SeedTask(1, torch.zeros(64), torch.empty(0, dtype=torch.int16), 1e-3)
+    ask(endless)
+    third = worker_of(host)
+    with pytest.raises(LinkError, match=r"round\.deadline"):
+        ask(endless, task.kind, protocol.encode(task), timeout=1)
+    wait_until(lambda: not third.is_running())
+
+    # It ends with its SuperNode, even if that was killed.
+    ask(spec)
+    last = worker_of(host)
+    host.kill()
+    host.wait()
+    wait_until(lambda: not last.is_running())
+    wait_until(lambda: not folder.exists())
+
+
+def test_bad_data_is_a_failure_and_mended_data_is_read(host, spec, tmp_path):
+    data = Path(spec.node_config["data"])
+    good = data.read_text()
+    data.write_text(good + "{broken\n")
+    failure = ask(spec)
+    assert isinstance(failure, protocol.Failure)
+    assert failure.exit_code == DataError.exit_code and "line 10" in failure.message
+    data.write_text(good)
+    assert ask(spec).num_examples == 9
+    # Foreign bytes are refused by the worker, which stays.
+    failure = ask(spec, "seed-task", b"junk")
+    assert isinstance(failure, protocol.Failure) and "damaged" in failure.message
+
+
+def test_the_messenger_imports_no_torch():
+    code = "import sys, client_app.app; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
