@@ -69,7 +69,7 @@ def main() -> None:
     language = load_model(args.model)
     model = language.model.eval()
     held_out = tokenise(rows[: args.held_out], language.tokenizer, SEQ_LENGTH)
-    train = tokenise(rows[args.held_out :], language.tokenizer, SEQ_LENGTH)
+    train = tokenise(rows[args.held_out : args.held_out + 8 * BATCH * args.batches], language.tokenizer, SEQ_LENGTH)
     chosen = list(batches(train, BATCH, args.batches, ("block codecs",)))
     influence = layer_influence(model, chosen, response_loss)
     norms = input_norms(model, chosen, response_loss)

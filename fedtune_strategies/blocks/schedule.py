@@ -1,19 +1,23 @@
 """Which block is trained in which turn, by which node, for how many steps, at which learning rate.
 
 Pure functions of their arguments: a server that restarts, a test and an auditor all compute the same schedule.
-Turns count from 1. A cycle is as many turns as there are blocks to train.
+Turns count from 1. A cycle is as many turns as there are blocks to train. A turn structure needs no more than this:
+`parallel` takes several consecutive turns from one snapshot, `averaged` gives one turn to the first few of `nodes_for`.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from fedtune_strategies.draws import stream
 from fedtune_strategies.errors import ConfigError
 
-ORDERS = ("ascending", "descending", "random")
+ORDERS = ("ascending", "descending", "random", "importance")
+LR_SCHEDULES = ("constant", "linear", "cosine")
 
 
 class Turn(NamedTuple):
@@ -37,7 +41,13 @@ class Turn(NamedTuple):
     block: int
 
 
-def turn_at(turn: int, blocks: Sequence[int], order: str = "ascending", seed: int = 0) -> Turn:
+def turn_at(
+    turn: int,
+    blocks: Sequence[int],
+    order: str = "ascending",
+    seed: int = 0,
+    importance: Mapping[int, float] | None = None,
+) -> Turn:
     """Say which block a turn trains.
 
     Parameters
@@ -46,10 +56,15 @@ def turn_at(turn: int, blocks: Sequence[int], order: str = "ascending", seed: in
         From 1.
     blocks : sequence of int
         Indices of the blocks to train, in ascending order.
-    order : {"ascending", "descending", "random"}
+    order : {"ascending", "descending", "random", "importance"}
         ``"random"`` visits every block once a cycle, in an order drawn anew each cycle from `seed`.
+        ``"importance"`` shares half of a cycle's turns equally and half by `importance`, so that a block may come
+        several times in a cycle or wait for a later one.
     seed : int
         Seed of the run.
+    importance : mapping of int to float, optional
+        Importance of every block as it stood when the turn's cycle began, none negative; see `block_importance`. By
+        default all are equal.
 
     Returns
     -------
@@ -66,7 +81,7 @@ def turn_at(turn: int, blocks: Sequence[int], order: str = "ascending", seed: in
     if not blocks:
         raise ConfigError("there is no block to train: all are frozen")
     cycle, position = divmod(turn - 1, len(blocks))
-    return Turn(turn, cycle, position, _cycle_order(cycle, blocks, order, seed)[position])
+    return Turn(turn, cycle, position, _cycle_order(cycle, blocks, order, seed, importance)[position])
 
 
 def nodes_for(turn: int, nodes: Sequence[str], blocks: int) -> list[str]:
@@ -117,11 +132,94 @@ def local_steps_rule(num_examples: int, batch_size: int, num_blocks: int) -> int
     return min(max(num_examples // (batch_size * num_blocks), 50), 100)
 
 
-def _cycle_order(cycle: int, blocks: Sequence[int], order: str, seed: int) -> list[int]:
+def block_importance(history: Iterable[tuple[int, float]], blocks: Sequence[int]) -> dict[int, float]:
+    """Weigh blocks by what their turns achieved, recent turns most.
+
+    Parameters
+    ----------
+    history : iterable of (int, float)
+        Block and value of every turn before the present cycle, in order. The value is the decrease of the loss over
+        the turn, or the norm of the gradient; what is negative counts as zero.
+    blocks : sequence of int
+        Indices of the blocks to train.
+
+    Returns
+    -------
+    dict of int to float
+        A block's value, in which each turn halves the weight of those before. A block without a turn gets the mean of
+        the others; without any turn all get 1.
+    """
+    values: dict[int, float] = {}
+    for block, value in history:
+        known = max(value, 0.0)
+        values[block] = (values[block] + known) / 2 if block in values else known
+    mean = sum(values.values()) / len(values) if values else 1.0
+    return {block: values.get(block, mean) for block in blocks}
+
+
+def learning_rate(progress: float, peak: float, kind: str = "constant", warmup: float = 0.0) -> float:
+    """Learning rate of the schedule that runs once over all turns of a run, never restarted for a node.
+
+    Parameters
+    ----------
+    progress : float
+        Share of the run that is done, in [0, 1]: (turn − 1 + step / steps) / turns.
+    peak : float
+        Highest learning rate.
+    kind : {"constant", "linear", "cosine"}
+        Shape after the warm-up; the latter two end at zero.
+    warmup : float
+        Share of the run, in [0, 1), over which the rate rises in a line from zero.
+
+    Returns
+    -------
+    float
+        The learning rate.
+
+    Raises
+    ------
+    ConfigError
+        If the kind is unknown.
+    """
+    if kind not in LR_SCHEDULES:
+        raise ConfigError(f"unknown learning-rate schedule {kind!r}; use one of {', '.join(LR_SCHEDULES)}")
+    if progress < warmup:
+        return peak * progress / warmup
+    left = (1.0 - progress) / (1.0 - warmup)
+    shape = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
+    return peak * shape[kind]
+
+
+def _cycle_order(
+    cycle: int, blocks: Sequence[int], order: str, seed: int, importance: Mapping[int, float] | None
+) -> list[int]:
     if order == "ascending":
         return list(blocks)
     if order == "descending":
         return list(reversed(blocks))
     if order == "random":
-        return sorted(blocks, key=lambda block: int(stream("block order", seed, cycle, block).random_raw()))
+        return _shuffled(blocks, seed, cycle)
+    if order == "importance":
+        return _shuffled(_by_importance(blocks, _uniform(seed, cycle), importance), seed, cycle)
     raise ConfigError(f"unknown block order {order!r}; use one of {', '.join(ORDERS)}")
+
+
+def _shuffled(blocks: Sequence[int], seed: int, cycle: int) -> list[int]:
+    """Put blocks, some of them several times, in an order drawn from the seed."""
+    visits = [(block, list(blocks[:place]).count(block)) for place, block in enumerate(blocks)]
+    key = {visit: int(stream("block order", seed, cycle, *visit).random_raw()) for visit in visits}
+    return [block for block, _ in sorted(visits, key=key.__getitem__)]
+
+
+def _uniform(seed: int, cycle: int) -> float:
+    return int(stream("block importance", seed, cycle).random_raw() >> 11) / 2**53
+
+
+def _by_importance(blocks: Sequence[int], offset: float, importance: Mapping[int, float] | None) -> list[int]:
+    """Systematic sampling: of n expected visits a block gets ⌊n⌋ or ⌈n⌉."""
+    weights = [importance[block] for block in blocks] if importance else [1.0] * len(blocks)
+    total = sum(weights)
+    expected = [0.5 + 0.5 * len(blocks) * weight / total if total else 1.0 for weight in weights]
+    ends = list(itertools.accumulate(expected))
+    ends[-1] = float(len(blocks))
+    return [blocks[bisect.bisect_right(ends, place + offset)] for place in range(len(blocks))]

@@ -113,15 +113,12 @@ def train_block(
     with block_gradients(model, block, loss_fn, batches, **options) as gradient, _shown(master, parameters) as show:
         for step in range(steps):
             found = gradient((step * accumulate + i) % len(batches) for i in range(accumulate))
-            if not math.isfinite(found.norm):
-                continue
-            for copy, tensor in zip(master, found.tensors, strict=True):
-                copy.grad = tensor
-            stepper.param_groups[0]["lr"] = lr(step) if callable(lr) else lr
-            stepper.step()
-            show()
-            losses.append(found.loss)
-            norms.append(found.norm)
+            if math.isfinite(found.norm):
+                _step(stepper, master, found.tensors, lr(step) if callable(lr) else lr)
+                show()
+                losses.append(found.loss)
+                norms.append(found.norm)
+            del found  # or its gradient would be held beside the next one
     delta = {name: new.sub_(old) for (name, old), new in zip(start.items(), master, strict=True)}
     grad_norm = sum(norms) / len(norms) if norms else math.nan
     return BlockUpdate(delta, losses, len(losses), steps - len(losses), grad_norm)
@@ -185,6 +182,14 @@ def adamw_8bit() -> Callable[..., torch.optim.Optimizer]:
     except ImportError:
         raise ConfigError("8-bit optimiser state needs bitsandbytes: install it on the node or use 32 bits") from None
     return AdamW8bit
+
+
+def _step(stepper: torch.optim.Optimizer, master: list[Tensor], gradient: list[Tensor], lr: float) -> None:
+    for copy, tensor in zip(master, gradient, strict=True):
+        copy.grad = tensor
+    stepper.param_groups[0]["lr"] = lr
+    stepper.step()
+    stepper.zero_grad()
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from fedtune_strategies.blocks.codecs import Codec, decode, encode
 from fedtune_strategies.blocks.find import find_blocks
-from fedtune_strategies.blocks.held import coded_loader, empty_parameters, held_outside
+from fedtune_strategies.blocks.held import coded_loader, empty_model, empty_parameters, held_outside
 from fedtune_strategies.blocks.train import train_block
 
 from .models import ARCHITECTURES, lm_loss, tiny_batches, tiny_model
@@ -78,3 +78,22 @@ def test_an_error_inside_brings_the_weights_back():
     with pytest.raises(KeyError), held_outside(model, names, coded_loader({})):
         lm_loss(model, batch)
     assert lm_loss(model, batch).item() == expected
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_model_that_was_never_whole_trains_to_the_same_bits(name):
+    model, batches = tiny_model(name), tiny_batches(1)
+    block = find_blocks(model)[2]
+    names, parts = rest_of(model, block)
+    plain = train_block(model, block, lm_loss, batches, 2, 1e-2)
+
+    light = empty_model(lambda: tiny_model(name))
+    exact = dict(model.named_parameters())
+    for key, parameter in light.named_parameters():
+        assert parameter.untyped_storage().nbytes() == 4
+        if key not in names and key not in block.parameters:
+            parameter.data = exact[key].data
+    with held_outside(light, names, coded_loader(parts)):
+        held = train_block(light, block, lm_loss, batches, 2, 1e-2, start=exact)
+    assert held.losses == plain.losses
+    assert all(torch.equal(held.delta[key], plain.delta[key]) for key in plain.delta)
