@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -21,9 +22,9 @@ def kernels(device: torch.device) -> ModuleType:
     Returns
     -------
     module
-        `cpu` with numba installed (extra ``fedtune[cpu]``), otherwise `reference`.
+        `cpu` where numba is installed (extra ``fedtune[cpu]``), `cuda` where Triton is, otherwise `reference`.
     """
-    return _fast_cpu() if device.type == "cpu" else reference
+    return _fast(device.type)
 
 
 def thread_count(device: torch.device) -> int:
@@ -43,9 +44,10 @@ def thread_count(device: torch.device) -> int:
 
 
 @cache
-def _fast_cpu() -> ModuleType:
+def _fast(device_type: str) -> ModuleType:
     try:
-        from fedtune_strategies.seed_space import cpu
+        if device_type in ("cpu", "cuda"):  # ROCm devices are called cuda too
+            return import_module(f"fedtune_strategies.seed_space.{device_type}")
     except ImportError:
-        return reference
-    return cpu
+        pass
+    return reference

@@ -1,0 +1,192 @@
+"""Both pools on CUDA and ROCm, in Triton: the same bits as the reference.
+
+The public functions are those of `reference`, which also serves pools whose transform does not fit one program.
+Kernels are launched without fusing multiplications and additions, and divide and take roots with exact rounding.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fedtune_strategies.seed_space import reference
+from fedtune_strategies.seed_space.philox import BITS, ELEMENT_SIGNS, MASK, NORMALS, SEED_SIGNS, stream
+
+LARGEST = 16384  # columns whose transform fits the registers of one program
+TILE = 1024  # elements of one program where there is no transform
+ROWS = 8  # rows of a block that share one transform
+
+# Scalars whose value must not be compiled in: each round or tensor brings others.
+SCALARS = ["n", "k", "c", "key0", "key1", "d2", "d3", "e2", "e3", "word2", "word3", "start", "first", "count"]
+
+
+def walsh_add(
+    out: Tensor, weight: Tensor, k: int, c: float, key: int, name: str, columns: int, block: int, start: int = 0
+) -> None:
+    """As `reference.walsh_add`; `start` a multiple of 128."""
+    if columns < BITS:
+        reference.walsh_add(out, weight, k, c, key, name, columns, block, start)
+        return
+    signs = key & MASK, key >> 32, *stream(name, ELEMENT_SIGNS), *stream(name, SEED_SIGNS)
+    programs = (triton.cdiv(len(weight), TILE),)
+    _walsh_add[programs](out, weight, len(weight), k, c, *signs, start, columns, block, TILE, enable_fp_fusion=False)
+
+
+def walsh_rebuild(
+    out: Tensor, base: Tensor, theta: Tensor, key: int, name: str, columns: int, block: int, start: int = 0
+) -> None:
+    """As `reference.walsh_rebuild`; `start` a multiple of 128 and of `columns`."""
+    if not BITS <= columns <= LARGEST:
+        reference.walsh_rebuild(out, base, theta, key, name, columns, block, start)
+        return
+    signs = key & MASK, key >> 32, *stream(name, ELEMENT_SIGNS), *stream(name, SEED_SIGNS)
+    rows = min(ROWS, block // columns)
+    first = start // (rows * columns)
+    programs = (triton.cdiv(start + len(base), rows * columns) - first,)
+    sizes = columns, columns.bit_length() - 1, block, rows
+    _walsh_rebuild[programs](out, base, theta, len(base), *signs, start, first, *sizes, enable_fp_fusion=False)
+
+
+def gaussian_rebuild(
+    out: Tensor, base: Tensor, seeds: Tensor, factors: Tensor, key: int, name: str, start: int = 0
+) -> None:
+    """As `reference.gaussian_rebuild`."""
+    bits = key & MASK, key >> 32, *stream(name, NORMALS)
+    programs = (triton.cdiv(len(base), TILE),)
+    order = seeds.to(base.device)
+    _gaussian_rebuild[programs](
+        out, base, order, factors, len(seeds), len(base), *bits, start, TILE, enable_fp_fusion=False
+    )
+
+
+@triton.jit
+def _philox(x0, x1, x2, x3, key0, key1):
+    for _ in tl.static_range(10):
+        product0, product1 = x0.to(tl.uint64) * 0xD2511F53, x2.to(tl.uint64) * 0xCD9E8D57
+        x0 = (product1 >> 32).to(tl.uint32) ^ x1 ^ key0
+        x2 = (product0 >> 32).to(tl.uint32) ^ x3 ^ key1
+        x1, x3 = product1.to(tl.uint32), product0.to(tl.uint32)
+        key0 = (key0.to(tl.uint64) + 0x9E3779B9).to(tl.uint32)
+        key1 = (key1.to(tl.uint64) + 0xBB67AE85).to(tl.uint32)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _words(position, k, word2, word3, key0, key1):
+    """Philox of a vector of positions and scalar words."""
+    zero = position.to(tl.uint32) * 0
+    return _philox(
+        position.to(tl.uint32),
+        zero + k.to(tl.uint32),
+        zero + word2.to(tl.uint32),
+        zero + word3.to(tl.uint32),
+        zero + key0.to(tl.uint32),
+        zero + key1.to(tl.uint32),
+    )
+
+
+@triton.jit
+def _bits(first, word2, word3, key0, key1, SIZE: tl.constexpr):
+    """Random bits number `first` (a multiple of 128) to ``first + SIZE - 1``, as 0 and 1."""
+    position = first // 128 + tl.arange(0, SIZE // 128)
+    a, b, c, d = _words(position, position * 0, word2, word3, key0, key1)
+    words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (SIZE // 32, 1))
+    shifts = tl.reshape(tl.arange(0, 32), (1, 32)).to(tl.uint32)
+    return tl.reshape((words >> shifts) & 1, (SIZE,))
+
+
+@triton.jit
+def _flip(x, bits):
+    """-x where the bit is set: the sign bit of a float32 flips."""
+    return (x.to(tl.uint32, bitcast=True) ^ (bits.to(tl.uint32) << 31)).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def _walsh_add(
+    out, weight, n, k, c, key0, key1, d2, d3, e2, e3, start, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
+    low = tl.program_id(0).to(tl.int64) * SIZE
+    e = start + low + tl.arange(0, SIZE)
+    parity = (e & (COLUMNS - 1) & k).to(tl.uint32)
+    for shift in tl.static_range(5):
+        parity ^= parity >> (16 >> shift)
+    # Rows are at least 128 elements long: one seed sign for each 128 neighbours.
+    number = (start + low + 128 * tl.arange(0, SIZE // 128)) // BLOCK * COLUMNS + k
+    a, b, c_, d = _words(number // 128, number * 0, e2, e3, key0, key1)
+    quarter = number // 32 % 4
+    word = tl.where(quarter == 0, a, tl.where(quarter == 1, b, tl.where(quarter == 2, c_, d)))
+    seed = tl.reshape((word >> (number % 32).to(tl.uint32)) & 1, (SIZE // 128, 1))
+    seed = tl.reshape(tl.broadcast_to(seed, (SIZE // 128, 128)), (SIZE,))
+    bits = _bits(start + low, d2, d3, key0, key1, SIZE) ^ seed ^ (parity & 1)
+    inside = low + tl.arange(0, SIZE) < n
+    at = low + tl.arange(0, SIZE)
+    factor = tl.zeros((SIZE,), tl.float32) + c
+    tl.store(out + at, tl.load(weight + at, mask=inside) + _flip(factor, bits), mask=inside)
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def _walsh_rebuild(
+    out, base, theta, n, key0, key1, d2, d3, e2, e3, start, first, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    e = (first + tl.program_id(0)).to(tl.int64) * (ROWS * COLUMNS)
+    x = tl.load(theta + tl.arange(0, COLUMNS))
+    x = _flip(x, _bits(e // BLOCK * COLUMNS, e2, e3, key0, key1, COLUMNS))
+    # Each stage takes the lowest index bit and makes it the highest: after all stages the order is natural.
+    for _ in tl.static_range(STAGES):
+        left, right = tl.split(tl.reshape(x, (COLUMNS // 2, 2)))
+        x = tl.reshape(tl.trans(tl.join(left + right, left - right)), (COLUMNS,))
+    for row in range(ROWS):
+        low = e + row * COLUMNS
+        at = low - start + tl.arange(0, COLUMNS)
+        inside = (at >= 0) & (at < n)
+        z = _flip(x, _bits(low, d2, d3, key0, key1, COLUMNS))
+        tl.store(out + at, tl.load(base + at, mask=inside) + z, mask=inside)
+
+
+@triton.jit
+def _normals(radius_bits, angle_bits):
+    """Two standard normals from 64 random bits; the series are those of `reference.normals`."""
+    u = ((radius_bits >> 9) * 2 + 1).to(tl.int32).to(tl.float32) * 5.960464477539063e-08
+    bits = u.to(tl.int32, bitcast=True) + (0x3F800000 - 0x3F3504F3)
+    exponent = ((bits >> 23) - 127).to(tl.float32)
+    m = ((bits & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True)
+    s = tl.div_rn(m - 1.0, m + 1.0)
+    q = s * s
+    series = (((q * (2 / 9) + (2 / 7)) * q + (2 / 5)) * q + (2 / 3)) * q + 2.0
+    log_u = series * s + exponent * 0.6931471805599453
+    radius = tl.sqrt_rn(log_u * -2.0)
+
+    quadrant = angle_bits >> 30
+    rest = (((angle_bits << 2) >> 9) * 2 + 1).to(tl.int32)
+    t = (rest.to(tl.float32) * 5.960464477539063e-08 - 0.5) * 1.5707963267948966
+    q = t * t
+    sine = ((((q * (1 / 362880) + (-1 / 5040)) * q + (1 / 120)) * q + (-1 / 6)) * q + 1.0) * t
+    cosine = ((((q * (-1 / 3628800) + (1 / 40320)) * q + (-1 / 720)) * q + (1 / 24)) * q + (-1 / 2)) * q + 1.0
+    odd = (quadrant & 1) == 1
+    x = _flip(tl.where(odd, sine, cosine), (quadrant ^ (quadrant >> 1)) & 1)
+    y = _flip(tl.where(odd, cosine, sine), quadrant >> 1)
+    return radius * x, radius * y
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def _gaussian_rebuild(
+    out, base, seeds, factors, count, n, key0, key1, word2, word3, start, SIZE: tl.constexpr
+):  # fmt: skip
+    low = tl.program_id(0).to(tl.int64) * SIZE
+    position = (start + low) // 4 + tl.arange(0, SIZE // 4)
+    a = tl.zeros((SIZE // 4,), tl.float32)
+    b, c, d = a, a, a
+    for i in range(count):
+        factor = tl.load(factors + i)
+        x0, x1, x2, x3 = _words(position, tl.load(seeds + i), word2, word3, key0, key1)
+        z0, z1 = _normals(x0, x1)
+        z2, z3 = _normals(x2, x3)
+        a, b, c, d = a + z0 * factor, b + z1 * factor, c + z2 * factor, d + z3 * factor
+    total = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (SIZE,))
+    at = low + tl.arange(0, SIZE)
+    tl.store(out + at, tl.load(base + at, mask=at < n) + total, mask=at < n)

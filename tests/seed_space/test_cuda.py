@@ -1,0 +1,40 @@
+"""The Triton kernels against the reference: on a GPU where there is one, otherwise in Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("no GPU, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
+
+from fedtune_strategies.seed_space import cuda, reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KEY = 0xFEDC_BA98_7654_3210
+
+
+def same(name, n, start, *arguments):
+    weight = torch.randn(n, device=DEVICE)
+    expected, found = torch.empty_like(weight), torch.empty_like(weight)
+    getattr(reference, name)(expected, weight, *arguments, KEY, "layer.weight", *start)
+    getattr(cuda, name)(found, weight, *arguments, KEY, "layer.weight", *start)
+    return torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("n", [1, 500])
+@pytest.mark.parametrize(("columns", "block"), [(16, 32), (128, 128), (256, 4096)])
+def test_walsh_has_the_bits_of_the_reference(n, columns, block):
+    theta = torch.randn(columns, device=DEVICE)
+    for start in (0, 3 * max(128, columns)):
+        assert same("walsh_rebuild", n, (columns, block, start), theta)
+        for k in (1, columns - 1):
+            assert same("walsh_add", n, (columns, block, start), k, 0.3)
+
+
+@pytest.mark.parametrize("n", [1, 1200])
+def test_gaussian_has_the_bits_of_the_reference(n):
+    seeds, factors = torch.tensor([1, 2**32 - 1, 7], device=DEVICE), torch.randn(3, device=DEVICE)
+    assert same("gaussian_rebuild", n, (0,), seeds, factors)
+    assert same("gaussian_rebuild", n, (4444,), seeds, factors)
