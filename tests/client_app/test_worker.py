@@ -48,6 +48,11 @@ def ask(spec, kind=HELLO[0], payload=HELLO[1], timeout=60):
     return protocol.decode(*ask_worker(spec, kind, payload, timeout))
 
 
+def gone(process):
+    # A worker that this process started stays a zombie until it is waited for.
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
 def worker_of(host):
     return running_worker(runtime_folder(psutil.Process(host.pid)))[0]
 
@@ -73,7 +78,7 @@ def test_life_of_a_worker(host, spec, tmp_path):
     ask(other)
     third = worker_of(host)
     assert third.pid != second.pid
-    wait_until(lambda: not second.is_running())
+    wait_until(lambda: gone(second))
 
     # A task that takes too long ends it; nothing hangs.
     endless = replace(other, run_config=other.run_config | {"fedkseed.local-steps": 100_000})
@@ -82,14 +87,14 @@ def test_life_of_a_worker(host, spec, tmp_path):
     third = worker_of(host)
     with pytest.raises(LinkError, match=r"round\.deadline"):
         ask(endless, task.kind, protocol.encode(task), timeout=1)
-    wait_until(lambda: not third.is_running())
+    wait_until(lambda: gone(third))
 
     # It ends with its SuperNode, even if that was killed.
     ask(spec)
     last = worker_of(host)
     host.kill()
     host.wait()
-    wait_until(lambda: not last.is_running())
+    wait_until(lambda: gone(last))
     wait_until(lambda: not folder.exists())
 
 

@@ -1,0 +1,71 @@
+"""Runs over real SuperLink and SuperNode processes, with TLS and node keys."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from deploy.demo import app_folder
+from deploy.federation import federation
+from fedtune_strategies.errors import ModelError
+from server_app.ledger import Ledger
+from tests.federations import final_state, run
+
+pytestmark = pytest.mark.network
+
+RUN_SECONDS = 240
+
+
+def follow(running, run_id, until=lambda: False, seconds=RUN_SECONDS):
+    """Wait until a run has ended or a condition holds; returns the run's status."""
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        status = running.status(run_id)
+        if status.finished or until():
+            return status
+        time.sleep(0.5)
+    pytest.fail(f"the run did not end within {seconds} s:\n{running.run_log(run_id)[-3000:]}")
+
+
+def submit(running, settings):
+    return running.submit(Path(__file__).parents[2], settings)
+
+
+def workers():
+    return [p for p in psutil.process_iter(["cmdline"]) if "client_app.worker" in " ".join(p.info["cmdline"] or [])]
+
+
+def test_networked_runs_equal_the_in_memory_ones(settings, data_files, tmp_path):
+    """Every method, one federation; then a SuperNode killed with -9 and a run that cannot start."""
+    before = {process.pid for process in workers()}
+    with federation(tmp_path / "federation", data_files) as running:
+        for method in ("fedkseed", "fedkseed-pro", "fedcybgd"):
+            memory = settings | {"method.name": method, "run.dir": str(tmp_path / f"memory-{method}")}
+            network = memory | {"run.dir": str(tmp_path / f"network-{method}")}
+            run(memory, data_files)
+            status = follow(running, submit(running, network))
+            assert status.completed, running.run_log
+            assert final_state(network) == final_state(memory)
+            # The model was loaded once: one worker for each node.
+            assert len({process.pid for process in workers()} - before) == 3
+
+        # A user's mistake fails the run with one line, no trace.
+        broken = settings | {"model.name": str(tmp_path / "nothing"), "run.dir": str(tmp_path / "broken")}
+        run_id = submit(running, broken)
+        status = follow(running, run_id)
+        assert not status.completed and "nothing" in status.details
+        assert "Traceback" not in running.run_log(run_id)
+        assert Ledger.read(tmp_path / "broken").last("failed").body["exit_code"] == ModelError.exit_code
+
+        # No orphan after kill -9 of a SuperNode.
+        mine = [process for process in workers() if process.pid not in before]
+        os.kill(running.nodes["node-0"].pid, signal.SIGKILL)
+        limit = time.monotonic() + 20
+        while sum(process.is_running() for process in mine) > 2:
+            assert time.monotonic() < limit, "the worker outlived its SuperNode"
+            time.sleep(0.2)
+    psutil.wait_procs(mine, timeout=20)
+    assert not [process for process in workers() if process.pid not in before]
