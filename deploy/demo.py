@@ -21,9 +21,16 @@ from fedtune_strategies.config import Scalar
 from fedtune_strategies.errors import ConfigError, DataError
 
 # What suits the embedded model and two cores; everything else is as in the run configuration.
+EVALUATION: dict[str, Scalar] = {"eval.answers": 48, "eval.max-new-tokens": 24}
+SEEDS: dict[str, Scalar] = {
+    "num-server-rounds": 5,
+    "fedkseed.seeds": 1024,
+    "fedkseed.local-steps": 60,
+    "fedkseed.lr": 3e-4,
+}
 SETTINGS: dict[str, dict[str, Scalar]] = {
-    "fedkseed": {"num-server-rounds": 8},
-    "fedkseed-pro": {"num-server-rounds": 8},
+    "fedkseed": SEEDS,
+    "fedkseed-pro": SEEDS,
     "fedcybgd": {"num-server-rounds": 12},
 }
 HELD_OUT = 200  # most examples held out of a user's own file
@@ -71,7 +78,7 @@ def run_demo(
         )
         results = []
         for method in methods:
-            changes = {**SETTINGS[method], **({"num-server-rounds": rounds} if rounds else {})}
+            changes = {**EVALUATION, **SETTINGS[method], **({"num-server-rounds": rounds} if rounds else {})}
             changes |= {"method.name": method, "model.name": model, "eval.data": str(held_out)}
             results.append(_tune(running, app, method, changes, out / method, console))
         _write(results, out)
