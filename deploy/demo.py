@@ -21,7 +21,7 @@ from fedtune_strategies.config import Scalar
 from fedtune_strategies.errors import ConfigError, DataError
 
 # What suits the embedded model and two cores; everything else is as in the run configuration.
-EVALUATION: dict[str, Scalar] = {"eval.answers": 48, "eval.max-new-tokens": 24}
+COMMON: dict[str, Scalar] = {"train.seq-length": 256, "eval.answers": 48, "eval.max-new-tokens": 24}
 SEEDS: dict[str, Scalar] = {
     "num-server-rounds": 5,
     "fedkseed.seeds": 1024,
@@ -78,7 +78,7 @@ def run_demo(
         )
         results = []
         for method in methods:
-            changes = {**EVALUATION, **SETTINGS[method], **({"num-server-rounds": rounds} if rounds else {})}
+            changes = {**COMMON, **SETTINGS[method], **({"num-server-rounds": rounds} if rounds else {})}
             changes |= {"method.name": method, "model.name": model, "eval.data": str(held_out)}
             results.append(_tune(running, app, method, changes, out / method, console))
         _write(results, out)
