@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tomllib
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.padding import Padding
 from typer.core import TyperGroup
 
+from fedtune_strategies.config import Scalar
 from fedtune_strategies.errors import ConfigError, FedTuneError
 
 INTERRUPTED = 130
@@ -57,7 +59,10 @@ def demo(
             help="Your own data file, dealt out to the nodes. Default: made by rule, a task per node.", exists=True
         ),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=0, help="Rounds of each method; 0 for what suits the demo.")] = 0,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a key that `fedtune config` lists, as `key=value`; repeat for several."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the tuned models, ledgers, logs and the table.")] = Path(
         "out/demo"
     ),
@@ -76,7 +81,8 @@ def demo(
     """
     from deploy.demo import run_demo
 
-    run_demo(nodes=nodes, methods=methods.split(","), model=model, data=data, rounds=rounds, out=out, keep=keep)
+    changed = dict(map(_setting, changes or []))
+    run_demo(nodes=nodes, methods=methods.split(","), model=model, data=data, changes=changed, out=out, keep=keep)
 
 
 @app.command()
@@ -154,6 +160,17 @@ def with_run_config(project: str, table: str) -> str:
     rest = next((i for i, line in enumerate(lines) if line.startswith(("[", "#"))), len(lines))
     gap = "\n" if lines[rest:] else ""
     return before + heading + table + gap + "".join(lines[rest:])
+
+
+def _setting(text: str) -> tuple[str, Scalar]:
+    """Split ``key=value``; the value is read as TOML, and as text where it is none."""
+    key, found, value = text.partition("=")
+    if not found:
+        raise ConfigError(f"--set {text!r}: write it as key=value, such as --set fedkseed.lr=1e-4")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
 
 
 def _print_config(pattern: str) -> None:

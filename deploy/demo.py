@@ -17,7 +17,7 @@ from deploy.federation import CONNECTION, Federation, federation
 from deploy.progress import Progress, clock, follow
 from deploy.proxy import Traffic
 from deploy.report import Result, markdown, samples, summarise, table
-from fedtune_strategies.config import Scalar
+from fedtune_strategies.config import Scalar, parse
 from fedtune_strategies.errors import ConfigError, DataError
 
 # What suits the embedded model and two cores; everything else is as in the run configuration.
@@ -37,7 +37,14 @@ HELD_OUT = 200  # most examples held out of a user's own file
 
 
 def run_demo(
-    *, nodes: int, methods: Sequence[str], model: str, data: Path | None, rounds: int, out: Path, keep: bool
+    *,
+    nodes: int,
+    methods: Sequence[str],
+    model: str,
+    data: Path | None,
+    changes: Mapping[str, Scalar],
+    out: Path,
+    keep: bool,
 ) -> None:
     """Start a federation, run the methods one after another, and show what each did and cost.
 
@@ -51,8 +58,8 @@ def run_demo(
         Base model, as in ``model.name``.
     data : Path or None
         A data file to deal out to the nodes; None makes the embedded data.
-    rounds : int
-        Rounds of every method; 0 for those in `SETTINGS`.
+    changes : mapping
+        Keys of the run configuration that shall differ from what the demo sets.
     out : Path
         Folder for everything that is written. Earlier results there are replaced.
     keep : bool
@@ -63,11 +70,11 @@ def run_demo(
     FedTuneError
         Something a user can act on; everything that was started has been stopped.
     """
-    _check_methods(methods)
-    console = Console()
     out = out.resolve()
     started = time.monotonic()
-    node_files, held_out = _data(out / "data", nodes, data)
+    console = Console()
+    configs = {method: _config(method, model, nodes, out, changes) for method in methods}
+    node_files, _ = _data(out / "data", nodes, data)
     console.print(f"[bold]FedTune demo[/bold]: {nodes} nodes, {', '.join(methods)}; everything is written to {out}")
     console.print("Starting a SuperLink and the nodes: TLS, node keys, gRPC, free loopback ports …")
     app = write_app(out / "app")
@@ -77,26 +84,45 @@ def run_demo(
             f"All {nodes} nodes are online after {clock(time.monotonic() - started)}. Logs: {out}/federation/logs"
         )
         results = []
-        for method in methods:
-            changes = {**COMMON, **SETTINGS[method], **({"num-server-rounds": rounds} if rounds else {})}
-            changes |= {"method.name": method, "model.name": model, "eval.data": str(held_out)}
-            results.append(_tune(running, app, method, changes, out / method, console))
+        for config in configs.values():
+            results.append(_tune(running, app, config, console))
         _write(results, out)
         _show(results, out, console)
-        console.print(f"The demo took {clock(time.monotonic() - started)}.")
+        console.print(f"The whole demo took {clock(time.monotonic() - started)}.")
         if keep:
             _wait(running, app, console)
 
 
-def _tune(
-    running: Federation, app: Path, method: str, changes: Mapping[str, Scalar], folder: Path, console: Console
-) -> Result:
+def _config(method: str, model: str, nodes: int, out: Path, changes: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Make a method's run configuration, checked before anything is started."""
+    if method not in SETTINGS:
+        raise ConfigError(f"unknown method {method!r}: choose from {', '.join(SETTINGS)}")
+    own: dict[str, Scalar] = {
+        "method.name": method,
+        "model.name": model,
+        "eval.data": str(out / "data" / "heldout.jsonl"),
+        "run.dir": str(out / method),
+    }
+    if taken := own.keys() & changes.keys():
+        raise ConfigError(f"the demo sets {', '.join(sorted(taken))}: use --methods, --model, --data and --out")
+    config = {**COMMON, "strategy.min-nodes": nodes, **SETTINGS[method], **changes, **own}
+    parse(config)
+    return config
+
+
+def _tune(running: Federation, app: Path, config: Mapping[str, Scalar], console: Console) -> Result:
+    method, folder = str(config["method.name"]), Path(str(config["run.dir"]))
     shutil.rmtree(folder, ignore_errors=True)
     before = running.traffic()
     started = time.time()
-    progress = Progress(method, int(changes["num-server-rounds"]), len(running.nodes), started)
-    run_id = running.submit(app, {**changes, "run.dir": str(folder), "strategy.min-nodes": len(running.nodes)})
-    follow(running, run_id, folder, progress, console)
+    run_id = running.submit(app, config)
+    follow(
+        running,
+        run_id,
+        folder,
+        Progress(method, int(config["num-server-rounds"]), len(running.nodes), started),
+        console,
+    )
     after = running.traffic()
     traffic = sum((after[node] - before[node] for node in after), Traffic())
     result = summarise(folder, method, len(running.nodes), traffic, time.time() - started)
@@ -106,12 +132,6 @@ def _tune(
         highlight=False,
     )
     return result
-
-
-def _check_methods(methods: Sequence[str]) -> None:
-    for method in methods:
-        if method not in SETTINGS:
-            raise ConfigError(f"unknown method {method!r}: choose from {', '.join(SETTINGS)}")
 
 
 def _data(folder: Path, nodes: int, source: Path | None) -> tuple[list[Path], Path]:

@@ -84,6 +84,26 @@ def test_an_unknown_method_is_refused_before_anything_starts(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_settings_are_read_as_toml_and_checked_before_anything_starts(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(demo, "run_demo", lambda **given: seen.update(given["changes"]))
+    assert (
+        call("demo", "--set", "fedkseed.lr=1e-4", "--set", "model.dtype=bfloat16", "--set", "num-server-rounds = 3")[0]
+        == 0
+    )
+    assert seen == {"fedkseed.lr": 1e-4, "model.dtype": "bfloat16", "num-server-rounds": 3}
+    monkeypatch.undo()
+    for setting, line in [
+        ("fedkseed.lr=-1", "'fedkseed.lr'"),
+        ("no-key=1", "unknown key"),
+        ("oops", "key=value"),
+        ("run.dir=/", "--out"),
+    ]:
+        code, _, error = call("demo", "--out", str(tmp_path / "out"), "--set", setting)
+        assert code == ConfigError.exit_code and line in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_installed_command_works():
     command = [sys.executable, "-c", "from deploy.cli import main; main()", "version"]
     out = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
