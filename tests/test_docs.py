@@ -1,0 +1,38 @@
+"""What the documentation says, done."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fedtune_strategies.config import defaults
+from fedtune_strategies.tiny.tasks import write_federation
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if not target.startswith(("http://", "https://", "#")):
+            assert (page.parent / target.partition("#")[0]).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_configuration_keys_in_backticks_exist(page):
+    groups = {key.partition(".")[0] for key in defaults() if "." in key}
+    for key in re.findall(r"`([a-z]+\.[a-z-]+)(?: = [^`]*)?`", page.read_text()):
+        if key.partition(".")[0] in groups - {"model", "run"}:
+            assert key in defaults(), f"{page.name}: {key}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/integrator.md"])
+def test_the_federation_in_one_process_runs_as_shown(page, tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    (snippet,) = [block for block in blocks if "execute(" in block]
+    write_federation(tmp_path, 4)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, page, "exec"), {})
+    assert (tmp_path / "out/trial/model/model.safetensors").is_file()
