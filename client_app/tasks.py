@@ -15,7 +15,7 @@ import torch
 
 from client_app.block_turns import BlockTurns
 from fedtune_strategies.config import parse
-from fedtune_strategies.draws import draw_seeds
+from fedtune_strategies.draws import draw_seeds, seed_key
 from fedtune_strategies.errors import ConfigError, FedTuneError, ProtocolError, ResourceError
 from fedtune_strategies.language.data import FORMATS, read_rows
 from fedtune_strategies.language.examples import batches, tokenise
@@ -120,7 +120,8 @@ class Node:
         self.pool.rebuild_model(self.parameters, self.base, task.theta)
         weights_print = fingerprint(self.parameters)
         key = (train.seed, task.round, self.name)
-        seeds = draw_seeds(key, settings.local_steps, settings.seeds, task.weights.numpy())
+        drawn = seed_key(self.config, task.round, self.name)
+        seeds = draw_seeds(drawn, settings.local_steps, settings.seeds, task.weights.numpy())
         data = batches(self.examples, train.batch_size, settings.local_steps, key)
         steps = local_steps(self.language.model, self.pool, response_loss, data, seeds, eps=settings.eps, lr=task.lr)
         finite = steps.loss[np.isfinite(steps.loss)]

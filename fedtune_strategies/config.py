@@ -75,7 +75,7 @@ class ModelConfig:
 class TrainConfig:
     """What every local step does, whatever the method."""
 
-    seq_length: int = option(512, "Longest sequence in tokens, prompt and response together.", low=8)
+    seq_length: int = option(256, "Longest sequence in tokens, prompt and response together.", low=8)
     batch_size: int = option(8, "Examples in one local step.", low=1)
     seed: int = option(0, "Seed of the run: directions, draws, batches and node sampling.", low=0, high=2**63 - 1)
 
@@ -89,6 +89,21 @@ class StrategyConfig:
     min_replies: int = option(1, "Fewest accepted replies with which a round counts.", low=1)
     weighting: str = option(
         "examples", "Weight of a reply: its node's number of examples, or equal.", choices=("examples", "uniform")
+    )
+    aggregation: str = option(
+        "fedavg",
+        "FedKSeed: the Flower strategy that aggregates the nodes' points in seed space. With the last three all nodes "
+        "draw the same seeds, so that they can be compared.",
+        choices=("fedavg", "fedavgm", "fedadam", "fedyogi", "fedmedian", "trimmed-mean", "krum"),
+    )
+    server_lr: float = option(1.0, "FedKSeed: theta moves by this much of the aggregated move.", above=0.0)
+    momentum: float = option(0.9, "Momentum of fedavgm, beta_1 of fedadam and fedyogi.", low=0.0, high=0.9999)
+    second_momentum: float = option(0.99, "beta_2 of fedadam and fedyogi.", low=0.0, high=0.99999)
+    adaptivity: float = option(1e-2, "tau of fedadam and fedyogi, in units of the step size.", above=0.0)
+    trim: float = option(0.2, "Part of the replies that trimmed-mean cuts off at either end.", low=0.0, high=0.49)
+    faulty_nodes: int = option(1, "Nodes that krum expects to be faulty.", low=0)
+    weight_decay: float = option(
+        0.0, "FedKSeed: part by which theta shrinks in a round, towards the base model.", low=0.0, high=1.0
     )
 
 
@@ -109,6 +124,10 @@ class FedKSeedConfig:
     pool: str = option("walsh", "Kind of directions.", choices=("walsh", "gaussian"))
     local_steps: int = option(200, "tau, zeroth-order steps of a node in a round.", low=1, high=100_000)
     lr: float = option(1e-4, "eta, step size along one direction.", above=0.0)
+    schedule: str = option(
+        "constant", "Step size over the rounds, after the warm-up.", choices=("constant", "linear", "cosine")
+    )
+    warmup: int = option(0, "Rounds over which the step size grows to 'fedkseed.lr'.", low=0)
     eps: float = option(1e-3, "epsilon, distance of the two loss evaluations from the weights.", above=0.0)
     pro_mean: str = option(
         "counted",

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtune_strategies.config import Config
+
 # Keeps the sum of the odds of 2**20 seeds within 32 bits.
 MAX_ODDS = 4095
 
@@ -34,13 +36,34 @@ def stream(*key: int | str) -> np.random.Philox:
     return np.random.Philox(key=words)
 
 
+def seed_key(config: Config, round: int, node: str) -> tuple[int | str, ...]:
+    """Return the key of a node's draws in a round, for `draw_seeds`.
+
+    Parameters
+    ----------
+    config : Config
+        The run configuration.
+    round : int
+        The round.
+    node : str
+        The node's name.
+
+    Returns
+    -------
+    tuple of int or str
+        Run seed, round and name; without the name where replies are compared with each other seed by seed.
+    """
+    compared = config.strategy.aggregation in ("fedmedian", "trimmed-mean", "krum")
+    return (config.train.seed, round) if compared else (config.train.seed, round, node)
+
+
 def draw_seeds(key: Sequence[int | str], steps: int, num_seeds: int, weights: NDArray[np.int16]) -> NDArray[np.int64]:
     """Draw the seed of each local step of FedKSeed.
 
     Parameters
     ----------
     key : sequence of int or str
-        Run seed, round and node name.
+        From `seed_key`.
     steps : int
         tau, the number of draws.
     num_seeds : int

@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, MetricRecordValues, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fedtune_strategies.config import Config
-from fedtune_strategies.draws import MAX_ODDS, draw_seeds, sample
+from fedtune_strategies.draws import MAX_ODDS, draw_seeds, sample, seed_key
 from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.fleet import Fleet, address, decoded
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.seed_space import fingerprint, make_pool
+from fedtune_strategies.strategies.aggregation import make_aggregator, moments, prepare, restore_moments, schedule
 from fedtune_strategies.strategies.base import State, TuningStrategy, arrays_of, check_origin, log
 
 # The published code clips a scalar to this before it enters the mean amplitude of its seed.
@@ -39,14 +40,14 @@ class FedKSeed(TuningStrategy):
     base : mapping of str to Tensor
         W_0 by canonical parameter name.
     inner : flwr.serverapp.strategy.Strategy, optional
-        Aggregates the nodes' theta; Flower's `FedAvg` by default.
+        Aggregates the nodes' theta and asks nobody (``fraction_train=0``); that of ``strategy.aggregation`` by default.
     """
 
     def __init__(self, config: Config, base: Mapping[str, Tensor], inner: Strategy | None = None) -> None:
         self.config = config
         self.base = base
         self.pool = make_pool(config.fedkseed.pool, key=config.train.seed, size=config.fedkseed.seeds)
-        self.inner = inner or FedAvg()
+        self.inner = inner or make_aggregator(config.strategy)
         self.theta = np.zeros(config.fedkseed.seeds, dtype=np.float32)
         self.fingerprint = ""
 
@@ -54,8 +55,9 @@ class FedKSeed(TuningStrategy):
         """Log what will be tuned and how."""
         settings = self.config.fedkseed
         log.info(
-            "FedKSeed: K = %d %s seeds, tau = %d, eta = %g, epsilon = %g",
-            settings.seeds, settings.pool, settings.local_steps, settings.lr, settings.eps,
+            "FedKSeed: K = %d %s seeds, tau = %d, eta = %g (%s), epsilon = %g, aggregated by %s",
+            settings.seeds, settings.pool, settings.local_steps, settings.lr, settings.schedule, settings.eps,
+            type(self.inner).__name__,
         )  # fmt: skip
 
     def initial_arrays(self) -> ArrayRecord:
@@ -68,11 +70,13 @@ class FedKSeed(TuningStrategy):
         """Send theta, and the odds of the seeds if they differ, to the sampled nodes."""
         assert isinstance(grid, Fleet)
         self.theta = arrays["theta"].numpy()
+        prepare(self.inner, self.lr(server_round), self.config.strategy.adaptivity)
+        self.inner.configure_train(server_round, arrays, config, grid)
         task = protocol.SeedTask(
             round=server_round,
             theta=torch.from_numpy(self.theta),
             weights=torch.from_numpy(self.odds()),
-            lr=self.config.fedkseed.lr,
+            lr=self.lr(server_round),
         )
         payload = protocol.encode(task)
         nodes = grid.nodes
@@ -108,7 +112,7 @@ class FedKSeed(TuningStrategy):
             return None, metrics
         for answer in answers:
             self.observe(self.draws(answer.node, server_round, odds), answer.scalars.numpy())
-        self.theta = next(iter(arrays.values())).numpy().astype(np.float32)
+        self.theta = self._moved_towards(arrays["theta"].numpy(), server_round)
         return arrays_of(theta=torch.from_numpy(self.theta)), metrics
 
     def materialise(self, arrays: ArrayRecord, parameters: Mapping[str, Tensor]) -> str:
@@ -119,13 +123,19 @@ class FedKSeed(TuningStrategy):
         return self.fingerprint
 
     def state(self) -> State:
-        """Return theta."""
-        return State({"theta": torch.tensor(self.theta)})
+        """Return theta and the aggregating strategy's momenta."""
+        return State({"theta": torch.tensor(self.theta)} | moments(self.inner))
 
     def restore(self, tensors: dict[str, Tensor], load: Callable[[str], dict[str, Tensor] | None]) -> ArrayRecord:
-        """Take up theta."""
+        """Take up theta and the momenta."""
+        restore_moments(self.inner, tensors)
         self.theta = tensors["theta"].numpy()
         return arrays_of(theta=tensors["theta"])
+
+    def lr(self, round: int) -> float:
+        """Return the step size of a round: ``fedkseed.lr`` times its schedule."""
+        settings = self.config.fedkseed
+        return settings.lr * schedule(settings, round, self.config.num_server_rounds)
 
     def odds(self) -> NDArray[np.int16]:
         """Return the relative odds of drawing each seed, int16 [K]; empty for uniform draws."""
@@ -137,12 +147,19 @@ class FedKSeed(TuningStrategy):
     def draws(self, node: str, round: int, odds: NDArray[np.int16]) -> NDArray[np.int64]:
         """Return the seeds that a node draws in a round, int64 [tau]."""
         settings = self.config.fedkseed
-        return draw_seeds((self.config.train.seed, round, node), settings.local_steps, settings.seeds, odds)
+        return draw_seeds(seed_key(self.config, round, node), settings.local_steps, settings.seeds, odds)
+
+    def _moved_towards(self, aggregated: NDArray[np.float64], round: int) -> NDArray[np.float32]:
+        """Move theta by the server's step, and shrink it by weight decay as far as the round's step size goes."""
+        settings = self.config.strategy
+        theta = self.theta.astype(np.float64)
+        decay = settings.weight_decay * self.lr(round) / self.config.fedkseed.lr
+        return (theta - decay * theta + settings.server_lr * (aggregated - theta)).astype(np.float32)
 
     def _moved(self, answer: protocol.SeedReply, odds: NDArray[np.int16]) -> Message:
         scalars = np.nan_to_num(answer.scalars.numpy().astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
         theta = self.theta.astype(np.float64)
-        np.subtract.at(theta, self.draws(answer.node, answer.round, odds), self.config.fedkseed.lr * scalars)
+        np.subtract.at(theta, self.draws(answer.node, answer.round, odds), self.lr(answer.round) * scalars)
         weight = answer.num_examples if self.config.strategy.weighting == "examples" else 1
         metrics: dict[str, MetricRecordValues] = {
             "num-examples": weight,
