@@ -103,28 +103,34 @@ def _as_bits(context, value):
 @_compile
 def _round(x0, x1, x2, x3, key0, key1):
     product0, product1 = M0 * np.uint64(x0), M1 * np.uint64(x2)
-    x0, x2 = U32(U32(product1 >> HIGH) ^ x1 ^ key0), U32(U32(product0 >> HIGH) ^ x3 ^ key1)
-    return x0, U32(product1), x2, U32(product0), U32(key0 + W0), U32(key1 + W1)
-
-
-@_compile
-def _five_rounds(x0, x1, x2, x3, key0, key1):
-    return _round(*_round(*_round(*_round(*_round(x0, x1, x2, x3, key0, key1)))))
+    high0, high1 = U32(product0 >> HIGH), U32(product1 >> HIGH)
+    return U32(high1 ^ x1 ^ key0), U32(product1), U32(high0 ^ x3 ^ key1), U32(product0)
 
 
 @_compile
 def _philox(x0, x1, x2, x3, key0, key1):
-    return _five_rounds(*_five_rounds(x0, x1, x2, x3, key0, key1))[:4]
+    # Written out: LLVM turns a loop over counters into vector instructions only if it contains no other loop.
+    x0, x1, x2, x3 = _round(x0, x1, x2, x3, U32(key0 + U32(0) * W0), U32(key1 + U32(0) * W1))
+    x0, x1, x2, x3 = _round(x0, x1, x2, x3, U32(key0 + U32(1) * W0), U32(key1 + U32(1) * W1))
+    x0, x1, x2, x3 = _round(x0, x1, x2, x3, U32(key0 + U32(2) * W0), U32(key1 + U32(2) * W1))
+    x0, x1, x2, x3 = _round(x0, x1, x2, x3, U32(key0 + U32(3) * W0), U32(key1 + U32(3) * W1))
+    x0, x1, x2, x3 = _round(x0, x1, x2, x3, U32(key0 + U32(4) * W0), U32(key1 + U32(4) * W1))
+    x0, x1, x2, x3 = _round(x0, x1, x2, x3, U32(key0 + U32(5) * W0), U32(key1 + U32(5) * W1))
+    x0, x1, x2, x3 = _round(x0, x1, x2, x3, U32(key0 + U32(6) * W0), U32(key1 + U32(6) * W1))
+    x0, x1, x2, x3 = _round(x0, x1, x2, x3, U32(key0 + U32(7) * W0), U32(key1 + U32(7) * W1))
+    x0, x1, x2, x3 = _round(x0, x1, x2, x3, U32(key0 + U32(8) * W0), U32(key1 + U32(8) * W1))
+    x0, x1, x2, x3 = _round(x0, x1, x2, x3, U32(key0 + U32(9) * W0), U32(key1 + U32(9) * W1))
+    return x0, x1, x2, x3
 
 
 @_compile
 def _random_words(words, first, keys, stream):
-    """Fill `words` (n, 4) with the random bits of counters `first`, `first + 1`, …."""
+    """Fill `words` with the random bits of counters `first`, `first + 1`, …, four words each."""
     key0, key1, word2, word3 = keys[0], keys[1], stream[0], stream[1]
-    first = U32(first)
-    for i in range(len(words)):
-        x0, x1, x2, x3 = _philox(U32(first + U32(i)), U32(0), word2, word3, key0, key1)
-        words[i, 0], words[i, 1], words[i, 2], words[i, 3] = x0, x1, x2, x3
+    low = U32(first)
+    for i in range(len(words) // 4):
+        x0, x1, x2, x3 = _philox(U32(low + U32(i)), U32(0), word2, word3, key0, key1)
+        words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3] = x0, x1, x2, x3
 
 
 @_compile
@@ -198,7 +204,7 @@ def _seed_sums(sums, theta, x, y, words, e, keys, seed_signs, block):
     columns = len(theta)
     if columns >= BITS:
         _random_words(words, e // block * (columns // BITS), keys, seed_signs)
-        _flip(x, theta, words.reshape(-1))
+        _flip(x, theta, words)
         return _fwht(x, y)
     for row in range(0, BITS, columns):  # several short rows to a tile of 128
         for k in range(columns):
@@ -211,7 +217,7 @@ def _seed_sums(sums, theta, x, y, words, e, keys, seed_signs, block):
 @_compile
 def _walsh_rebuild(out, base, theta, keys, element_signs, seed_signs, block, start):
     tile = max(len(theta), BITS)
-    signs, words = np.empty((tile // BITS, 4), U32), np.empty((tile // BITS, 4), U32)
+    signs, words = np.empty(tile // 32, U32), np.empty(tile // 32, U32)
     x, y, sums = np.empty(tile, F32), np.empty(tile, F32), np.empty(tile, F32)
     known = -1
     for low in range(0, len(base), tile):
@@ -220,7 +226,7 @@ def _walsh_rebuild(out, base, theta, keys, element_signs, seed_signs, block, sta
             sums = _seed_sums(sums, theta, x, y, words, e, keys, seed_signs, block)
             known = e // block
         _random_words(signs, e // BITS, keys, element_signs)
-        _add_signed(out[low : low + n], base[low : low + n], sums, signs.reshape(-1))
+        _add_signed(out[low : low + n], base[low : low + n], sums, signs)
 
 
 @_compile
@@ -248,8 +254,7 @@ def _seed_word(e, k, columns, block, keys, seed_signs):
 
 @_compile
 def _walsh_add(out, weight, k, c, keys, element_signs, seed_signs, columns, block, start):
-    words = np.empty((TILE // BITS, 4), U32)
-    flat = words.reshape(-1)
+    words = np.empty(TILE // 32, U32)
     column = np.array([_column_word(32 * w, k) for w in range(max(1, columns // 32))])
     segment = min(TILE // 32, len(column))
     for low in range(0, len(weight), TILE):
@@ -259,8 +264,8 @@ def _walsh_add(out, weight, k, c, keys, element_signs, seed_signs, columns, bloc
             e = start + low + 32 * first
             seed_word, at = _seed_word(e, k, columns, block, keys, seed_signs), e // 32 & (len(column) - 1)
             for w in range(segment):
-                flat[first + w] ^= column[at + w] ^ seed_word
-        _add_constant(out[low : low + n], weight[low : low + n], c, flat)
+                words[first + w] ^= column[at + w] ^ seed_word
+        _add_constant(out[low : low + n], weight[low : low + n], c, words)
 
 
 @_compile
@@ -290,23 +295,24 @@ def _normals(x, y, factor, radius_bits, angle_bits):
 
 
 @_compile
-def _planes(planes, first, k, keys, stream):
-    """Random bits of counters (`first` + i, k), one plane for each of the four words."""
+def _planes(a, b, c, d, first, k, keys, stream):
+    """Random bits of counters (`first` + i, k): the first of each one's four words goes to a, the second to b, ...."""
     key0, key1, word2, word3 = keys[0], keys[1], stream[0], stream[1]
-    a, b, c, d = planes[0], planes[1], planes[2], planes[3]
-    first = U32(first)
+    low = U32(first)
     for i in range(len(a)):
-        a[i], b[i], c[i], d[i] = _philox(U32(first + U32(i)), k, word2, word3, key0, key1)
+        a[i], b[i], c[i], d[i] = _philox(U32(low + U32(i)), k, word2, word3, key0, key1)
 
 
 @_compile
 def _gaussian_rebuild(out, base, seeds, factors, keys, stream, start):
-    planes, sums = np.empty((4, TILE // 4), U32), np.empty((4, TILE // 4), F32)
+    quarter = TILE // 4
+    a, b, c, d = np.empty(quarter, U32), np.empty(quarter, U32), np.empty(quarter, U32), np.empty(quarter, U32)
+    sums = np.empty((4, quarter), F32)
     for low in range(0, len(base), TILE):
         sums[:] = F32(0)
         for t in range(len(seeds)):
-            _planes(planes, (start + low) // 4, seeds[t], keys, stream)
-            _normals(sums[0], sums[1], factors[t], planes[0], planes[1])
-            _normals(sums[2], sums[3], factors[t], planes[2], planes[3])
+            _planes(a, b, c, d, (start + low) // 4, seeds[t], keys, stream)
+            _normals(sums[0], sums[1], factors[t], a, b)
+            _normals(sums[2], sums[3], factors[t], c, d)
         for i in range(min(TILE, len(base) - low)):
             out[low + i] = base[low + i] + sums[i & 3, i >> 2]
