@@ -5,8 +5,8 @@
 A random Llama (109.5 M parameters by default) in float32, with tied embeddings. Every row is a process of its own: all
 parameters, or one layer as block. Seconds are processor time of a step, the median of the steps after the first, so
 that other work on the machine counts little. Memory is the process's peak resident size less its size before the model
-was made; the needed memory is what the node holds of the rest + 16 bytes × the block's parameters + what autograd keeps
-of a step.
+was made. What is needed is what the process holds of the rest, 16 bytes for each trained parameter, and activations:
+the growth during one forward and backward pass of the plain float32 model, less the gradients.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedtune_strategies.blocks.codecs import encode, encoded_size, parse_codec
-from fedtune_strategies.blocks.find import find_blocks
+from fedtune_strategies.blocks.codecs import Codec, encode, encoded_size, parse_codec
+from fedtune_strategies.blocks.find import Block, find_blocks
+from fedtune_strategies.blocks.gradients import block_gradients
 from fedtune_strategies.blocks.held import coded_loader, empty_model, held_outside
 from fedtune_strategies.blocks.train import train_block
 
@@ -63,21 +64,26 @@ def main() -> None:
         return
     print("| trained | layer | seconds a step | of all | peak memory, MB | of all | needed, MB | peak / needed |")
     print("|---|---|---|---|---|---|---|---|")
-    whole = None
+    whole: dict[str, float] = {}
     for name, way, places in ROWS:
         for place in places:
             layer = None if place is None else round(place * (args.layers - 1))
-            command = [sys.executable, str(Path(__file__)), *sys.argv[1:], "--child", json.dumps([way, layer])]
-            child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | ALLOCATOR)
-            result = json.loads(child.stdout)
+            result = in_child(way, layer)
+            passes = in_child({"passes": True, "checkpoint": way.get("checkpoint", False)}, layer)
+            needed = result["held"] + 16 * result["trained"] + passes["activations"]
             whole = whole or result
             print(
                 f"| {name} | {'' if layer is None else layer} | {result['seconds']:.2f} "
                 f"| {result['seconds'] / whole['seconds']:.2f} | {result['memory'] / 1e6:.0f} "
-                f"| {result['memory'] / whole['memory']:.2f} | {result['needed'] / 1e6:.0f} "
-                f"| {result['memory'] / result['needed']:.2f} |",
+                f"| {result['memory'] / whole['memory']:.2f} | {needed / 1e6:.0f} | {result['memory'] / needed:.2f} |",
                 flush=True,
             )
+
+
+def in_child(way: dict, layer: int | None) -> dict[str, float]:
+    command = [sys.executable, str(Path(__file__)), *sys.argv[1:], "--child", json.dumps([way, layer])]
+    child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | ALLOCATOR)
+    return json.loads(child.stdout)
 
 
 def measure(args: argparse.Namespace, way: dict, layer: int | None) -> dict[str, float]:
@@ -91,34 +97,65 @@ def measure(args: argparse.Namespace, way: dict, layer: int | None) -> dict[str,
     )
     batch = torch.randint(0, config.vocab_size, (args.batch, args.length), generator=torch.Generator().manual_seed(0))
     starts: list[float] = []
-    kept: dict[int, int] = {}
 
     def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
         starts.append(time.process_time())
-        if len(starts) > 1:
-            return model(input_ids=batch, labels=batch, use_cache=False).loss
-        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        return model(input_ids=batch, labels=batch, use_cache=False).loss
 
-        def note(saved: Tensor) -> Tensor:
-            storage = saved.untyped_storage()
-            if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return saved
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
-            return model(input_ids=batch, labels=batch, use_cache=False).loss
-
-    train_all(LlamaForCausalLM(LlamaConfig(64, 48, 96, 1, 12)), lambda m, b: m(b, labels=b).loss, batch % 64, 2)
+    warm_up()
     before = psutil.Process().memory_info().rss
+    options = dict(way)
+    codec = parse_codec(options.pop("rest", "none"))
+    model, parts = filled_model(config, codec, layer)
+    outside = {part.partition(":")[0] for part in parts}
+    block = whole_model(model) if layer is None else next(b for b in find_blocks(model) if b.layer == layer)
+    if options.pop("passes", False):
+        filled = psutil.Process().memory_info().rss
+        with block_gradients(model, block, loss_fn, [batch], **options) as gradient:
+            gradient([0])
+        trained = sum(model.get_parameter(name).numel() for name in block.parameters)
+        return {"activations": peak_memory() - filled - 4 * trained}
     if layer is None:
-        model = LlamaForCausalLM(config)
-        held, trained = 0, model.num_parameters()
         train_all(model, loss_fn, batch, args.steps + 2)
     else:
-        held, trained = train_one(config, way, layer, loss_fn, batch, args.steps + 2)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    seconds = statistics.median(later - earlier for earlier, later in itertools.pairwise(starts[1:]))
-    return {"seconds": seconds, "memory": peak - before, "needed": held + 16 * trained + sum(kept.values())}
+        with held_outside(model, outside, coded_loader(parts)):
+            train_block(model, block, loss_fn, [batch], args.steps + 2, 1e-4, **options)
+    inside = sum(p.nbytes for n, p in model.named_parameters() if n not in outside and n not in block.parameters)
+    return {
+        "seconds": statistics.median(later - earlier for earlier, later in itertools.pairwise(starts[1:])),
+        "memory": peak_memory() - before,
+        "held": encoded_size(parts) + inside,
+        "trained": sum(model.get_parameter(name).numel() for name in block.parameters),
+    }
+
+
+def peak_memory() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def whole_model(model: nn.Module) -> Block:
+    return Block(0, "all", "embedding", tuple(name for name, _ in model.named_parameters()))
+
+
+def filled_model(config: LlamaConfig, codec: Codec, layer: int | None) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model that holds only what is exact, and the coded parts of its other matrices; never whole in memory."""
+    model = empty_model(lambda: LlamaForCausalLM(config))
+    exact = {name for block in find_blocks(model) if block.layer == layer for name in block.parameters}
+    parts: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        value = torch.empty(parameter.shape).normal_(0, 0.02) if parameter.dim() > 1 else torch.ones(parameter.shape)
+        if name in exact or parameter.dim() == 1 or codec == Codec():
+            parameter.data = value
+        else:
+            parts |= encode({name: value}, codec)
+    return model, parts
+
+
+def warm_up() -> None:
+    """Load what torch and transformers load at first use, so that it is not counted."""
+    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1)
+    batch = torch.arange(64).view(1, 64)
+    train_all(LlamaForCausalLM(config), lambda model, batch: model(batch, labels=batch).loss, batch, 2)
 
 
 def train_all(model: nn.Module, loss_fn, batch: Tensor, steps: int) -> None:
@@ -127,26 +164,6 @@ def train_all(model: nn.Module, loss_fn, batch: Tensor, steps: int) -> None:
         optimizer.zero_grad()
         loss_fn(model, batch).backward()
         optimizer.step()
-
-
-def train_one(config: LlamaConfig, way: dict, layer: int, loss_fn, batch: Tensor, steps: int) -> tuple[int, int]:
-    """Train one layer; return the bytes in which the rest was held, and the block's parameters."""
-    options = dict(way)
-    codec = parse_codec(options.pop("rest"))
-    model = empty_model(lambda: LlamaForCausalLM(config))
-    block = next(block for block in find_blocks(model) if block.layer == layer)
-    parts: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        value = torch.ones(parameter.shape) if parameter.dim() == 1 else torch.randn(parameter.shape) * 0.02
-        if name in block.parameters or parameter.dim() == 1 or codec.quantisation == "none":
-            parameter.data = value
-        else:
-            parts |= encode({name: value}, codec)
-    outside = {part.partition(":")[0] for part in parts}
-    with held_outside(model, outside, coded_loader(parts)):
-        train_block(model, block, loss_fn, [batch], steps, 1e-4, **options)
-    inside = sum(p.nbytes for n, p in model.named_parameters() if n not in outside and n not in block.parameters)
-    return encoded_size(parts) + inside, sum(model.get_parameter(name).numel() for name in block.parameters)
 
 
 if __name__ == "__main__":

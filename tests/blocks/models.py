@@ -1,9 +1,11 @@
-"""Tiny random models of every supported architecture, and batches for them."""
+"""Tiny random models of every supported architecture, batches for them, and how long property tests may take."""
 
 import torch
+from hypothesis import settings
 from transformers import AutoConfig, AutoModelForCausalLM
 
-torch.set_num_threads(1)
+# Torch's first call of an operation takes longer than hypothesis allows by default.
+quick = settings(max_examples=30, deadline=None)
 
 _SIZES = {
     "vocab_size": 64,

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.torch import load, save
@@ -17,6 +17,8 @@ from fedtune_strategies.blocks.codecs import (
 )
 from fedtune_strategies.errors import ConfigError, ModelError, ProtocolError
 
+from .models import quick
+
 CODECS = ["none", "bf16", "int8", "nf4", "prune:0.5", "prune:0.3+bf16", "prune:0.5+int8", "prune:0.9+nf4"]
 
 matrices = hnp.arrays(
@@ -30,16 +32,19 @@ def decoded(tensor, codec):
     return decode(encode({"w": tensor}, parse_codec(codec)))["w"]
 
 
+@quick
 @given(matrices)
 def test_none_is_exact(tensor):
     assert torch.equal(decoded(tensor, "none"), tensor)
 
 
+@quick
 @given(matrices)
 def test_bf16_rounds_to_nearest(tensor):
     assert torch.equal(decoded(tensor, "bf16"), tensor.bfloat16().float())
 
 
+@quick
 @given(matrices)
 def test_int8_errs_by_half_a_step_of_its_row(tensor):
     step = tensor.flatten(1).abs().amax(dim=1).double() / 127
@@ -47,6 +52,7 @@ def test_int8_errs_by_half_a_step_of_its_row(tensor):
     assert (error <= step * 0.50001 + 1e-37).all()
 
 
+@quick
 @given(matrices)
 def test_nf4_picks_the_nearest_value(tensor):
     flat = tensor.flatten().double()
@@ -58,8 +64,8 @@ def test_nf4_picks_the_nearest_value(tensor):
 
 
 @pytest.mark.parametrize("codec", CODECS)
+@quick
 @given(tensor=matrices)
-@settings(max_examples=25)
 def test_parts_survive_safetensors_and_are_deterministic(codec, tensor):
     tensors = {"a.weight": tensor, "a.bias": tensor.flatten().clone()}
     parts = encode(tensors, parse_codec(codec))
@@ -72,6 +78,7 @@ def test_parts_survive_safetensors_and_are_deterministic(codec, tensor):
     assert torch.equal(result["a.bias"], tensors["a.bias"])
 
 
+@quick
 @given(matrices, st.floats(0.05, 0.95))
 def test_pruning_keeps_the_largest_of_each_row_and_only_those(tensor, share):
     got = decoded(tensor, f"prune:{share}").flatten(1)
@@ -136,6 +143,7 @@ def test_16_bit_tensors_go_as_they_are():
     assert torch.equal(decoded(tensor, "none"), tensor.float())
 
 
+@quick
 @given(st.lists(matrices.filter(lambda t: t.numel() > 1), min_size=1, max_size=1), st.integers(2, 6))
 def test_error_feedback_loses_nothing_over_time(start, turns):
     delta = {"w": start[0]}

@@ -16,7 +16,10 @@ from fedtune_strategies.blocks.schedule import (
 )
 from fedtune_strategies.errors import ConfigError
 
+from .models import quick
 
+
+@quick
 @given(st.integers(1, 9), st.integers(0, 5), st.sampled_from(ORDERS[:3]), st.integers(0, 2**63 - 1))
 def test_a_cycle_visits_every_block_once(count, cycle, order, seed):
     blocks = [3 * index for index in range(count)]
@@ -38,6 +41,7 @@ def test_random_order_is_fixed_by_the_seed_and_drawn_anew_each_cycle():
     assert drawn != [turn_at(t, blocks, "random", seed=8).block for t in range(1, 17)]
 
 
+@quick
 @given(st.integers(1, 7), st.integers(1, 9))
 def test_over_as_many_cycles_as_nodes_every_place_meets_every_node_once(node_count, blocks):
     nodes = [f"node-{i}" for i in range(node_count)]
@@ -46,6 +50,7 @@ def test_over_as_many_cycles_as_nodes_every_place_meets_every_node_once(node_cou
     assert set(meetings.values()) == {1}
 
 
+@quick
 @given(st.integers(1, 7), st.integers(1, 9), st.integers(1, 200))
 def test_no_node_works_more_than_one_turn_ahead(node_count, blocks, turns):
     nodes = [f"node-{i}" for i in range(node_count)]
@@ -64,6 +69,7 @@ def test_local_steps_rule(examples, steps):
     assert local_steps_rule(examples, batch_size=8, num_blocks=10) == steps
 
 
+@quick
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=9), st.integers(0, 50), st.integers(0, 2**63 - 1))
 def test_importance_shares_half_of_the_turns(weights, cycle, seed):
     blocks = list(range(len(weights)))
@@ -78,10 +84,10 @@ def test_importance_shares_half_of_the_turns(weights, cycle, seed):
 
 def test_importance_draws_every_block_in_the_long_run():
     importance = {0: 0.0, 1: 0.0, 2: 6.0}
-    visits = Counter(turn_at(t, [0, 1, 2], "importance", 1, importance).block for t in range(1, 3001))
-    assert visits[2] == pytest.approx(2000, abs=100)
-    assert visits[0] == pytest.approx(500, abs=60)
-    assert visits[1] == pytest.approx(500, abs=60)
+    visits = Counter(turn_at(t, [0, 1, 2], "importance", 1, importance).block for t in range(1, 601))
+    assert visits[2] == pytest.approx(400, abs=20)
+    assert visits[0] == pytest.approx(100, abs=30)
+    assert visits[1] == pytest.approx(100, abs=30)
 
 
 def test_block_importance_favours_recent_turns():

@@ -12,7 +12,7 @@ from fedtune_strategies.blocks.find import find_blocks
 from fedtune_strategies.blocks.train import adamw_8bit, apply_delta, mean_delta, train_block
 from fedtune_strategies.errors import ConfigError
 
-from .models import ARCHITECTURES, lm_loss, tiny_batches, tiny_model
+from .models import ARCHITECTURES, lm_loss, quick, tiny_batches, tiny_model
 
 
 def block_of(model, name):
@@ -181,6 +181,7 @@ def test_an_error_leaves_the_model_as_it_was():
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
+@quick
 @given(st.floats(-10, 10, width=32), st.floats(-1, 1, width=32), st.floats(0.1, 2.0))
 def test_apply_delta_rounds_product_and_sum_once_each(weight, change, gamma):
     import numpy as np
