@@ -199,8 +199,8 @@ def _environment(folder: Path, token: str, threads: int) -> dict[str, str]:
         "FLWR_HOME": str(folder / "flower"),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
-        # How long a message waits for its process to be started. Flower's own pace is one second; a quicker one than this
-        # costs more in polling than it saves (at 0.05 s, five idle executors take 0.4 of a core).
+        # Seconds between looks for a task to start. Flower's own pace is one second; a quicker one than this costs more
+        # in polling than it saves (at 0.05 s, five idle executors and what they ask take 0.4 of a core).
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
         # Nodes that share a machine share its cores: numerical threads beyond that fight each other.
         "OMP_NUM_THREADS": str(threads),
