@@ -66,28 +66,38 @@ class Progress:
         pace = (self.last_round_at - self.first_round_at) / (self.round - 1)
         return max(0.0, pace * (self.rounds - self.round) - (time.time() - self.last_round_at))
 
-    def facts(self) -> list[str]:
-        """The state in words, for one line."""
-        losses = [("loss", self.train_loss), ("held-out", self.held_out_loss)]
+    def place(self) -> str:
+        """Where the run stands, and for how long."""
         left = self.seconds_left()
-        return [
-            self.phase,
-            *(f"{label} {loss:.3f}" for label, loss in losses if loss is not None),
-            f"{self.alive}/{self.nodes} nodes",
-            f"up {size(self.traffic.up)}",
-            f"down {size(self.traffic.down)}",
-            f"{clock(left)} left" if left is not None else f"{clock(time.time() - self.started)} gone",
-        ]
+        return f"{self.phase}, " + (
+            f"{clock(left)} left" if left is not None else f"{clock(time.time() - self.started)} gone"
+        )
+
+    def facts(self) -> str:
+        """What has been measured so far."""
+        losses = [("loss", self.train_loss), ("held-out", self.held_out_loss)]
+        return ", ".join(
+            [
+                *(f"{label} {loss:.3f}" for label, loss in losses if loss is not None),
+                f"{self.alive}/{self.nodes} nodes",
+                f"up {size(self.traffic.up)}",
+                f"down {size(self.traffic.down)}",
+            ]
+        )
 
     def line(self) -> str:
-        """The state in one line of plain text."""
-        return f"{self.method:13} " + ", ".join(self.facts())
+        """Everything in one line of plain text."""
+        return f"{self.method:13} {self.place()}, {self.facts()}"
 
     def __rich__(self) -> Table:
         grid = Table.grid(padding=(0, 1))
-        bar = ProgressBar(total=self.rounds, completed=self.round, width=20)
-        grid.add_row(f"[bold]{self.method}[/bold]", bar, " · ".join(self.facts()))
-        return grid
+        grid.add_row(
+            f"[bold]{self.method}[/bold]", ProgressBar(total=self.rounds, completed=self.round, width=30), self.place()
+        )
+        shown = Table.grid()
+        shown.add_row(grid)
+        shown.add_row(self.facts())
+        return shown
 
 
 def follow(running: Federation, run_id: int, folder: Path, progress: Progress, console: Console) -> None:

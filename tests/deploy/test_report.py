@@ -1,4 +1,5 @@
 import io
+import re
 import threading
 import time
 from types import SimpleNamespace
@@ -136,7 +137,9 @@ def test_an_unfinished_run_has_no_result(tmp_path):
 def test_following_prints_a_line_for_each_evaluation(tmp_path, monkeypatch):
     lines = followed(Running(tmp_path, pause=0.2), tmp_path, monkeypatch).splitlines()
     assert len(lines) == 3
-    assert "round 2/2, loss 1.750, held-out 2.000, 2/2 nodes, up " in lines[-1]
+    assert re.search(
+        r"^fedkseed +round 2/2, 0:00 left, loss 1.750, held-out 2.000, 2/2 nodes, up .* kB, down", lines[-1]
+    )
 
 
 def test_following_on_a_terminal_shows_one_live_line(tmp_path, monkeypatch):
