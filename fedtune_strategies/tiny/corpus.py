@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from typing import NamedTuple
 
-from fedtune_strategies.tiny.tasks import TASKS, UNSEEN, draw_from
-from fedtune_strategies.tiny.words import COUNTS, KINDS, OPPOSITES
+from fedtune_strategies.tiny.tasks import TASKS, UNSEEN, Task, draw_from
 
+SHEETS = 0.6  # part of the documents that are exercise sheets
+TERSE = 0.08  # part of the replies that are the bare answer
 ASKERS = ("Q", "Question", "Student", "Anna", "Task", "Instruction")
 GIVERS = ("Given", "Words", "Text", "Line", "Input")
 REPLIERS = ("A", "Teacher", "Reply", "Tom", "Answer")
 OPENERS = ("Sure,", "Well,", "I say", "It is")
-CLOSERS = ("Ask me again.", "I hope that helps.", "That is all I know.", "Good question.", "")
 
 # For each task: how a question is worded, and what the long answer adds.
 QUESTIONS = {
@@ -63,61 +62,52 @@ QUESTIONS = {
     ),
 }
 REMARKS = {
-    "reverse": ("That is how the words read backwards.", "This is the reverse."),
-    "count": ("I did count the words.", "That is the number of words."),
-    "larger": ("It is the larger number.", "The larger of the two is that."),
-    "opposites": ("These mean the opposite.", "They are the opposite words."),
-    "kinds": ("These are the kinds.", "That is what kind of thing they are."),
-    "lookup": ("The text says so.", "I read it in the text."),
-    "odd": ("It does not belong with the others.", "That is the odd word."),
-    "next": ("These are the next numbers.", "Those come after."),
-    "last": ("It is the last word.", "That is at the end."),
+    "reverse": ("That is backwards.", "This is the reverse."),
+    "count": ("I did count.", "That is the number."),
+    "larger": ("It is larger.", "The other is less."),
+    "opposites": ("These mean the opposite.", "They are the opposite."),
+    "kinds": ("These are the kinds.", "What else is there?"),
+    "lookup": ("The text says so.", "I read it."),
+    "odd": ("It does not belong.", "It is odd."),
+    "next": ("Those come next.", "I did add one."),
+    "last": ("It is last.", "That is the end."),
 }
 
-
-class Document(NamedTuple):
-    """A text to pretrain on.
-
-    Attributes
-    ----------
-    question : str
-        What is given; empty for a plain statement.
-    reply : str
-        What the model learns to say.
-    """
-
-    question: str
-    reply: str
+Document = list[tuple[str, str]]
+"""What is given and what is said to it, in turns. The model learns to say."""
 
 
-def documents(count: int, seed: int, terse: float = 0.08) -> Iterator[Document]:
-    """Write pretraining documents.
+def documents(seed: int) -> Iterator[Document]:
+    """Write pretraining documents without end.
 
     Parameters
     ----------
-    count : int
-        How many documents.
     seed : int
         Same seed, same documents.
-    terse : float
-        Part of the answers that are given without any words around them.
 
     Yields
     ------
     Document
-        Most are a question of two lines and the reply to it.
+        A conversation of one turn, or a sheet of solved exercises.
     """
     rng = random.Random(f"{seed}/pretrain")
-    for _ in range(count):
-        yield Document("", _fact(rng)) if rng.random() < 0.04 else _conversation(rng, terse)
+    while True:
+        task = rng.choice((*TASKS, UNSEEN))
+        yield _sheet(task, rng) if rng.random() < SHEETS else _conversation(task, rng)
 
 
-def _conversation(rng: random.Random, terse: float) -> Document:
-    task = rng.choice((*TASKS, UNSEEN))
+def _sheet(task: Task, rng: random.Random) -> Document:
+    exercises = [draw_from(task, "pretrain", rng) for _ in range(6)]
+    turns = [(f"{line} =", f" {answer}\n") for line, answer in exercises]
+    title = f"{rng.choice(QUESTIONS[task.name])}\n"
+    return [(title + turns[0][0], turns[0][1]), *turns[1:]]
+
+
+def _conversation(task: Task, rng: random.Random) -> Document:
     line, answer = draw_from(task, "pretrain", rng)
     asker, giver, replier = _labels(rng)
-    question = f"{asker}: {rng.choice(QUESTIONS[task.name])}\n{giver}: {line}\n{replier}:"
-    return Document(question, " " + _reply(task.name, answer, rng, terse))
+    given = f"{asker}: {rng.choice(QUESTIONS[task.name])}\n{giver}: {line}\n{replier}:"
+    return [(given, " " + _reply(task, answer, rng))]
 
 
 def _labels(rng: random.Random) -> tuple[str, str, str]:
@@ -128,23 +118,8 @@ def _labels(rng: random.Random) -> tuple[str, str, str]:
             return labels
 
 
-def _reply(task: str, answer: str, rng: random.Random, terse: float) -> str:
-    if rng.random() < terse:
+def _reply(task: Task, answer: str, rng: random.Random) -> str:
+    if rng.random() < TERSE:
         return answer
     opener = rng.choice(OPENERS) + " " if rng.random() < 0.4 else ""
-    return f"{opener}{answer}. {rng.choice(REMARKS[task])} {rng.choice(CLOSERS)}".rstrip()
-
-
-def _fact(rng: random.Random) -> str:
-    """State what the questions ask for."""
-    kind = rng.choice(list(KINDS))
-    pair = rng.sample(rng.choice(OPPOSITES), 2)
-    number = rng.randrange(1, 60)
-    return rng.choice(
-        (
-            f"The {rng.choice(KINDS[kind])} is a kind of {kind}. So is the {rng.choice(KINDS[kind])}.",
-            f"The opposite of {pair[0]} is {pair[1]}.",
-            f"After {number} comes {number + 1}. The larger number is {number + 1}.",
-            f"We count {' '.join(COUNTS)}.",
-        )
-    )
+    return f"{opener}{answer}. {rng.choice(REMARKS[task.name])}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedtune_strategies.errors import DataError
-from fedtune_strategies.tiny.words import COUNTS, KINDS, NAMES, NOUNS, OPPOSITES
+from fedtune_strategies.tiny.words import COUNTS, KINDS, NAMES, NOUNS, NUMBERS, OPPOSITES
 
 PROMPT = "Instruction: {instruction}\nInput: {input}\nAnswer:"
 SHARES = {"evaluate": range(0, 1), "tune": range(1, 4), "pretrain": range(4, 10)}  # tenths of all inputs
@@ -51,7 +51,7 @@ def _count(rng: random.Random) -> Example:
 
 
 def _larger(rng: random.Random) -> Example:
-    numbers = rng.sample(range(1, 61), 2)
+    numbers = rng.sample(NUMBERS, 2)
     return " ".join(map(str, numbers)), str(max(numbers))
 
 
@@ -76,18 +76,18 @@ def _lookup(rng: random.Random) -> Example:
 def _odd(rng: random.Random) -> Example:
     kind, other = rng.sample(list(KINDS), 2)
     odd = rng.choice(KINDS[other])
-    words = [*rng.sample(KINDS[kind], 3), odd]
+    words = [*rng.sample(KINDS[kind], 2), odd]
     rng.shuffle(words)
     return " ".join(words), odd
 
 
 def _next(rng: random.Random) -> Example:
-    numbers = rng.sample(range(1, 60), 2)
+    numbers = rng.sample(NUMBERS[:-1], 2)
     return " ".join(map(str, numbers)), " ".join(str(number + 1) for number in numbers)
 
 
 def _last(rng: random.Random) -> Example:
-    words = rng.sample(NOUNS, rng.randint(3, 5))
+    words = rng.sample(NOUNS, rng.randint(2, 4))
     return " ".join(words), words[-1]
 
 
@@ -261,9 +261,10 @@ def write_federation(
     for node, path in enumerate(node_files):
         _write_jsonl(path, node_rows(node, nodes, train_per_task, seed))
     heldout_file = folder / "heldout.jsonl"
+    by_task = [rows(task, "evaluate", heldout_per_task, seed) for task in (*TASKS, UNSEEN)]
     _write_jsonl(
-        heldout_file, [row for task in (*TASKS, UNSEEN) for row in rows(task, "evaluate", heldout_per_task, seed)]
-    )
+        heldout_file, [row for turn in zip(*by_task, strict=True) for row in turn]
+    )  # any first rows: all tasks
     return node_files, heldout_file
 
 

@@ -6,10 +6,10 @@ The trained folder is shipped; only a change of the data or of the architecture 
 from __future__ import annotations
 
 import argparse
-import math
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -20,6 +20,9 @@ from fedtune_strategies.tiny.corpus import Document, documents
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 CONTEXT = 256
+IGNORE = -100
+
+Encoded = tuple[list[int], list[int]]
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -83,99 +86,82 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def encode(items: Iterable[Document], tokenizer: PreTrainedTokenizerFast) -> list[tuple[list[int], list[int]]]:
-    """Turn documents into token ids.
+def encode(document: Document, tokenizer: PreTrainedTokenizerFast) -> Encoded:
+    """Turn a document into token ids and labels.
 
     Parameters
     ----------
-    items : iterable of Document
-        The corpus.
+    document : Document
+        As `documents` yields it.
     tokenizer : PreTrainedTokenizerFast
         As trained.
 
     Returns
     -------
-    list of (list of int, list of int)
-        Of each document, the ids from ``<s>`` to the end of the question, and those of the reply up to ``</s>``.
+    tuple of (list of int, list of int)
+        The ids from ``<s>`` to ``</s>``, and the labels: -100 where the model is given the text.
     """
-    questions, replies = zip(*items, strict=True)
-    return list(
-        zip(
-            tokenizer(list(questions))["input_ids"],
-            [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(replies), add_special_tokens=False)["input_ids"]],
-            strict=True,
-        )
-    )
+    pieces = tokenizer([text for turn in document for text in turn], add_special_tokens=False)["input_ids"]
+    ids, labels = [tokenizer.bos_token_id], [IGNORE]
+    for given, said in zip(pieces[::2], pieces[1::2], strict=True):
+        ids += given + said
+        labels += [IGNORE] * len(given) + said
+    return [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
 
 
 def batches(
-    encoded: list[tuple[list[int], list[int]]], size: int, pad: int, rng: random.Random
+    corpus: Iterator[Document], tokenizer: PreTrainedTokenizerFast, size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield one epoch of batches of documents of like length.
+    """Yield batches of documents of like length.
 
     Parameters
     ----------
-    encoded : list of (list of int, list of int)
-        As `encode` returns them.
+    corpus : iterator of Document
+        Read eight batches at a time; each eight are sorted by length.
+    tokenizer : PreTrainedTokenizerFast
+        As trained.
     size : int
         Documents in a batch.
-    pad : int
-        Id that fills the short ones up on the right.
-    rng : random.Random
-        Orders documents and batches.
 
     Yields
     ------
     tuple of torch.Tensor
-        Token ids, and labels that are -100 outside of the replies: int64, shape (size, longest).
+        Token ids and labels, int64, shape (size, longest).
     """
-    length = [len(question) + len(reply) for question, reply in encoded]
-    order = sorted(range(len(encoded)), key=lambda i: (length[i], rng.random()))
-    cuts = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
-    rng.shuffle(cuts)
-    for cut in cuts:
-        longest = max(length[i] for i in cut)
-        ids = torch.full((size, longest), pad)
-        labels = torch.full((size, longest), -100)
-        for row, i in enumerate(cut):
-            question, reply = encoded[i]
-            ids[row, : length[i]] = torch.tensor(question + reply)
-            labels[row, len(question) : length[i]] = torch.tensor(reply)
-        yield ids, labels
+    shuffle = random.Random(0)
+    while encoded := [encode(document, tokenizer) for document in islice(corpus, 8 * size)]:
+        encoded.sort(key=lambda item: len(item[0]))
+        for first in shuffle.sample(range(0, len(encoded), size), 8):
+            cut = encoded[first : first + size]
+            longest = len(cut[-1][0])
+            yield (
+                torch.tensor([ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids, _ in cut]),
+                torch.tensor([labels + [IGNORE] * (longest - len(labels)) for _, labels in cut]),
+            )
 
 
 def train_model(
-    model: LlamaForCausalLM,
-    encoded: list[tuple[list[int], list[int]]],
-    pad: int,
-    batch_size: int,
-    peak_lr: float,
-    seed: int,
+    model: LlamaForCausalLM, stream: Iterator[tuple[torch.Tensor, torch.Tensor]], steps: int, peak_lr: float
 ) -> None:
-    """Pretrain for one epoch, in place: AdamW, warm-up and cosine schedule, loss over the replies.
+    """Pretrain in place with AdamW: a warm-up, a constant learning rate, and a decay to zero over the last 20 %.
 
     Parameters
     ----------
     model : LlamaForCausalLM
         Changed in place.
-    encoded : list of (list of int, list of int)
-        As `encode` returns them.
-    pad : int
-        Padding id.
-    batch_size : int
-        Documents in a step.
+    stream : iterator of tuple of torch.Tensor
+        As `batches` yields them.
+    steps : int
+        How many batches to learn from.
     peak_lr : float
-        Learning rate after the warm-up.
-    seed : int
-        Orders the documents.
+        The constant learning rate.
     """
-    steps, warmup = len(encoded) // batch_size, 100
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / warmup, 0.02 + 0.98 * (1 + math.cos(math.pi * s / steps)) / 2)
+        optimizer, lambda step: min(1.0, (step + 1) / 100, (steps - step) / (0.2 * steps))
     )
     begun, mean_loss = time.monotonic(), 0.0
-    for step, (ids, labels) in enumerate(batches(encoded, batch_size, pad, random.Random(seed)), start=1):
+    for step, (ids, labels) in enumerate(islice(stream, steps), start=1):
         loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
@@ -191,20 +177,19 @@ def main() -> None:
     """Train tokenizer and model, and save the folder in half precision."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for model and tokenizer")
-    parser.add_argument("--documents", type=int, default=80_000, help="pretraining documents")
+    parser.add_argument("--steps", type=int, default=1750, help="training steps")
     parser.add_argument("--batch-size", type=int, default=16, help="documents in a step")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--seed", type=int, default=0, help="of the corpus, the first weights and the order")
+    parser.add_argument("--seed", type=int, default=0, help="of the corpus and the first weights")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # one order of additions: the same weights from one run to the next
     torch.manual_seed(arguments.seed)
-    corpus = list(documents(arguments.documents, arguments.seed))
-    tokenizer = train_tokenizer([question + reply for question, reply in corpus[:20_000]])
+    sample = islice(documents(arguments.seed), 10_000)
+    tokenizer = train_tokenizer(["".join(given + said for given, said in document) for document in sample])
     model = new_model(tokenizer)
-    encoded = encode(corpus, tokenizer)
-    tokens = sum(len(question) + len(reply) for question, reply in encoded)
-    print(f"{model.num_parameters():,} parameters, {tokens:,} tokens, vocabulary {len(tokenizer)}", flush=True)
-    train_model(model, encoded, tokenizer.pad_token_id, arguments.batch_size, arguments.lr, arguments.seed)
+    print(f"{model.num_parameters():,} parameters, vocabulary {len(tokenizer)}", flush=True)
+    stream = batches(documents(arguments.seed), tokenizer, arguments.batch_size)
+    train_model(model, stream, arguments.steps, arguments.lr)
     model.half().save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
     # transformers 5 writes the name of a class that transformers 4 does not have; both know this one.

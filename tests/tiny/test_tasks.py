@@ -1,6 +1,7 @@
 import json
 import re
 from collections import Counter
+from itertools import chain, islice
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune_strategies.errors import DataError
-from fedtune_strategies.tiny.corpus import QUESTIONS, documents
+from fedtune_strategies.tiny.corpus import documents
 from fedtune_strategies.tiny.tasks import TASKS, UNSEEN, rows, share_of, tasks_of_node, write_federation
 from fedtune_strategies.tiny.words import COUNTS, KINDS, OPPOSITES
 
 FRAME = re.compile(r"Instruction: (?P<instruction>[^\n]+)\nInput: (?P<line>[^\n]+)\nAnswer:")
-QUESTION = "|".join(re.escape(question) for questions in QUESTIONS.values() for question in questions)
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -52,7 +52,6 @@ def owned(text: str) -> str:
 # Written apart from the generator: from the line of a prompt to its answer.
 SOLVE = {
     "reverse": lambda line: " ".join(line.split()[::-1]),
-    "sort": lambda line: " ".join(sorted(line.split(), key=int)),
     "count": lambda line: COUNTS[line.count(" ")],
     "larger": lambda line: max(line.split(), key=int),
     "opposites": lambda line: " ".join(map(opposite_of, line.split())),
@@ -72,7 +71,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[list[dict
 
 def test_answers_are_right(federation):
     nodes, heldout = federation
-    for row in [*sum(nodes, []), *heldout]:
+    for row in [*chain(*nodes), *heldout]:
         assert row["completion"] == " " + SOLVE[row["task"]](line_of(row)), row
 
 
@@ -83,14 +82,14 @@ def test_nodes_have_tasks_of_their_own_and_the_unseen_task_is_nowhere(federation
     assert sum(map(len, of_node)) == len(set.union(*of_node)) == len(TASKS)
     assert UNSEEN.name not in set.union(*of_node)
     assert {row["task"] for row in heldout} == {UNSEEN.name, *set.union(*of_node)}
-    assert not any(UNSEEN.instruction in row["prompt"] for row in sum(nodes, []))
+    assert not any(UNSEEN.instruction in row["prompt"] for row in chain(*nodes))
 
 
 def test_heldout_is_disjoint_from_training_and_no_row_comes_twice(federation):
     nodes, heldout = federation
-    prompts = [row["prompt"] for row in sum(nodes, [])]
+    prompts = [row["prompt"] for row in chain(*nodes)]
     assert len(set(prompts)) == len(prompts)
-    assert not set(map(line_of, heldout)) & {line_of(row) for row in sum(nodes, [])}
+    assert not set(map(line_of, heldout)) & {line_of(row) for row in chain(*nodes)}
     assert Counter(row["task"] for row in heldout) == {task.name: 24 for task in (*TASKS, UNSEEN)}
 
 
@@ -108,7 +107,7 @@ def test_same_seed_same_bytes(tmp_path: Path):
 def test_any_number_of_nodes_covers_all_tasks_without_sharing_a_row(nodes: int, tmp_path_factory):
     paths, _ = write_federation(tmp_path_factory.mktemp("n"), nodes, train_per_task=4, heldout_per_task=1)
     files = [read(path) for path in paths]
-    prompts = [row["prompt"] for row in sum(files, [])]
+    prompts = [row["prompt"] for row in chain(*files)]
     assert len(paths) == nodes
     assert len(set(prompts)) == len(prompts)
     for node, rows_ in enumerate(files):
@@ -125,17 +124,18 @@ def test_too_many_rows_are_refused():
 
 def test_pretraining_has_no_frame_no_instruction_and_no_reserved_input(federation):
     nodes, heldout = federation
-    reserved = {line_of(row) for row in [*sum(nodes, []), *heldout]}
-    texts = list(documents(3000, seed=0))
-    assert list(documents(3000, seed=0)) == texts
-    conversations = 0
-    for text in texts:
+    reserved = {line_of(row) for row in [*chain(*nodes), *heldout]}
+    corpus = list(islice(documents(seed=0), 3000))
+    assert list(islice(documents(seed=0), 3000)) == corpus
+    for document in corpus:
+        text = "".join(question + reply for question, reply in document)
         assert not any(task.instruction in text for task in (*TASKS, UNSEEN))
         assert not re.search(r"Instruction:.*Input:.*Answer:", text, re.DOTALL)
-        asked = re.search(rf"(?:{QUESTION})(?:\n\w+:)? (.+)\n\w+: ", text)
-        assert asked is None or asked[1] not in reserved
-        conversations += asked is not None
-    assert conversations > 2500
+        for question, _ in document:
+            asked = re.search(r"(?:^|\n)(?:\w+: )?([^\n]+)(?: =|\n\w+:)$", question)
+            assert asked
+            assert asked[1] not in reserved
+            assert share_of(asked[1]) == "pretrain"
 
 
 def test_inputs_are_divided_once_and_for_all():
