@@ -15,7 +15,7 @@ from rich.padding import Padding
 from typer.core import TyperGroup
 
 from fedtune_strategies.config import Scalar
-from fedtune_strategies.errors import ConfigError, FedTuneError
+from fedtune_strategies.errors import ConfigError, FedTuneError, ResourceError
 
 INTERRUPTED = 130
 
@@ -29,6 +29,11 @@ class _Commands(TyperGroup):
         except FedTuneError as error:
             typer.echo(f"fedtune: {error}", err=True)
             raise SystemExit(error.exit_code) from None
+        except OSError as error:
+            if error.filename is None:
+                raise
+            typer.echo(f"fedtune: {error.filename}: {error.strerror}; choose another folder, or free space", err=True)
+            raise SystemExit(ResourceError.exit_code) from None
         except KeyboardInterrupt:
             typer.echo("fedtune: stopped", err=True)
             raise SystemExit(INTERRUPTED) from None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from deploy.app_folder import write_app
@@ -18,7 +20,7 @@ from deploy.progress import Progress, clock, follow
 from deploy.proxy import Traffic
 from deploy.report import Result, markdown, samples, summarise, table
 from fedtune_strategies.config import Scalar, parse
-from fedtune_strategies.errors import ConfigError, DataError
+from fedtune_strategies.errors import ConfigError, DataError, ResourceError
 
 # What suits the embedded model and two cores; everything else is as in the run configuration.
 COMMON: dict[str, Scalar] = {"train.seq-length": 256, "eval.answers": 48, "eval.max-new-tokens": 24}
@@ -73,24 +75,38 @@ def run_demo(
     out = out.resolve()
     started = time.monotonic()
     console = Console()
-    configs = {method: _config(method, model, nodes, out, changes) for method in methods}
-    node_files, _ = _data(out / "data", nodes, data)
-    console.print(f"[bold]FedTune demo[/bold]: {nodes} nodes, {', '.join(methods)}; everything is written to {out}")
-    console.print("Starting a SuperLink and the nodes: TLS, node keys, gRPC, free loopback ports …")
-    app = write_app(out / "app")
-    named = {f"node-{i}": file for i, file in enumerate(node_files)}
-    with federation(out / "federation", named) as running:
+    configs = [_config(method, model, nodes, out, changes) for method in methods]
+    with _alone(out):
+        node_files, _ = _data(out / "data", nodes, data)
+        app = write_app(out / "app")
         console.print(
-            f"All {nodes} nodes are online after {clock(time.monotonic() - started)}. Logs: {out}/federation/logs"
+            f"[bold]FedTune demo[/bold]: {nodes} nodes, {', '.join(methods)}; all that is written goes to {out}"
         )
-        results = []
-        for config in configs.values():
-            results.append(_tune(running, app, config, console))
-        _write(results, out)
-        _show(results, out, console)
-        console.print(f"The whole demo took {clock(time.monotonic() - started)}.")
-        if keep:
-            _wait(running, app, console)
+        console.print("Starting a SuperLink and the nodes: TLS, node keys, gRPC, free loopback ports …")
+        with federation(out / "federation", {f"node-{i}": file for i, file in enumerate(node_files)}) as running:
+            console.print(
+                f"All {nodes} nodes are online after {clock(time.monotonic() - started)}; logs: {out}/federation/logs"
+            )
+            try:
+                results = [_tune(running, app, config, console) for config in configs]
+                _write(results, out)
+                _show(results, out, console)
+                console.print(f"The whole demo took {clock(time.monotonic() - started)}.")
+                if keep:
+                    _wait(running, app, console)
+            finally:
+                console.print("Stopping the federation …")
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold the folder, so that no second demo clears it meanwhile."""
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise ResourceError(f"another demo is writing to {out}: wait for it, or choose another --out") from None
 
 
 def _config(method: str, model: str, nodes: int, out: Path, changes: Mapping[str, Scalar]) -> dict[str, Scalar]:

@@ -23,8 +23,9 @@ from deploy.proxy import ByteProxy, Traffic
 from fedtune_strategies.errors import ConfigError, FedTuneError, LinkError, NodesError, PortError, RunError
 
 CONNECTION = "fedtune"
-START_TIMEOUT = 90.0  # seconds; a SuperLink needs about 4, four nodes on two cores about 10
-COMMAND_TIMEOUT = 60.0
+# Seconds. A SuperLink needs about 4, four nodes on two cores about 10, a command 2; a busy machine, many times that.
+START_TIMEOUT = 180.0
+COMMAND_TIMEOUT = 180.0
 PORT_ATTEMPTS = 3
 
 

@@ -4,12 +4,13 @@ import sys
 import tomllib
 
 import pytest
+from filelock import FileLock
 from typer.testing import CliRunner
 
 from deploy import demo
 from deploy.cli import app, with_run_config
 from fedtune_strategies.config import as_toml, defaults, keys
-from fedtune_strategies.errors import ConfigError, PortError
+from fedtune_strategies.errors import ConfigError, PortError, ResourceError
 
 
 def call(*arguments):
@@ -76,6 +77,18 @@ def test_ctrl_c_exits_with_130(monkeypatch):
 
     monkeypatch.setattr(demo, "run_demo", interrupt)
     assert call("demo") == (130, "", "fedtune: stopped\n")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    code, _, error = call("demo", "--out", str(tmp_path / "file" / "out"))
+    assert code == ResourceError.exit_code and str(tmp_path / "file") in error and error.count("\n") == 1
+
+
+def test_two_demos_do_not_share_a_folder(tmp_path):
+    with FileLock(tmp_path / ".lock"):
+        code, _, error = call("demo", "--out", str(tmp_path))
+    assert code == ResourceError.exit_code and "another demo is writing" in error
 
 
 def test_an_unknown_method_is_refused_before_anything_starts(tmp_path):
