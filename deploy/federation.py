@@ -333,11 +333,9 @@ def _online(environment: dict[str, str]) -> set[int]:
 def _flwr(arguments: Sequence[str], environment: dict[str, str], error: type[FedTuneError]) -> dict[str, Any]:
     """Call ``flwr … --format json`` and return its answer; its exit code says nothing, ``success`` does."""
     done = _call(["flwr", *arguments, "--format", "json"], environment)
-    start = done.stdout.find("{")
-    try:
-        answer = json.loads(done.stdout[start:]) if start >= 0 else {}
-    except ValueError:
-        answer = {}
+    answer: dict[str, Any] = {}
+    with contextlib.suppress(ValueError):
+        answer, _ = json.JSONDecoder().raw_decode(done.stdout, done.stdout.index("{"))
     if not answer.get("success"):
         reason = answer.get("error-message") or done.stderr or done.stdout or f"exit code {done.returncode}"
         raise error(f"flwr {arguments[0]} failed: {' '.join(str(reason).split())}")

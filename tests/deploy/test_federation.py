@@ -90,6 +90,7 @@ def finished(running, run_id, timeout=150.0):
 
 
 @pytest.mark.network
+@pytest.mark.timeout(600)
 def test_a_run_reaches_every_node_and_nothing_stays_behind(app, tmp_path):
     data = {name: tmp_path / f"{name} data.jsonl" for name in ("left", "right")}
     size = 300_000
@@ -124,6 +125,7 @@ def test_a_run_reaches_every_node_and_nothing_stays_behind(app, tmp_path):
 
 
 @pytest.mark.network
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_nothing_outlives_a_launcher_in_the_middle_of_a_run(app, tmp_path, how):
     command = [sys.executable, "-c", LAUNCHER, tmp_path, app]

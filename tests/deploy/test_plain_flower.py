@@ -50,6 +50,7 @@ def wait_for(condition, timeout, otherwise):
 
 
 @pytest.mark.network
+@pytest.mark.timeout(600)
 def test_the_page_works_as_it_stands(tmp_path):
     (tmp_path / "federation").mkdir()
     (alice, bob), _ = write_federation(tmp_path / "data", 2, train_per_task=8, heldout_per_task=4)
