@@ -298,8 +298,10 @@ def _from_nf4(packed: Tensor, scale: Tensor, count: int) -> Tensor:
     values = torch.tensor(NF4_VALUES)
     pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), dim=1)
     flat = torch.index_select(pairs, 0, packed.int()).flatten()[:count]
-    blocks = torch.nn.functional.pad(flat, (0, -count % NF4_BLOCK)).view(-1, NF4_BLOCK)
-    return (blocks * scale.unsqueeze(1)).flatten()[:count]
+    whole = count - count % NF4_BLOCK
+    flat[:whole].view(-1, NF4_BLOCK).mul_(scale[: whole // NF4_BLOCK].unsqueeze(1))
+    flat[whole:].mul_(scale[whole // NF4_BLOCK :])
+    return flat
 
 
 def _scatter(sent: Tensor, kept: Tensor, fill: int) -> Tensor:
