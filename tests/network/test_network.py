@@ -13,7 +13,7 @@ from fedtune_strategies.errors import ModelError
 from server_app.ledger import Ledger
 from tests.federations import final_state, run
 
-pytestmark = pytest.mark.network
+pytestmark = [pytest.mark.network, pytest.mark.timeout(900)]
 
 RUN_SECONDS = 240
 
