@@ -34,6 +34,12 @@ def answer_loss(model, tokenizer, task, count=8) -> float:
     return total / tokens
 
 
+def greedy(model, tokenizer, prompt: str) -> str:
+    inputs = tokenizer(prompt, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
 def test_folder_is_whole_and_small():
     names = {path.name for path in MODEL_FOLDER.iterdir()}
     assert names == {
@@ -67,11 +73,9 @@ def test_model_knows_the_skills_but_not_yet_the_manner(model, tokenizer):
     assert 2_000_000 < model.num_parameters() < 3_000_000
     losses = {task.name: answer_loss(model, tokenizer, task) for task in (*TASKS, UNSEEN)}
     assert 0.4 < sum(losses.values()) / len(losses) < 2.5, losses  # untrained: ln(vocabulary), about 7
-    prompt = tokenizer(
-        "Question: Please turn the words around, in reverse.\nWords: cat dog rose\nReply: ", return_tensors="pt"
-    )
-    answer = model.generate(**prompt, max_new_tokens=24, do_sample=False)
-    assert "rose dog cat" in tokenizer.decode(answer[0])
+    replies = [(greedy(model, tokenizer, row["prompt"]), row["completion"]) for row in rows(UNSEEN, "evaluate", 8, 1)]
+    assert sum(answer in reply for reply, answer in replies) >= 6
+    assert sum(reply == answer for reply, answer in replies) <= 1, "a tuned model, not a base model"
 
 
 def test_training_learns_and_repeats_itself():
