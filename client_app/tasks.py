@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from client_app.block_turns import BlockTurns
+from client_app.seed_rounds import SeedRounds
 from fedtune_strategies.config import parse
-from fedtune_strategies.draws import draw_seeds, seed_key
 from fedtune_strategies.errors import ConfigError, FedTuneError, ProtocolError, ResourceError
 from fedtune_strategies.language.data import FORMATS, read_rows
-from fedtune_strategies.language.examples import batches, tokenise
-from fedtune_strategies.language.loss import response_loss
+from fedtune_strategies.language.examples import tokenise
 from fedtune_strategies.language.model import base_tensors, check_context, load_model
 from fedtune_strategies.protocol import messages as protocol
-from fedtune_strategies.seed_space import fingerprint, make_pool, tuned_parameters
-from fedtune_strategies.zeroth_order import local_steps
+from fedtune_strategies.protocol.packing import round_scalars
+from fedtune_strategies.seed_space import fingerprint
 
 log = logging.getLogger("fedtune")
 
@@ -65,9 +63,7 @@ class Node:
         self.examples = tokenise(rows, self.language.tokenizer, self.config.train.seq_length)
         self.base = base_tensors(self.language)
         self.base_fingerprint = fingerprint(self.base)
-        self.parameters = tuned_parameters(self.language.model)
-        seeds = self.config.fedkseed
-        self.pool = make_pool(seeds.pool, key=self.config.train.seed, size=seeds.seeds)
+        self.rounds = SeedRounds(self.config, self.language.model, self.base)
         self.turns = BlockTurns(self.config, self.language.model, self.base)
         log.info("%s: %d examples, model %s", self.name, len(self.examples), self.language.folder)
 
@@ -110,27 +106,20 @@ class Node:
                 return self._block_turn(message)
         raise ProtocolError(f"a node cannot answer a '{message.kind}'.")
 
-    def _seed_round(self, task: protocol.SeedTask) -> protocol.SeedReply:
+    def _seed_round(self, task: protocol.SeedTask) -> protocol.Message:
         start = time.monotonic()
-        settings, train = self.config.fedkseed, self.config.train
-        if task.theta.shape != (settings.seeds,):
-            raise ProtocolError(f"theta has {tuple(task.theta.shape)} entries, the run has {settings.seeds} seeds.")
-        if task.weights.numel() and (task.weights.shape != task.theta.shape or int(task.weights.min()) < 1):
-            raise ProtocolError("the odds of the seeds are not one positive number for each.")
-        self.pool.rebuild_model(self.parameters, self.base, task.theta)
-        weights_print = fingerprint(self.parameters)
-        key = (train.seed, task.round, self.name)
-        drawn = seed_key(self.config, task.round, self.name)
-        seeds = draw_seeds(drawn, settings.local_steps, settings.seeds, task.weights.numpy())
-        data = batches(self.examples, train.batch_size, settings.local_steps, key)
-        steps = local_steps(self.language.model, self.pool, response_loss, data, seeds, eps=settings.eps, lr=task.lr)
+        if not self.rounds.take(task):
+            return protocol.Lacking(self.name, task.round)
+        steps, starting_print = self.rounds.train(task, self.name, self.examples)
+        scalars, unit = round_scalars(steps.g, self.config.fedkseed.scalar_bits)
         finite = steps.loss[np.isfinite(steps.loss)]
         return protocol.SeedReply(
             node=self.name,
             round=task.round,
-            scalars=torch.from_numpy(steps.g),
+            scalars=scalars,
+            unit=unit,
             loss=float(finite.mean()) if finite.size else float("nan"),
-            fingerprint=weights_print,
+            fingerprint=starting_print,
             num_examples=len(self.examples),
             seconds=time.monotonic() - start,
             peak_memory=peak_memory(),

@@ -124,11 +124,23 @@ class FedKSeedConfig:
     pool: str = option("walsh", "Kind of directions.", choices=("walsh", "gaussian"))
     local_steps: int = option(200, "tau, zeroth-order steps of a node in a round.", low=1, high=100_000)
     lr: float = option(1e-4, "eta, step size along one direction.", above=0.0)
+    estimator: str = option(
+        "two-sided",
+        "How a slope is found: by two losses, by one and a shared one, exactly by forward-mode derivatives (float32 "
+        "models), or its sign alone.",
+        choices=("two-sided", "one-sided", "forward", "sign"),
+    )
+    directions: int = option(1, "Steps in a row that share one batch and are taken at once.", low=1)
+    micro_batch: int = option(0, "Examples computed at once, for less memory; 0 for the whole batch.", low=0)
     schedule: str = option(
         "constant", "Step size over the rounds, after the warm-up.", choices=("constant", "linear", "cosine")
     )
     warmup: int = option(0, "Rounds over which the step size grows to 'fedkseed.lr'.", low=0)
     eps: float = option(1e-3, "epsilon, distance of the two loss evaluations from the weights.", above=0.0)
+    theta_bits: int = option(
+        8, "Bits to which a round's move of an entry of theta is rounded; the rest moves later.", low=3, high=24
+    )
+    scalar_bits: int = option(32, "Bits of a scalar on the wire: 32, 16 or 8.", low=8, high=32)
     pro_mean: str = option(
         "counted",
         "FedKSeed-Pro's mean amplitude of a seed: 'counted' divides by the draws of the seed, "
@@ -320,6 +332,10 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             f"run config: 'strategy.min-replies' is {config.strategy.min_replies}, but must be at most "
             f"'strategy.min-nodes' ({config.strategy.min_nodes}): raise the one or lower the other."
+        )
+    if config.fedkseed.scalar_bits not in (8, 16, 32):
+        raise ConfigError(
+            f"run config: 'fedkseed.scalar-bits' is {config.fedkseed.scalar_bits}, but must be 8, 16 or 32."
         )
     if config.fedkseed.pro_mean == "faithful" and config.fedkseed.pro_temperature != 1.0:
         raise ConfigError(

@@ -16,6 +16,8 @@ from fedtune_strategies.config import Config
 
 # Keeps the sum of the odds of 2**20 seeds within 32 bits.
 MAX_ODDS = 4095
+# A seed's odds are one of so many: 4 bits a seed on the wire, each within 1/30 of a softmax's range.
+LEVELS = 16
 
 
 def stream(*key: int | str) -> np.random.Philox:
@@ -82,6 +84,23 @@ def draw_seeds(key: Sequence[int | str], steps: int, num_seeds: int, weights: ND
     bits = stream("seeds", *key).random_raw(steps) >> np.uint64(32)
     points = (bits * cumulated[-1]) >> np.uint64(32)
     return np.searchsorted(cumulated, points, side="right").astype(np.int64)
+
+
+def odds_of_levels(temperature: float) -> NDArray[np.int16]:
+    """Return the odds of each level: a softmax over [0, 1] in `LEVELS` equal steps.
+
+    Parameters
+    ----------
+    temperature : float
+        The likeliest seed is exp(1 / temperature) times as likely as the unlikeliest.
+
+    Returns
+    -------
+    ndarray of int16, shape [LEVELS]
+        From at least 1 to `MAX_ODDS`.
+    """
+    steps = np.arange(LEVELS) / (LEVELS - 1)
+    return np.maximum(1, np.rint(MAX_ODDS * np.exp((steps - 1.0) / temperature))).astype(np.int16)
 
 
 def sample(key: Sequence[int | str], names: Sequence[str], count: int) -> list[str]:

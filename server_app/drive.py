@@ -17,6 +17,7 @@ from torch import Tensor
 from fedtune_strategies.config import Config
 from fedtune_strategies.errors import FedTuneError, NodesError, ProtocolError
 from fedtune_strategies.fleet import Fleet, Received
+from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.records import from_record, to_record
 from fedtune_strategies.strategies.base import TuningStrategy
 from server_app.ledger import Ledger, Record
@@ -127,7 +128,13 @@ def _round(
 
 
 def _ask(
-    number: int, strategy: TuningStrategy, arrays: ArrayRecord, fleet: Fleet, ledger: Ledger, config: Config
+    number: int,
+    strategy: TuningStrategy,
+    arrays: ArrayRecord,
+    fleet: Fleet,
+    ledger: Ledger,
+    config: Config,
+    only: set[str] | None = None,
 ) -> set[str]:
     """Send the round's tasks and record what comes; return the names of the nodes that gave nothing usable."""
     names = {node.id: name for name, node in fleet.nodes.items()}
@@ -136,19 +143,26 @@ def _ask(
     if answered:
         asked = set().union(*(record.body["nodes"] for record in ledger.records("asked", round=number)))
         tasks = [task for task in tasks if names[task.metadata.dst_node_id] in asked - answered]
+    if only is not None:
+        tasks = [task for task in tasks if names[task.metadata.dst_node_id] in only]
     waiting = {names[task.metadata.dst_node_id] for task in tasks}
     ledger.append("asked", round=number, body={"nodes": sorted(waiting)})
-    failed = set(waiting)
+    failed, lacking = set(waiting), set()
     for received in fleet.exchange(tasks, config.round.deadline):
         try:
             if _accept(number, received, strategy, ledger):
                 answered.add(received.node.name)
             failed.discard(received.node.name)
+            if isinstance(received.message, protocol.Lacking):
+                lacking.add(received.node.name)
         except FedTuneError as error:
             log.warning("round %d: %s: %s", number, received.node.name, error)
             ledger.append("refused", round=number, node=received.node.name, body={"reason": str(error)})
     for name in sorted(failed):
         log.warning("round %d: no usable reply from %s", number, name)
+    if lacking and only is None:
+        # Restarted nodes take part in this round too: the strategy now sends them all they need.
+        failed |= _ask(number, strategy, arrays, fleet, ledger, config, only=lacking)
     return failed
 
 

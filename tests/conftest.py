@@ -10,12 +10,16 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+import hypothesis
 import pytest
 import torch
 
 from tests.language.models import CONFIGS, make_model, make_tokenizer
 
 torch.set_num_threads(1)
+# A busy machine is slow now and then: that is no failure.
+hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("patient")
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "dog", "run"]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedtune_strategies.errors import ProtocolError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 _HEADER = "header"
 _Tensors: TypeAlias = dict[str, Tensor]
 
@@ -68,18 +68,27 @@ class SeedTask:
     ----------
     round : int
         Round, from 1.
-    theta : Tensor
-        float32 [K], the model as a point in seed space.
-    weights : Tensor
-        int16 [K], relative odds of drawing each seed; empty for uniform draws.
+    since : int
+        The round whose theta the node must hold from its last task; 0 for the base model, theta = 0.
+    change : Tensor
+        uint8, packed whole numbers [K]: what was added to theta since then, in units; see `protocol.packing`.
+    unit : float
+        Unit of theta, a power of two.
+    levels : Tensor
+        uint8, packed whole numbers [K]: which of the odds each seed has; empty for uniform draws.
+    odds : Tensor
+        int16, relative odds of drawing a seed, by level; empty for uniform draws.
     lr : float
         Step size along one direction in this round.
     """
 
     kind: typing.ClassVar[str] = "seed-task"
     round: int
-    theta: Tensor
-    weights: Tensor
+    since: int
+    change: Tensor
+    unit: float
+    levels: Tensor
+    odds: Tensor
     lr: float
 
 
@@ -87,7 +96,7 @@ class SeedTask:
 class SeedReply:
     """What a node answers to a `SeedTask`: scalars alone.
 
-    The seeds need not travel: `fedtune_strategies.strategies.draws.draw_seeds` gives them to both sides.
+    The seeds need not travel: `fedtune_strategies.draws.draw_seeds` gives them to both sides.
 
     Attributes
     ----------
@@ -96,7 +105,10 @@ class SeedReply:
     round : int
         Round of the task.
     scalars : Tensor
-        float32 [tau], projected gradients in the order of the draws; NaN where the loss was not finite.
+        float32, float16 or int8 [tau], projected gradients in the order of the draws, not a number where the loss was
+        not finite; see `protocol.packing.read_scalars`.
+    unit : float
+        Unit of the scalars.
     loss : float
         Mean training loss over the finite steps, nats a token.
     fingerprint : str
@@ -113,6 +125,7 @@ class SeedReply:
     node: str
     round: int
     scalars: Tensor
+    unit: float
     loss: float
     fingerprint: str
     num_examples: int

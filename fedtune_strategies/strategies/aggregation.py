@@ -23,27 +23,27 @@ def make_aggregator(settings: StrategyConfig) -> Strategy:
     Returns
     -------
     flwr.serverapp.strategy.Strategy
-        It aggregates alone: with a fraction of 0 its ``configure_train`` takes up the round's theta and asks nobody.
+        A new one.
     """
-    adaptive: dict[str, Any] = {"beta_1": settings.momentum, "beta_2": settings.second_momentum, "fraction_train": 0.0}
+    adaptive: dict[str, Any] = {"beta_1": settings.momentum, "beta_2": settings.second_momentum}
     match settings.aggregation:
         case "fedavgm":
-            return FedAvgM(server_momentum=settings.momentum, fraction_train=0.0)
+            return FedAvgM(server_momentum=settings.momentum)
         case "fedadam":
             return FedAdam(**adaptive)
         case "fedyogi":
             return FedYogi(**adaptive)
         case "fedmedian":
-            return FedMedian(fraction_train=0.0)
+            return FedMedian()
         case "trimmed-mean":
-            return FedTrimmedAvg(beta=settings.trim, fraction_train=0.0)
+            return FedTrimmedAvg(beta=settings.trim)
         case "krum":
-            return Krum(num_malicious_nodes=settings.faulty_nodes, fraction_train=0.0)
-    return FedAvg(fraction_train=0.0)
+            return Krum(num_malicious_nodes=settings.faulty_nodes)
+    return FedAvg()
 
 
 def prepare(inner: Strategy, lr: float, adaptivity: float) -> None:
-    """Fit a Flower strategy to the step size of a round.
+    """Fit a Flower strategy to a round: its ``configure_train`` shall take up theta, and ask nobody.
 
     Parameters
     ----------
@@ -53,6 +53,8 @@ def prepare(inner: Strategy, lr: float, adaptivity: float) -> None:
         Step size of the round. An adaptive strategy's own step is as long, and its tau `adaptivity` times as long:
         without a unit, Adam's "1" would mean nothing in seed space.
     """
+    if isinstance(inner, FedAvg):
+        inner.fraction_train = 0.0
     if isinstance(inner, FedAdam | FedYogi):
         inner.eta, inner.tau = lr, adaptivity * lr
     if isinstance(inner, FedAvgM):

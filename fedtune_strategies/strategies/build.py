@@ -10,7 +10,8 @@ from fedtune_strategies.blocks.find import find_blocks
 from fedtune_strategies.config import Config
 from fedtune_strategies.strategies.base import TuningStrategy
 from fedtune_strategies.strategies.fedcybgd import FedCyBGD
-from fedtune_strategies.strategies.fedkseed import FedKSeed, FedKSeedPro
+from fedtune_strategies.strategies.fedkseed import FedKSeed
+from fedtune_strategies.strategies.fedkseed_pro import FedKSeedPro
 
 
 def build_strategy(config: Config, model: nn.Module, base: Mapping[str, Tensor]) -> TuningStrategy:

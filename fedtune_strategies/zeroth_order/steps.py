@@ -1,8 +1,7 @@
-"""Local steps of FedKSeed: two forward passes, one scalar, no gradient."""
+"""Local steps of FedKSeed: a few forward passes, one scalar, no gradient."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedtune_strategies.errors import ConfigError
 from fedtune_strategies.seed_space import Pool, tuned_parameters
+from fedtune_strategies.zeroth_order.estimators import ESTIMATORS, Moves, Point, exact_slope
 from fedtune_strategies.zeroth_order.layerwise import at_point
 
 Loss = Callable[[nn.Module, Any], Tensor]
-Moves = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,13 @@ def local_steps(
     pattern: str | None = None,
     start: Tensor | None = None,
     in_place: bool | None = None,
+    estimator: str = "two-sided",
+    directions: int = 1,
 ) -> LocalSteps:
-    """Take τ two-sided zeroth-order steps (FedKSeed, arXiv 2312.06353, algorithm 1; estimator of arXiv 2305.17333).
+    """Take τ zeroth-order steps (FedKSeed, arXiv 2312.06353, algorithm 1).
 
-    Step t evaluates one batch at ``W ± eps * z_k``, with k the t-th seed, and then sets ``W -= lr * g * z_k`` with
-    ``g = (L+ - L-) / (2 * eps)``. The model is in evaluation mode (no dropout) meanwhile. There are two ways:
+    Step t estimates the slope g of one batch's loss along z_k, with k the t-th seed, and then sets
+    ``W -= lr * g * z_k``. The model is in evaluation mode (no dropout) meanwhile. There are two ways:
 
     - *In place*, for float32 weights: two passes over the weights for each step, since going back, the update and
       the next perturbation are one. Each addition rounds once in float32, which leaves about 1e-7 of a weight.
@@ -73,7 +75,7 @@ def local_steps(
     loss : callable
         ``loss(model, batch)`` gives a scalar tensor.
     batches : iterable
-        At least τ batches; only τ are taken.
+        At least one for every `directions` steps; no more are taken.
     seeds : sequence of int
         The drawn seeds, shape (τ,).
     eps : float
@@ -86,33 +88,66 @@ def local_steps(
         float32, shape (K,): the round's point relative to the model's weights, which then stay at W_0.
     in_place : bool, optional
         Choose the way; by default as above.
+    estimator : {"two-sided", "one-sided", "forward", "sign"}
+        How slopes are found, see `fedtune_strategies.zeroth_order.estimators`; by default
+        ``(L(W + eps z) - L(W - eps z)) / 2 eps`` (arXiv 2305.17333).
+    directions : int
+        So many steps in a row share their batch and are taken at once, from the same weights.
 
     Returns
     -------
     LocalSteps
         Scalars and losses of the steps.
+
+    Raises
+    ------
+    ConfigError
+        The estimator needs weights in place, or the model has operations that it cannot use.
     """
     if in_place is None:
         parameters = tuned_parameters(model, pattern).values()
         in_place = start is None and all(p.dtype == torch.float32 and not p.is_meta for p in parameters)
+    if estimator == "forward" and not in_place:
+        raise ConfigError("'fedkseed.estimator' \"forward\" needs float32 weights in memory: choose another.")
     trajectory = _in_place(model, pool, pattern) if in_place else _in_seed_space(model, pool, pattern, start)
     was_training = model.training
     model.eval()
     g, losses = np.full(len(seeds), np.nan, np.float32), np.full(len(seeds), np.nan, np.float32)
     pending: Moves = []
+    groups = [slice(first, first + directions) for first in range(0, len(seeds), directions)]
     with trajectory as apply:
-        for step, (k, batch) in enumerate(zip(map(int, seeds), batches, strict=False)):
-            apply([*pending, (k, eps)])
-            above = float(loss(model, batch))
-            apply([(k, -2 * eps)])
-            below = float(loss(model, batch))
-            pending = [(k, eps)]
-            if math.isfinite(above) and math.isfinite(below):
-                g[step], losses[step] = (above - below) / (2 * eps), (above + below) / 2
-                pending = [(k, eps - lr * float(g[step]))]
+        for group, batch in zip(groups, batches, strict=False):
+            ks = [int(k) for k in seeds[group]]
+            point = _point(model, pool, loss, batch, pattern, apply)
+            found = ESTIMATORS[estimator](point, pending, ks, eps)
+            finite = np.isfinite(found.g) & np.isfinite(found.loss)
+            g[group] = np.where(finite, found.g, np.nan)
+            losses[group] = np.where(finite, found.loss, np.nan)
+            pending = _merged(
+                found.back, [(k, -lr * float(one)) for k, one in zip(ks, g[group], strict=True) if one == one]
+            )
         apply(pending)
     model.train(was_training)
     return LocalSteps(g, losses)
+
+
+def _point(
+    model: nn.Module, pool: Pool, loss: Loss, batch: Any, pattern: str | None, apply: Callable[[Moves], None]
+) -> Point:
+    def here() -> float:
+        return float(loss(model, batch))
+
+    def slope(k: int) -> tuple[float, float]:
+        return exact_slope(model, pool, lambda model: loss(model, batch), k, pattern)
+
+    return Point(apply, here, slope)
+
+
+def _merged(back: Moves, steps: Moves) -> Moves:
+    """Going back along the direction of the only step is one move with it."""
+    if len(back) == len(steps) == 1 and back[0][0] == steps[0][0]:
+        return [(back[0][0], back[0][1] + steps[0][1])]
+    return [*back, *steps]
 
 
 @contextmanager

@@ -1,9 +1,11 @@
+import numpy as np
 import pytest
 import torch
 
 from client_app.tasks import Node, check_node_config
 from fedtune_strategies.errors import ConfigError, DataError, ProtocolError
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.protocol.packing import pack
 
 
 @pytest.fixture
@@ -15,9 +17,14 @@ def ask(node, message):
     return protocol.decode(*node.handle(message.kind, protocol.encode(message)))
 
 
-def seed_task(theta=None, weights=None):
-    theta = torch.zeros(64) if theta is None else theta
-    return protocol.SeedTask(1, theta, torch.empty(0, dtype=torch.int16) if weights is None else weights, 1e-3)
+NONE = np.empty(0, dtype=np.int32)
+UNIT = 2.0**-24
+
+
+def seed_task(units=0, *, round=1, since=0, count=64, levels=NONE, odds=NONE):
+    change = np.broadcast_to(np.int32(units), count)
+    packed = pack(levels) if levels.size else torch.empty(0, dtype=torch.uint8)
+    return protocol.SeedTask(round, since, pack(change), UNIT, packed, torch.tensor(odds, dtype=torch.int16), 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -45,13 +52,13 @@ def test_an_empty_data_file(settings, tmp_path):
 
 
 def test_one_task_twice_has_one_answer(node):
-    task = seed_task(torch.linspace(-1e-3, 1e-3, 64))
+    task = seed_task(np.arange(64) * 500)
     first, _, second = ask(node, task), ask(node, seed_task()), ask(node, task)
     assert torch.equal(first.scalars, second.scalars) and first.fingerprint == second.fingerprint
 
 
 def test_theta_is_where_the_node_starts(node):
-    moved, base = ask(node, seed_task(torch.full((64,), 1e-3))), ask(node, seed_task())
+    moved, base = ask(node, seed_task(2**14)), ask(node, seed_task())
     assert moved.fingerprint != base.fingerprint
     assert base.fingerprint == node.base_fingerprint
 
@@ -59,9 +66,10 @@ def test_theta_is_where_the_node_starts(node):
 @pytest.mark.parametrize(
     "task",
     [
-        seed_task(torch.zeros(63)),
-        seed_task(weights=torch.ones(3, dtype=torch.int16)),
-        seed_task(weights=torch.full((64,), -1, dtype=torch.int16)),
+        seed_task(count=63),
+        seed_task(levels=np.zeros(3, dtype=np.int32), odds=[1]),
+        seed_task(levels=np.zeros(64, dtype=np.int32), odds=[-1]),
+        seed_task(levels=np.full(64, 5, dtype=np.int32), odds=[1, 2]),
         protocol.BlockTask(1, 0, torch.zeros(2, dtype=torch.int64), {}, {}, 1e-3, 1),
         protocol.BlockTask(1, 99, torch.zeros(5, dtype=torch.int64), {}, {}, 1e-3, 1),
         protocol.BlockTask(1, 0, torch.zeros(5, dtype=torch.int64), {"foreign": torch.zeros(2)}, {}, 1e-3, 1),
@@ -85,3 +93,16 @@ def test_a_block_of_wrong_shape_is_a_failure_not_a_crash(node):
 def test_a_node_without_the_versions_that_a_turn_counts_on_says_so(node):
     task = protocol.BlockTask(3, 0, torch.tensor([0, 1, 0, 0, 0]), {}, {}, 1e-3, 1)
     assert isinstance(ask(node, task), protocol.Lacking)
+
+
+def test_a_change_counts_from_the_theta_that_the_node_holds(node):
+    full = ask(node, seed_task(700, round=4))
+    ask(node, seed_task(500, round=2))
+    changed = ask(node, seed_task(200, round=4, since=1))
+    assert torch.equal(changed.scalars, full.scalars) and changed.fingerprint == full.fingerprint
+    assert torch.equal(ask(node, seed_task(200, round=4, since=1)).scalars, full.scalars), "asked twice"
+
+
+def test_a_node_that_does_not_hold_theta_says_so_and_takes_it_in_full(node):
+    assert isinstance(ask(node, seed_task(200, round=4, since=1)), protocol.Lacking)
+    assert isinstance(ask(node, seed_task(700, round=4)), protocol.SeedReply)

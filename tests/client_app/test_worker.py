@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -14,6 +15,7 @@ from client_app import link
 from client_app.link import WorkerSpec, ask_worker, running_worker, runtime_folder
 from fedtune_strategies.errors import DataError, LinkError
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.protocol.packing import pack
 from tests.conftest import write_rows
 
 HELLO = ("hello", protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION)))
@@ -82,7 +84,9 @@ def test_life_of_a_worker(host, spec, tmp_path):
 
     # A task that takes too long ends it; nothing hangs.
     endless = replace(other, run_config=other.run_config | {"fedkseed.local-steps": 100_000})
-    task = protocol.SeedTask(1, torch.zeros(64), torch.empty(0, dtype=torch.int16), 1e-3)
+    nothing = torch.empty(0, dtype=torch.uint8)
+    change = pack(np.zeros(64, dtype=np.int32))
+    task = protocol.SeedTask(1, 0, change, 2.0**-20, nothing, nothing.to(torch.int16), 1e-3)
     ask(endless)
     third = worker_of(host)
     with pytest.raises(LinkError, match=r"round\.deadline"):

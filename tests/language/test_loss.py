@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from fedtune_strategies.language.data import Row
 from fedtune_strategies.language.examples import collate, tokenise
-from fedtune_strategies.language.loss import response_loss, token_losses
+from fedtune_strategies.language.loss import loss_in_parts, response_loss, token_losses
 from fedtune_strategies.language.model import load_model
 
 from .models import CONFIGS, make_model
@@ -71,3 +71,10 @@ def test_model_that_cannot_keep_some_logits(examples):
     batch = collate(examples, range(4))
     with torch.no_grad():
         torch.testing.assert_close(response_loss(Plain(model), batch), response_loss(model, batch))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 9])
+def test_parts_have_the_mean_of_the_whole(folders, examples, rows):
+    model, batch = load_model(str(folders["llama-tied"])).model, collate(examples, range(4))
+    with torch.no_grad():
+        torch.testing.assert_close(loss_in_parts(rows)(model, batch), response_loss(model, batch), rtol=1e-5, atol=1e-6)

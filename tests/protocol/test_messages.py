@@ -11,12 +11,13 @@ from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.records import INLINE_BYTES, from_record, to_record
 
+BYTES = torch.tensor([0, 3, 255], dtype=torch.uint8)
 EXAMPLES = [
     protocol.Hello(1),
     protocol.HelloReply("node-0", 1, 5, "abcd", 10),
-    protocol.SeedTask(3, torch.randn(7), torch.arange(7, dtype=torch.int16), 1e-4),
-    protocol.SeedTask(3, torch.randn(7), torch.empty(0, dtype=torch.int16), 1e-4),
-    protocol.SeedReply("node-ä", 3, torch.tensor([1.0, math.nan]), 2.5, "abcd", 5, 1.5, 10),
+    protocol.SeedTask(3, 1, BYTES, 2.0**-20, BYTES.clone(), torch.arange(1, 17, dtype=torch.int16), 1e-4),
+    protocol.SeedTask(3, 0, BYTES, 2.0**-20, BYTES[:0], torch.empty(0, dtype=torch.int16), 1e-4),
+    protocol.SeedReply("node-ä", 3, torch.tensor([1.0, math.nan]), 1.0, 2.5, "abcd", 5, 1.5, 10),
     protocol.BlockTask(
         2, 1, torch.tensor([0, 3]), {"a.weight": torch.randn(2, 3)}, {"b:int8": torch.ones(2, dtype=torch.int8)}, 0.1, 0
     ),
@@ -48,13 +49,6 @@ def test_a_loss_that_is_no_number_survives():
     assert math.isnan(protocol.decode(reply.kind, protocol.encode(reply)).loss)
 
 
-def test_sizes_stay_near_the_numbers_they_carry():
-    task = protocol.SeedTask(1, torch.randn(4096), torch.empty(0, dtype=torch.int16), 1e-4)
-    reply = protocol.SeedReply("node-0", 1, torch.randn(200), 2.5, "0" * 16, 1000, 1.5, 10**9)
-    assert len(protocol.encode(task)) < 4096 * 4 + 300
-    assert len(protocol.encode(reply)) < 200 * 4 + 300
-
-
 @pytest.mark.parametrize(
     ("kind", "change"),
     [
@@ -62,12 +56,12 @@ def test_sizes_stay_near_the_numbers_they_carry():
         ("seed-task", lambda values: values.update(lr="high")),
         ("seed-task", lambda values: values.update(round=1.5)),
         ("seed-task", lambda values: values.update(extra=1)),
-        ("seed-task", lambda values: values.pop("theta")),
+        ("seed-task", lambda values: values.pop("change")),
         ("nonsense", lambda values: None),
     ],
 )
 def test_missing_unexpected_and_mistyped_fields_are_refused(kind, change):
-    values = {"round": 1, "theta": torch.zeros(2), "weights": torch.zeros(0), "lr": 0.1}
+    values = vars(EXAMPLES[2]).copy()
     change(values)
     fields = [(name, type(value)) for name, value in values.items()]
     payload = protocol.encode(dataclasses.make_dataclass("Forged", fields)(**values))

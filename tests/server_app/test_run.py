@@ -86,8 +86,9 @@ def test_a_run_killed_at_any_record_resumes_to_the_same_bits(settings, data_file
         assert len(replies) == len(set(replies)), "a reply was counted twice"
 
 
-def test_a_restarted_worker_gets_what_it_lacks_again(settings, data_files, tmp_path):
-    settings |= {"method.name": "fedcybgd", "num-server-rounds": 6}
+@pytest.mark.parametrize("method", METHODS)
+def test_a_restarted_worker_gets_what_it_lacks_again(settings, data_files, tmp_path, method):
+    settings |= {"method.name": method, "num-server-rounds": 6 if method == "fedcybgd" else 3}
     forgetful = settings | {"run.dir": str(tmp_path / "forgetful")}
     run(settings, data_files)
     nodes = make_nodes(forgetful, data_files)

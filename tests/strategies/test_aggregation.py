@@ -23,6 +23,7 @@ ALL = ["fedavg", "fedavgm", "fedadam", "fedyogi", "fedmedian", "trimmed-mean", "
 
 def make(aggregation, **changes):
     keys = {"fedkseed.seeds": K, "fedkseed.local-steps": TAU, "fedkseed.lr": ETA, "strategy.aggregation": aggregation}
+    keys["fedkseed.theta-bits"] = 24  # rounding has tests of its own
     return FedKSeed(parse(keys | {name.replace("__", ".").replace("_", "-"): v for name, v in changes.items()}), {})
 
 
@@ -33,7 +34,7 @@ def play(strategy, rounds, first=1):
     for number, answers in enumerate(rounds, start=first):
         strategy.configure_train(number, arrays, ConfigRecord(), fleet)
         replies = [
-            protocol.SeedReply(f"n{i}", number, torch.tensor(one, dtype=torch.float32), 2.0, "", 1, 1.0, 1)
+            protocol.SeedReply(f"n{i}", number, torch.tensor(one, dtype=torch.float32), 1.0, 2.0, "", 1, 1.0, 1)
             for i, one in enumerate(answers)
         ]
         messages = [task(Node(reply.node, 1, 1), reply, number) for reply in replies]
@@ -63,7 +64,7 @@ def test_momentum():
     for mean, point in zip(means, play(strategy, rounds), strict=True):
         velocity = 0.5 * velocity + mean
         theta = theta + velocity
-        np.testing.assert_allclose(point, theta, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(point, theta, rtol=1e-5, atol=2e-3)
 
 
 @pytest.mark.parametrize("name", ["fedadam", "fedyogi"])
@@ -80,7 +81,7 @@ def test_adaptive_steps(name):
             v = v - 0.01 * move**2 * np.sign(v - move**2)
             step = ETA
         theta = theta + step * m / (np.sqrt(v) + 0.01 * ETA)
-        np.testing.assert_allclose(point, theta, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(point, theta, rtol=1e-4, atol=2e-3)
 
 
 @pytest.mark.parametrize(("name", "centre"), [("fedmedian", np.median), ("trimmed-mean", None), ("krum", None)])
@@ -97,7 +98,7 @@ def test_robust_aggregation_withstands_one_of_five(name, centre):
     else:
         distances = ((moves[:, None] - moves[None]) ** 2).sum(axis=-1)
         expected = moves[np.sort(distances, axis=1)[:, 1:3].sum(axis=1).argmin()]
-    np.testing.assert_allclose(point, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(point, expected, rtol=1e-5, atol=2e-3)
     assert np.abs(point).max() > 0
 
 
@@ -112,9 +113,9 @@ def test_nodes_whose_replies_are_compared_draw_the_same_seeds():
 def test_server_step_and_weight_decay():
     rounds = some_rounds(rounds=1)
     strategy = make("fedavg", strategy__server_lr=0.5, strategy__weight_decay=0.1)
-    strategy.theta = np.linspace(-1, 1, K, dtype=np.float32)
+    strategy.theta = np.linspace(-1, 1, K).astype(np.float16).astype(np.float32)
     expected = 0.9 * np.linspace(-1, 1, K) + 0.5 * pushes(strategy, rounds).mean(axis=1)[0]
-    np.testing.assert_allclose(play(strategy, rounds)[0], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(play(strategy, rounds)[0], expected, rtol=1e-5, atol=2e-3)
 
 
 def test_schedules():
@@ -132,7 +133,7 @@ def test_the_round_s_step_size_moves_theta():
     strategy, rounds = make("fedavg", fedkseed__schedule="linear", num_server_rounds=4), some_rounds()
     moves = pushes(strategy, rounds).mean(axis=1)
     np.testing.assert_allclose(
-        play(strategy, rounds)[-1], moves[0] + 0.75 * moves[1] + 0.5 * moves[2], rtol=1e-5, atol=1e-6
+        play(strategy, rounds)[-1], moves[0] + 0.75 * moves[1] + 0.5 * moves[2], rtol=1e-5, atol=2e-3
     )
 
 

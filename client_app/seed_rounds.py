@@ -1,0 +1,127 @@
+"""A node's side of FedKSeed: theta as it holds it, and the local steps from there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedtune_strategies.config import Config
+from fedtune_strategies.draws import draw_seeds, seed_key
+from fedtune_strategies.errors import ProtocolError
+from fedtune_strategies.language.examples import Examples, batches
+from fedtune_strategies.language.loss import loss_in_parts
+from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.protocol.packing import unpack
+from fedtune_strategies.seed_space import fingerprint, make_pool, tuned_parameters
+from fedtune_strategies.zeroth_order import LocalSteps, local_steps
+
+
+class SeedRounds:
+    """Theta of the node's last task, and what it takes to work from it.
+
+    Parameters
+    ----------
+    config : Config
+        The run configuration.
+    model : nn.Module
+        The node's model.
+    base : mapping of str to Tensor
+        W_0 by canonical parameter name.
+    """
+
+    def __init__(self, config: Config, model: nn.Module, base: Mapping[str, Tensor]) -> None:
+        self._config = config
+        self._model = model
+        self._base = base
+        self._parameters = tuned_parameters(model)
+        settings = config.fedkseed
+        self._pool = make_pool(settings.pool, key=config.train.seed, size=settings.seeds)
+        self._version = 0
+        self._units = np.zeros(settings.seeds, dtype=np.int32)
+
+    def take(self, task: protocol.SeedTask) -> bool:
+        """Take up the theta of a task.
+
+        Parameters
+        ----------
+        task : SeedTask
+            The task.
+
+        Returns
+        -------
+        bool
+            Whether the node held the theta that the task counts on.
+
+        Raises
+        ------
+        ProtocolError
+            The change does not fit the run.
+        """
+        change = unpack(task.change, self._config.fedkseed.seeds)
+        if task.since == 0:
+            self._units = change
+        elif task.since == self._version:
+            self._units = self._units + change
+        elif task.round - 1 != self._version:  # else it is the last task again
+            return False
+        self._version = task.round - 1
+        return True
+
+    def train(self, task: protocol.SeedTask, name: str, examples: Examples) -> tuple[LocalSteps, str]:
+        """Take the round's local steps; `take` said that theta is there.
+
+        Parameters
+        ----------
+        task : SeedTask
+            The task.
+        name : str
+            The node's name.
+        examples : Examples
+            The node's data.
+
+        Returns
+        -------
+        tuple of LocalSteps and str
+            Scalars and losses, and the fingerprint of the weights on which they began.
+
+        Raises
+        ------
+        ProtocolError
+            The odds of the seeds are unusable.
+        """
+        settings, train = self._config.fedkseed, self._config.train
+        key = seed_key(self._config, task.round, name)
+        seeds = draw_seeds(key, settings.local_steps, settings.seeds, self._odds(task))
+        theta = torch.from_numpy((self._units * task.unit).astype(np.float32))
+        self._pool.rebuild_model(self._parameters, self._base, theta)
+        starting_print = fingerprint(self._parameters)
+        count = -(-settings.local_steps // settings.directions)
+        steps = local_steps(
+            self._model,
+            self._pool,
+            loss_in_parts(settings.micro_batch),
+            batches(examples, train.batch_size, count, (train.seed, task.round, name)),
+            seeds,
+            eps=settings.eps,
+            lr=task.lr,
+            estimator=settings.estimator,
+            directions=settings.directions,
+        )
+        return steps, starting_print
+
+    def _odds(self, task: protocol.SeedTask) -> NDArray[np.int16]:
+        if not task.odds.numel():
+            return np.empty(0, dtype=np.int16)
+        levels, odds = unpack(task.levels, self._config.fedkseed.seeds), task.odds.numpy()
+        if (
+            odds.dtype != np.int16
+            or odds.ndim != 1
+            or odds.min() < 1
+            or not 0 <= levels.min() <= levels.max() < len(odds)
+        ):
+            raise ProtocolError("the odds of the seeds are not one positive number for each.")
+        return odds[levels]

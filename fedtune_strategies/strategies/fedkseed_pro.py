@@ -1,0 +1,68 @@
+"""FedKSeed-Pro (arXiv 2312.06353, algorithm 2): FedKSeed with seeds drawn by what they have brought."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord
+from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedtune_strategies.config import Config
+from fedtune_strategies.draws import LEVELS
+from fedtune_strategies.strategies.base import State
+from fedtune_strategies.strategies.fedkseed import FedKSeed
+
+# The published code clips a scalar to this before it enters the mean amplitude of its seed.
+AMPLITUDE_LIMIT = 1000.0
+
+
+class FedKSeedPro(FedKSeed):
+    """FedKSeed whose nodes draw seeds by the amplitude that their scalars had (arXiv 2312.06353, section 4.3).
+
+    The odds are a softmax of the min-max normalised mean amplitude, so the likeliest seed is at most
+    exp(1 / temperature) times as likely as the unlikeliest. With ``fedkseed.pro-mean = "faithful"`` every history
+    starts with the published code's artificial 0.0, which halves a once-drawn seed and puts never-drawn seeds last;
+    with ``"counted"`` the mean is over true draws and a never-drawn seed counts as average.
+    """
+
+    def __init__(self, config: Config, base: Mapping[str, Tensor], inner: Strategy | None = None) -> None:
+        super().__init__(config, base, inner)
+        self.amplitude = np.zeros(config.fedkseed.seeds, dtype=np.float64)
+        self.count = np.zeros(config.fedkseed.seeds, dtype=np.int64)
+
+    def levels(self) -> NDArray[np.int32]:
+        """Return which of the odds each seed has, int32 [K]; empty before the first reply."""
+        if not self.count.any():
+            return np.empty(0, dtype=np.int32)
+        mean = self.mean_amplitude()
+        span = mean.max() - mean.min()
+        scaled = (mean - mean.min()) / span if span > 0 else np.zeros_like(mean)
+        return np.rint((LEVELS - 1) * scaled).astype(np.int32)
+
+    def mean_amplitude(self) -> NDArray[np.float64]:
+        """Return Lambda, the mean absolute scalar of each seed, clipped at `AMPLITUDE_LIMIT`, float64 [K]."""
+        if self.config.fedkseed.pro_mean == "faithful":
+            return self.amplitude / (self.count + 1)
+        drawn = self.count > 0
+        unseen = self.amplitude[drawn].sum() / self.count[drawn].sum()
+        return np.where(drawn, self.amplitude / np.maximum(self.count, 1), unseen)
+
+    def observe(self, seeds: NDArray[np.int64], scalars: NDArray[np.float32]) -> None:
+        """Add the clipped amplitudes of one node to the history of its seeds."""
+        finite = np.isfinite(scalars)
+        np.add.at(self.amplitude, seeds[finite], np.minimum(np.abs(scalars[finite], dtype=np.float64), AMPLITUDE_LIMIT))
+        np.add.at(self.count, seeds[finite], 1)
+
+    def state(self) -> State:
+        """Return FedKSeed's state and the amplitudes' history."""
+        history = {"amplitude": torch.tensor(self.amplitude), "count": torch.tensor(self.count)}
+        return State(super().state().tensors | history)
+
+    def restore(self, tensors: dict[str, Tensor], load: Callable[[str], dict[str, Tensor] | None]) -> ArrayRecord:
+        """Take up FedKSeed's state and the amplitudes' history."""
+        self.amplitude, self.count = tensors["amplitude"].numpy(), tensors["count"].numpy()
+        return super().restore(tensors, load)
