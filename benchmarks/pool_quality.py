@@ -29,7 +29,7 @@ from fedtune_strategies.zeroth_order import local_steps
 
 KINDS = {"gaussian": ("gaussian", None), "walsh": ("walsh", 1), "walsh, 16 K to a block": ("walsh", 16)}
 SIZES = (256, 1024, 4096)
-LEARNING_RATES = (5e-5, 1e-4, 2e-4)
+LEARNING_RATES = (5e-5, 1e-4, 2.5e-5)
 EPS, BATCH, SEQ_LENGTH, HELD_OUT = 1e-3, 4, 64, 256
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # Student's t, n - 1 degrees
 

@@ -1,0 +1,116 @@
+"""Cost of a two-sided zeroth-order step against two plain forward passes, and its memory against plain inference.
+
+    python benchmarks/step.py [--dtype float32] [--tokens 512] [--threads 2] [--repeats 5]
+
+The model is a Llama of about 110 M parameters with random weights. Steps and forward passes take turns. Memory is the
+growth of the process's peak, measured in a fresh process for each way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from fedtune_strategies.seed_space import make_pool
+from fedtune_strategies.zeroth_order import local_steps
+
+STEPS = 2  # of one run
+WAYS = {"in place": True, "layer by layer": False}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--wider", type=int, default=1, help="K times this to a block of the walsh pool")
+    parser.add_argument("--memory", help="used by the script itself")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.memory:
+        print(peak(args))
+        return
+    memory = {way: float(child(way)) for way in ("plain", *WAYS)}
+    times = measure(args)
+    print(
+        f"Llama, {model(args).num_parameters() / 1e6:.0f} M parameters, {args.dtype}, 1 × {args.tokens} tokens,",
+        end=" ",
+    )
+    print(f"{args.threads} threads, load of the machine {os.getloadavg()[0]:.1f}")
+    print(
+        "| way | seconds | spread | times two forward passes | in processor time | peak memory, MB | times inference |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for way, values in times.items():
+        clock, processor = zip(*values, strict=True)
+        plain_clock, plain_processor = zip(*times["plain"], strict=True)
+        row = [
+            {"plain": "two forward passes"}.get(way, f"step, {way}"),
+            f"{statistics.median(clock):.3f}",
+            f"{min(clock):.3f} to {max(clock):.3f}",
+            f"{statistics.median(clock) / statistics.median(plain_clock):.3f}",
+            f"{statistics.median(processor) / statistics.median(plain_processor):.3f}",
+            f"{memory[way]:.0f}",
+            f"{memory[way] / memory['plain']:.3f}",
+        ]
+        print("| " + " | ".join(row) + " |")
+
+
+def model(args: argparse.Namespace) -> torch.nn.Module:
+    config = LlamaConfig(
+        hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, vocab_size=32000,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).to(getattr(torch, args.dtype)).eval()
+
+
+def loss(tuned: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    # Logits of the response, here the last quarter, as in training.
+    return tuned(ids, logits_to_keep=ids.shape[1] // 4, use_cache=False).logits.float().square().mean()
+
+
+def run(way: str, tuned: torch.nn.Module, ids: torch.Tensor, steps: int, wider: int) -> None:
+    if way == "plain":
+        with torch.no_grad():
+            for _ in range(2 * steps):
+                float(loss(tuned, ids))
+    else:
+        pool = make_pool("walsh", 1, 4096, 4096 * wider)
+        local_steps(tuned, pool, loss, [ids] * steps, range(steps), eps=1e-4, lr=1e-7, in_place=WAYS[way])
+
+
+def measure(args: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of one step by the clock and of the processor, from short runs."""
+    tuned, ids = model(args), torch.arange(args.tokens)[None]
+    times: dict[str, list[tuple[float, float]]] = {way: [] for way in ("plain", *WAYS)}
+    for turn in range(args.repeats + 1):
+        for way, values in times.items():
+            started = time.perf_counter(), time.process_time()
+            run(way, tuned, ids, STEPS, args.wider)
+            if turn:
+                values.append(((time.perf_counter() - started[0]) / STEPS, (time.process_time() - started[1]) / STEPS))
+    return times
+
+
+def peak(args: argparse.Namespace) -> float:
+    tuned, ids = model(args), torch.arange(args.tokens)[None]
+    run(args.memory, tuned, ids, 2, args.wider)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def child(way: str) -> str:
+    command = [sys.executable, *sys.argv, "--memory", way]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
+
+
+if __name__ == "__main__":
+    main()
