@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+KERNELS := .venv/kernels
 
 .PHONY: help demo test lint format config bench clean
 
@@ -11,8 +12,8 @@ help: ## Show this list.
 demo: $(INSTALLED) ## Tune the embedded model over a real federation, by every method (about 6 minutes).
 	@$(BIN)/fedtune demo $(DEMO)
 
-test: lint ## Check everything: style, types, unit tests and networked tests.
-	HF_HUB_OFFLINE=1 $(BIN)/pytest $(TESTS)
+test: lint $(KERNELS) ## Check everything: style, types, unit tests and networked tests.
+	HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 $(BIN)/pytest $(TESTS)
 
 lint: $(INSTALLED) ## Check style and types.
 	$(BIN)/ruff check .
@@ -41,4 +42,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt torch==2.13.0
 	@$(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# The kernels for GPUs are tested in Triton's interpreter, which needs no GPU.
+$(KERNELS): $(INSTALLED)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gpu]'
 	@touch $@
