@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedtune_strategies.config import Config
-from fedtune_strategies.draws import draw_seeds, seed_key
+from fedtune_strategies.draws import draw_seeds, importance, seed_key
 from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.language.examples import Examples, batches
 from fedtune_strategies.language.loss import loss_in_parts
@@ -95,7 +95,9 @@ class SeedRounds:
         """
         settings, train = self._config.fedkseed, self._config.train
         key = seed_key(self._config, task.round, name)
-        seeds = draw_seeds(key, settings.local_steps, settings.seeds, self._odds(task))
+        odds = self._odds(task)
+        seeds = draw_seeds(key, settings.local_steps, settings.seeds, odds)
+        weights = importance(odds)[seeds] if settings.pro_importance and odds.size else 1.0
         theta = torch.from_numpy((self._units * task.unit).astype(np.float32))
         self._pool.rebuild_model(self._parameters, self._base, theta)
         starting_print = fingerprint(self._parameters)
@@ -107,7 +109,8 @@ class SeedRounds:
             batches(examples, train.batch_size, count, (train.seed, task.round, name)),
             seeds,
             eps=settings.eps,
-            lr=task.lr,
+            lr=task.lr * weights,
+            limit=task.limit,
             estimator=settings.estimator,
             directions=settings.directions,
         )

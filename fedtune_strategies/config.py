@@ -137,6 +137,14 @@ class FedKSeedConfig:
     )
     warmup: int = option(0, "Rounds over which the step size grows to 'fedkseed.lr'.", low=0)
     eps: float = option(1e-3, "epsilon, distance of the two loss evaluations from the weights.", above=0.0)
+    clip: float = option(
+        10.0, "Scalars are clipped to so many running medians of their magnitude, on both sides; 0 for never.", low=0.0
+    )
+    outlier: float = option(
+        10.0,
+        "A reply whose scalars are in the median so many times above or below the running one is refused; 0 for never.",
+        low=0.0,
+    )
     theta_bits: int = option(
         8, "Bits to which a round's move of an entry of theta is rounded; the rest moves later.", low=3, high=24
     )
@@ -149,6 +157,9 @@ class FedKSeedConfig:
     )
     pro_temperature: float = option(
         1.0, "FedKSeed-Pro: temperature of the softmax over seeds; 'faithful' needs 1.", above=0.0
+    )
+    pro_importance: bool = option(
+        False, "FedKSeed-Pro: weigh the step along a seed by 1 / (K p), so that its odds p bias nothing."
     )
 
 

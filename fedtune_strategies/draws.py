@@ -103,6 +103,22 @@ def odds_of_levels(temperature: float) -> NDArray[np.int16]:
     return np.maximum(1, np.rint(MAX_ODDS * np.exp((steps - 1.0) / temperature))).astype(np.int16)
 
 
+def importance(odds: NDArray[np.int16]) -> NDArray[np.float64]:
+    """Return the weight 1 / (K p) of each seed: with it, steps along drawn seeds are unbiased whatever the odds are.
+
+    Parameters
+    ----------
+    odds : ndarray of int16, shape [K]
+        Relative odds of each seed.
+
+    Returns
+    -------
+    ndarray of float64, shape [K]
+        Weights; their mean under the odds is 1.
+    """
+    return odds.sum(dtype=np.int64) / (odds.size * odds.astype(np.float64))
+
+
 def sample(key: Sequence[int | str], names: Sequence[str], count: int) -> list[str]:
     """Choose names without repetition.
 

@@ -6,9 +6,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from fedtune_strategies.config import Config
-from fedtune_strategies.errors import ResourceError
-from fedtune_strategies.language.model import LanguageModel, save_model
+from fedtune_strategies.config import Config, parse
+from fedtune_strategies.errors import LedgerError, ResourceError
+from fedtune_strategies.language.model import LanguageModel, base_tensors, load_model, save_model
+from fedtune_strategies.seed_space import tuned_parameters
+from fedtune_strategies.strategies.build import build_strategy
+from server_app.drive import restore
 from server_app.ledger import Ledger
 
 
@@ -51,6 +54,47 @@ def export_model(language: LanguageModel, config: Config, ledger: Ledger, round:
     except OSError as error:
         raise ResourceError(f"cannot write {folder}: {error.strerror}; free space, then start the run again.") from None
     return folder
+
+
+def export_round(run: Path, round: int | None, folder: Path) -> int:
+    """Rebuild the model after a round from a run's ledger and export it; the run may still be going on.
+
+    Parameters
+    ----------
+    run : Path
+        The run's folder.
+    round : int or None
+        The round, 0 for the base model; the last committed one by default.
+    folder : Path
+        Where to write.
+
+    Returns
+    -------
+    int
+        The exported round.
+
+    Raises
+    ------
+    LedgerError
+        There is no run, or it has not got so far.
+    ModelError
+        The run's base model is not there any more.
+    """
+    ledger = Ledger.read(run)
+    started = ledger.last("start")
+    if started is None:
+        raise LedgerError(f"the run in {run} has not started: nothing to export.")
+    config = parse(started.body["config"])
+    language = load_model(config.model.name, config.model.dtype)
+    strategy = build_strategy(config, language.model, base_tensors(language))
+    done, arrays = restore(strategy, ledger, round)
+    if round not in (None, done):
+        raise LedgerError(
+            f"the run in {run} has {done} rounds, not {round}: choose one of them, or 0 for the base model."
+        )
+    strategy.materialise(arrays, tuned_parameters(language.model))
+    export_model(language, config, ledger, done, folder)
+    return done
 
 
 def model_card(config: Config, ledger: Ledger, round: int) -> str:

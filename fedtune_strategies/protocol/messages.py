@@ -80,6 +80,8 @@ class SeedTask:
         int16, relative odds of drawing a seed, by level; empty for uniform draws.
     lr : float
         Step size along one direction in this round.
+    limit : float
+        Largest magnitude of a scalar; larger ones are clipped. Infinite where nothing is known yet.
     """
 
     kind: typing.ClassVar[str] = "seed-task"
@@ -90,6 +92,7 @@ class SeedTask:
     levels: Tensor
     odds: Tensor
     lr: float
+    limit: float
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ a whole number of units, and its change since any round goes down exactly in few
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedtune_strategies.config import Config
-from fedtune_strategies.draws import draw_seeds, odds_of_levels, sample, seed_key
+from fedtune_strategies.draws import draw_seeds, importance, odds_of_levels, sample, seed_key
 from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.fleet import Fleet, address, decoded
 from fedtune_strategies.protocol import messages as protocol
@@ -29,6 +30,7 @@ from fedtune_strategies.protocol.packing import SCALAR_TYPES, pack, read_scalars
 from fedtune_strategies.seed_space import fingerprint, make_pool
 from fedtune_strategies.strategies.aggregation import make_aggregator, moments, prepare, restore_moments, schedule
 from fedtune_strategies.strategies.base import State, TuningStrategy, arrays_of, check_origin, log
+from fedtune_strategies.strategies.screening import amplitude, clipped, out_of_line, running_amplitude
 from fedtune_strategies.strategies.versions import LARGEST, Versions, round_move, unit_of
 
 
@@ -54,6 +56,7 @@ class FedKSeed(TuningStrategy):
         self.carry = np.zeros(config.fedkseed.seeds, dtype=np.float32)
         self.unit = unit_of(config.fedkseed.lr)
         self.versions = Versions()
+        self.amplitude = 0.0
         self.fingerprint = ""
 
     def summary(self) -> None:
@@ -101,8 +104,14 @@ class FedKSeed(TuningStrategy):
                 f"{reply.node} sent {tuple(reply.scalars.shape)} scalars of {reply.scalars.dtype}, not "
                 f"{settings.local_steps} of {SCALAR_TYPES[settings.scalar_bits]}: the reply is left out."
             )
-        if not np.isfinite(read_scalars(reply.scalars, reply.unit)).any():
+        scalars = read_scalars(reply.scalars, reply.unit)
+        if not np.isfinite(scalars).any():
             raise ProtocolError(f"{reply.node} had no step with a finite loss: the reply is left out.")
+        if out_of_line(amplitude(scalars), self.amplitude, settings.outlier):
+            raise ProtocolError(
+                f"{reply.node} sent scalars of median magnitude {amplitude(scalars):.3g}, out of line with "
+                f"{self.amplitude:.3g} so far ('fedkseed.outlier'): the reply is left out."
+            )
         self.versions.hold(reply.node, round - 1)
         return True
 
@@ -113,13 +122,17 @@ class FedKSeed(TuningStrategy):
         answers = sorted((decoded(reply.content, protocol.SeedReply) for reply in replies), key=lambda one: one.node)
         if not answers:
             return None, None
-        odds = self.odds()
-        moved = [self._moved(answer, odds) for answer in answers]
+        odds, received = self.odds(), [read_scalars(answer.scalars, answer.unit) for answer in answers]
+        amplitudes = [amplitude(one) for one in received]
+        limit = self._limit(float(np.median(amplitudes)))
+        scalars = [clipped(one, limit) for one in received]
+        moved = [self._moved(answer, one, odds) for answer, one in zip(answers, scalars, strict=True)]
         arrays, metrics = self.inner.aggregate_train(server_round, moved)
         if arrays is None:
             return None, metrics
-        for answer in answers:
-            self.observe(self.draws(answer.node, server_round, odds), read_scalars(answer.scalars, answer.unit))
+        self.amplitude = running_amplitude(self.amplitude, amplitudes)
+        for answer, one in zip(answers, scalars, strict=True):
+            self.observe(self.draws(answer.node, server_round, odds), one)
         self._move(arrays["theta"].numpy(), server_round)
         return arrays_of(theta=torch.from_numpy(self.theta)), metrics
 
@@ -131,13 +144,15 @@ class FedKSeed(TuningStrategy):
         return self.fingerprint
 
     def state(self) -> State:
-        """Return theta, what rounding left of its moves, and the aggregating strategy's momenta."""
-        return State({"theta": torch.tensor(self.theta), "carry": torch.tensor(self.carry)} | moments(self.inner))
+        """Return theta, what rounding left of its moves, the running amplitude, and the inner strategy's momenta."""
+        own = {"theta": self.theta, "carry": self.carry, "amplitude": np.float64(self.amplitude)}
+        return State({name: torch.tensor(value) for name, value in own.items()} | moments(self.inner))
 
     def restore(self, tensors: dict[str, Tensor], load: Callable[[str], dict[str, Tensor] | None]) -> ArrayRecord:
-        """Take up theta, what rounding left, and the momenta."""
+        """Take up what `state` returned."""
         restore_moments(self.inner, tensors)
         self.theta, self.carry = tensors["theta"].numpy(), tensors["carry"].numpy()
+        self.amplitude = float(tensors["amplitude"])
         return arrays_of(theta=tensors["theta"])
 
     def lr(self, round: int) -> float:
@@ -172,6 +187,7 @@ class FedKSeed(TuningStrategy):
             levels=pack(levels) if levels.size else torch.empty(0, dtype=torch.uint8),
             odds=torch.from_numpy(odds_of_levels(self.config.fedkseed.pro_temperature)[: levels.size]),
             lr=self.lr(round),
+            limit=self._limit(self.amplitude),
         )
 
     def _move(self, aggregated: NDArray[np.float64], round: int) -> None:
@@ -184,16 +200,19 @@ class FedKSeed(TuningStrategy):
         self.theta = (np.clip(steps, -LARGEST, LARGEST) * self.unit).astype(np.float32)
         self.carry = (move - (self.theta - theta)).astype(np.float32)
 
-    def _moved(self, answer: protocol.SeedReply, odds: NDArray[np.int16]) -> Message:
-        received = read_scalars(answer.scalars, answer.unit).astype(np.float64)
-        scalars = np.nan_to_num(received, nan=0.0, posinf=0.0, neginf=0.0)
-        theta = self.theta.astype(np.float64)
-        np.subtract.at(theta, self.draws(answer.node, answer.round, odds), self.lr(answer.round) * scalars)
+    def _limit(self, amplitude: float) -> float:
+        return self.config.fedkseed.clip * amplitude or math.inf
+
+    def _moved(self, answer: protocol.SeedReply, scalars: NDArray[np.float32], odds: NDArray[np.int16]) -> Message:
+        """Turn a reply into the theta that its node reached, as a reply to a Flower strategy."""
+        seeds, theta = self.draws(answer.node, answer.round, odds), self.theta.astype(np.float64)
+        weights = importance(odds)[seeds] if self.config.fedkseed.pro_importance and odds.size else 1.0
+        np.subtract.at(theta, seeds, self.lr(answer.round) * weights * np.nan_to_num(scalars.astype(np.float64)))
         weight = answer.num_examples if self.config.strategy.weighting == "examples" else 1
         metrics: dict[str, MetricRecordValues] = {
             "num-examples": weight,
             "train/loss": answer.loss,
-            "train/skipped": int((~np.isfinite(received)).sum()),
+            "train/skipped": int(np.isnan(scalars).sum()),
         }
         content = RecordDict({"arrays": arrays_of(theta=torch.from_numpy(theta)), "metrics": MetricRecord(metrics)})
         return Message(content, dst_node_id=0, message_type="train")

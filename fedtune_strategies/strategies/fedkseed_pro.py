@@ -31,7 +31,7 @@ class FedKSeedPro(FedKSeed):
 
     def __init__(self, config: Config, base: Mapping[str, Tensor], inner: Strategy | None = None) -> None:
         super().__init__(config, base, inner)
-        self.amplitude = np.zeros(config.fedkseed.seeds, dtype=np.float64)
+        self.sums = np.zeros(config.fedkseed.seeds, dtype=np.float64)
         self.count = np.zeros(config.fedkseed.seeds, dtype=np.int64)
 
     def levels(self) -> NDArray[np.int32]:
@@ -46,23 +46,23 @@ class FedKSeedPro(FedKSeed):
     def mean_amplitude(self) -> NDArray[np.float64]:
         """Return Lambda, the mean absolute scalar of each seed, clipped at `AMPLITUDE_LIMIT`, float64 [K]."""
         if self.config.fedkseed.pro_mean == "faithful":
-            return self.amplitude / (self.count + 1)
+            return self.sums / (self.count + 1)
         drawn = self.count > 0
-        unseen = self.amplitude[drawn].sum() / self.count[drawn].sum()
-        return np.where(drawn, self.amplitude / np.maximum(self.count, 1), unseen)
+        unseen = self.sums[drawn].sum() / self.count[drawn].sum()
+        return np.where(drawn, self.sums / np.maximum(self.count, 1), unseen)
 
     def observe(self, seeds: NDArray[np.int64], scalars: NDArray[np.float32]) -> None:
         """Add the clipped amplitudes of one node to the history of its seeds."""
         finite = np.isfinite(scalars)
-        np.add.at(self.amplitude, seeds[finite], np.minimum(np.abs(scalars[finite], dtype=np.float64), AMPLITUDE_LIMIT))
+        np.add.at(self.sums, seeds[finite], np.minimum(np.abs(scalars[finite], dtype=np.float64), AMPLITUDE_LIMIT))
         np.add.at(self.count, seeds[finite], 1)
 
     def state(self) -> State:
         """Return FedKSeed's state and the amplitudes' history."""
-        history = {"amplitude": torch.tensor(self.amplitude), "count": torch.tensor(self.count)}
+        history = {"sums": torch.tensor(self.sums), "count": torch.tensor(self.count)}
         return State(super().state().tensors | history)
 
     def restore(self, tensors: dict[str, Tensor], load: Callable[[str], dict[str, Tensor] | None]) -> ArrayRecord:
         """Take up FedKSeed's state and the amplitudes' history."""
-        self.amplitude, self.count = tensors["amplitude"].numpy(), tensors["count"].numpy()
+        self.sums, self.count = tensors["sums"].numpy(), tensors["count"].numpy()
         return super().restore(tensors, load)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ def local_steps(
     seeds: Sequence[int] | np.ndarray,
     *,
     eps: float,
-    lr: float,
+    lr: float | np.ndarray,
+    limit: float = math.inf,
     pattern: str | None = None,
     start: Tensor | None = None,
     in_place: bool | None = None,
@@ -80,8 +82,10 @@ def local_steps(
         The drawn seeds, shape (τ,).
     eps : float
         Size of the perturbation.
-    lr : float
-        Step size η.
+    lr : float or np.ndarray
+        Step size η, or one for each step, shape (τ,).
+    limit : float
+        Largest magnitude of a scalar; larger ones are clipped.
     pattern : str, optional
         Which parameters are tuned, as in `tuned_parameters`.
     start : Tensor, optional
@@ -113,6 +117,7 @@ def local_steps(
     was_training = model.training
     model.eval()
     g, losses = np.full(len(seeds), np.nan, np.float32), np.full(len(seeds), np.nan, np.float32)
+    sizes = np.broadcast_to(lr, len(seeds)).tolist()
     pending: Moves = []
     groups = [slice(first, first + directions) for first in range(0, len(seeds), directions)]
     with trajectory as apply:
@@ -121,11 +126,10 @@ def local_steps(
             point = _point(model, pool, loss, batch, pattern, apply)
             found = ESTIMATORS[estimator](point, pending, ks, eps)
             finite = np.isfinite(found.g) & np.isfinite(found.loss)
-            g[group] = np.where(finite, found.g, np.nan)
+            g[group] = np.where(finite, np.clip(found.g, -limit, limit), np.nan)
             losses[group] = np.where(finite, found.loss, np.nan)
-            pending = _merged(
-                found.back, [(k, -lr * float(one)) for k, one in zip(ks, g[group], strict=True) if one == one]
-            )
+            steps = zip(ks, sizes[group], g[group], strict=True)
+            pending = _merged(found.back, [(k, -size * float(one)) for k, size, one in steps if one == one])
         apply(pending)
     model.train(was_training)
     return LocalSteps(g, losses)

@@ -86,7 +86,7 @@ def test_life_of_a_worker(host, spec, tmp_path):
     endless = replace(other, run_config=other.run_config | {"fedkseed.local-steps": 100_000})
     nothing = torch.empty(0, dtype=torch.uint8)
     change = pack(np.zeros(64, dtype=np.int32))
-    task = protocol.SeedTask(1, 0, change, 2.0**-20, nothing, nothing.to(torch.int16), 1e-3)
+    task = protocol.SeedTask(1, 0, change, 2.0**-20, nothing, nothing.to(torch.int16), 1e-3, np.inf)
     ask(endless)
     third = worker_of(host)
     with pytest.raises(LinkError, match=r"round\.deadline"):

@@ -19,7 +19,7 @@ K, TAU, ETA = 32, 8, 0.25
 
 
 def make(cls=FedKSeed, **changes):
-    keys = {"fedkseed.seeds": K, "fedkseed.local-steps": TAU, "fedkseed.lr": ETA}
+    keys = {"fedkseed.seeds": K, "fedkseed.local-steps": TAU, "fedkseed.lr": ETA, "fedkseed.clip": 0.0}
     InMemoryGrid({})  # sets Flower's identity, without which no message can be made
     return cls(parse(keys | {name.replace("__", ".").replace("_", "-"): value for name, value in changes.items()}), {})
 

@@ -1,0 +1,46 @@
+"""What a scalar may be: a running amplitude, the largest scalar that counts, and replies that are out of line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Share of the newest round in the running amplitude.
+_NEWEST = 0.5
+
+
+def amplitude(scalars: NDArray[np.float32]) -> float:
+    """Return the median magnitude of a node's finite scalars: half of them would have to lie to change it much."""
+    finite = np.abs(scalars[np.isfinite(scalars)])
+    return float(np.median(finite)) if finite.size else 0.0
+
+
+def running_amplitude(before: float, amplitudes: Sequence[float]) -> float:
+    """Carry the running amplitude on by a round.
+
+    Parameters
+    ----------
+    before : float
+        The running amplitude; 0 before the first round.
+    amplitudes : sequence of float
+        `amplitude` of each reply; their median counts.
+
+    Returns
+    -------
+    float
+        The new running amplitude.
+    """
+    now = float(np.median(amplitudes))
+    return (1 - _NEWEST) * before + _NEWEST * now if before else now
+
+
+def out_of_line(one: float, running: float, factor: float) -> bool:
+    """Say whether a node's amplitude is `factor` times above or below the running one; never where one is 0."""
+    return bool(factor and running) and not running / factor <= one <= running * factor
+
+
+def clipped(scalars: NDArray[np.float32], limit: float) -> NDArray[np.float32]:
+    """Bound the magnitude of scalars; what is not a number stays so, an infinite one too."""
+    return np.where(np.isfinite(scalars), np.clip(scalars, -limit, limit), np.float32(np.nan)).astype(np.float32)
