@@ -25,7 +25,7 @@ from fedtune_strategies.errors import ConfigError, DataError, ResourceError
 # What suits the embedded model and two cores; everything else is as in the run configuration.
 COMMON: dict[str, Scalar] = {"train.seq-length": 256, "eval.answers": 48, "eval.max-new-tokens": 24}
 SEEDS: dict[str, Scalar] = {
-    "num-server-rounds": 5,
+    "num-server-rounds": 4,
     "fedkseed.seeds": 1024,
     "fedkseed.local-steps": 60,
     "fedkseed.lr": 3e-4,
