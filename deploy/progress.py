@@ -49,7 +49,7 @@ class Progress:
             self.train_loss = record.body["metrics"].get("train/loss", self.train_loss)
         elif record.kind == "evaluation":
             self.held_out_loss = record.body["eval/loss"]
-            self.phase = f"round {record.round}/{self.rounds}"
+            self.phase = f"round {record.round}/{self.rounds}" if record.round else "nodes joining"
             return self.line()
         elif record.kind == "asked":
             self.phase = f"round {record.round}/{self.rounds}"
