@@ -98,7 +98,7 @@ def main() -> None:
     print("| " + " | ".join([*heads, "loss before", "loss after, by seed", "bytes per node and round"]) + " |")
     print("|" + "---|" * (len(heads) + 3))
     with tempfile.TemporaryDirectory() as name:
-        files, held_out = write_federation(Path(name), args.nodes)
+        files, held_out = write_federation(Path(name), args.nodes, train_per_task=64)
         for labels, (changes, attack) in variants.items():
             rows = []
             for seed in range(args.repeats):

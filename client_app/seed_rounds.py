@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -12,12 +12,17 @@ from torch import Tensor, nn
 from fedtune_strategies.config import Config
 from fedtune_strategies.draws import draw_seeds, importance, seed_key
 from fedtune_strategies.errors import ProtocolError
-from fedtune_strategies.language.examples import Examples, batches
-from fedtune_strategies.language.loss import loss_in_parts
+from fedtune_strategies.language.examples import Batch, Examples, batches, collate
+from fedtune_strategies.language.loss import example_losses, loss_in_parts
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.packing import unpack
 from fedtune_strategies.seed_space import fingerprint, make_pool, tuned_parameters
 from fedtune_strategies.zeroth_order import LocalSteps, local_steps
+from fedtune_strategies.zeroth_order.estimators import Estimator
+from fedtune_strategies.zeroth_order.private import poisson_sample, private_two_sided
+from fedtune_strategies.zeroth_order.steps import Loss
+
+EMPTY: Batch = {"labels": torch.empty(0, 1, dtype=torch.int64)}
 
 
 class SeedRounds:
@@ -93,7 +98,7 @@ class SeedRounds:
         ProtocolError
             The odds of the seeds are unusable.
         """
-        settings, train = self._config.fedkseed, self._config.train
+        settings = self._config.fedkseed
         key = seed_key(self._config, task.round, name)
         odds = self._odds(task)
         seeds = draw_seeds(key, settings.local_steps, settings.seeds, odds)
@@ -101,20 +106,34 @@ class SeedRounds:
         theta = torch.from_numpy((self._units * task.unit).astype(np.float32))
         self._pool.rebuild_model(self._parameters, self._base, theta)
         starting_print = fingerprint(self._parameters)
-        count = -(-settings.local_steps // settings.directions)
+        estimator, loss, data = self._plan(task, name, examples)
         steps = local_steps(
             self._model,
             self._pool,
-            loss_in_parts(settings.micro_batch),
-            batches(examples, train.batch_size, count, (train.seed, task.round, name)),
+            loss,
+            data,
             seeds,
             eps=settings.eps,
             lr=task.lr * weights,
             limit=task.limit,
-            estimator=settings.estimator,
+            estimator=estimator,
             directions=settings.directions,
         )
         return steps, starting_print
+
+    def _plan(
+        self, task: protocol.SeedTask, name: str, examples: Examples
+    ) -> tuple[str | Estimator, Loss, Iterator[Batch]]:
+        """Say how slopes are found, of which loss, on which batches."""
+        settings, privacy, size = self._config.fedkseed, self._config.privacy, self._config.train.batch_size
+        count = -(-settings.local_steps // settings.directions)
+        if not privacy.clip:
+            key = (self._config.train.seed, task.round, name)
+            return settings.estimator, loss_in_parts(settings.micro_batch), batches(examples, size, count, key)
+        size = min(size, len(examples))
+        drawn = poisson_sample(len(examples), size / len(examples), count)
+        data = (collate(examples, indices) if indices else EMPTY for indices in drawn)
+        return private_two_sided(privacy.clip, privacy.noise_multiplier, size), example_losses, data
 
     def _odds(self, task: protocol.SeedTask) -> NDArray[np.int16]:
         if not task.odds.numel():

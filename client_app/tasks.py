@@ -118,7 +118,7 @@ class Node:
             round=task.round,
             scalars=scalars,
             unit=unit,
-            loss=float(finite.mean()) if finite.size else float("nan"),
+            loss=float(finite.mean()) if finite.size and not self.config.privacy.clip else float("nan"),
             fingerprint=starting_print,
             num_examples=len(self.examples),
             seconds=time.monotonic() - start,

@@ -164,6 +164,15 @@ class FedKSeedConfig:
 
 
 @dataclass(frozen=True)
+class PrivacyConfig:
+    """Differential privacy of each example under FedKSeed (DPZero, arXiv 2310.09639)."""
+
+    clip: float = option(0.0, "Largest slope of the loss of one example that counts; 0 for no privacy.", low=0.0)
+    noise_multiplier: float = option(1.0, "Standard deviation of a scalar's noise, in units of the clip.", above=0.0)
+    delta: float = option(1e-5, "delta, for which epsilon is reported.", above=0.0, high=0.5)
+
+
+@dataclass(frozen=True)
 class FedCyBGDConfig:
     """FedCyBGD (arXiv 2406.11187): one node trains one block in turn. A round is one turn."""
 
@@ -225,6 +234,7 @@ class Config:
     strategy: StrategyConfig = StrategyConfig()
     round: RoundConfig = RoundConfig()
     fedkseed: FedKSeedConfig = FedKSeedConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     fedcybgd: FedCyBGDConfig = FedCyBGDConfig()
     eval: EvalConfig = EvalConfig()
     run: RunDirConfig = RunDirConfig()
@@ -343,6 +353,14 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             f"run config: 'strategy.min-replies' is {config.strategy.min_replies}, but must be at most "
             f"'strategy.min-nodes' ({config.strategy.min_nodes}): raise the one or lower the other."
+        )
+    seeds = config.fedkseed
+    if config.privacy.clip and (
+        config.method.name == "fedcybgd" or seeds.estimator != "two-sided" or seeds.directions > 1
+    ):
+        raise ConfigError(
+            "run config: 'privacy.clip' works with FedKSeed, 'fedkseed.estimator' = \"two-sided\" and "
+            "'fedkseed.directions' = 1 alone: set these, or 'privacy.clip' to 0."
         )
     if config.fedkseed.scalar_bits not in (8, 16, 32):
         raise ConfigError(

@@ -53,6 +53,14 @@ def loss_in_parts(rows: int) -> Callable[[torch.nn.Module, Batch], torch.Tensor]
     return loss if rows else response_loss
 
 
+def example_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Mean cross-entropy of each example's response tokens, in nats: shape [rows], float32; not for gradients."""
+    rows = (batch["labels"][:, 1:] != IGNORE).sum(dim=1)
+    if not len(rows):
+        return torch.empty(0)
+    return torch.stack([part.mean() for part in token_losses(model, batch).split(rows.tolist())])
+
+
 def token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy of each response token of a batch, in nats.
 

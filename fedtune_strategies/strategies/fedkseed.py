@@ -30,6 +30,7 @@ from fedtune_strategies.protocol.packing import SCALAR_TYPES, pack, read_scalars
 from fedtune_strategies.seed_space import fingerprint, make_pool
 from fedtune_strategies.strategies.aggregation import make_aggregator, moments, prepare, restore_moments, schedule
 from fedtune_strategies.strategies.base import State, TuningStrategy, arrays_of, check_origin, log
+from fedtune_strategies.strategies.privacy import epsilon
 from fedtune_strategies.strategies.screening import amplitude, clipped, out_of_line, running_amplitude
 from fedtune_strategies.strategies.versions import LARGEST, Versions, round_move, unit_of
 
@@ -57,10 +58,13 @@ class FedKSeed(TuningStrategy):
         self.unit = unit_of(config.fedkseed.lr)
         self.versions = Versions()
         self.amplitude = 0.0
+        self.asked: dict[str, tuple[int, int]] = {}
         self.fingerprint = ""
 
     def summary(self) -> None:
         """Log what will be tuned and how."""
+        if self.config.privacy.clip:
+            epsilon(self.config, [])  # the accountant must be there before anything is spent
         settings = self.config.fedkseed
         log.info(
             "FedKSeed: K = %d %s seeds, tau = %d, eta = %g (%s), epsilon = %g, aggregated by %s",
@@ -84,6 +88,8 @@ class FedKSeed(TuningStrategy):
         self.versions.add(server_round - 1, np.rint(self.theta / self.unit).astype(np.int32))
         count = max(settings.min_replies, round(settings.fraction_train * len(nodes)))
         chosen = sample((self.config.train.seed, server_round), list(nodes), min(count, len(nodes)))
+        for name in chosen if self.config.privacy.clip else ():
+            self.asked[name] = (self.asked.get(name, (0, 0))[0] + 1, nodes[name].num_examples)
         since = {name: self.versions.since(name) for name in chosen}
         payloads = {version: protocol.encode(self._task(server_round, version)) for version in set(since.values())}
         kind = protocol.SeedTask.kind
@@ -130,6 +136,8 @@ class FedKSeed(TuningStrategy):
         arrays, metrics = self.inner.aggregate_train(server_round, moved)
         if arrays is None:
             return None, metrics
+        if metrics is not None and self.config.privacy.clip:
+            metrics["privacy/epsilon"] = epsilon(self.config, self.asked.values())
         self.amplitude = running_amplitude(self.amplitude, amplitudes)
         for answer, one in zip(answers, scalars, strict=True):
             self.observe(self.draws(answer.node, server_round, odds), one)
@@ -146,13 +154,16 @@ class FedKSeed(TuningStrategy):
     def state(self) -> State:
         """Return theta, what rounding left of its moves, the running amplitude, and the inner strategy's momenta."""
         own = {"theta": self.theta, "carry": self.carry, "amplitude": np.float64(self.amplitude)}
-        return State({name: torch.tensor(value) for name, value in own.items()} | moments(self.inner))
+        asked = {f"asked/{node}": np.array(counts) for node, counts in self.asked.items()}
+        return State({name: torch.tensor(value) for name, value in (own | asked).items()} | moments(self.inner))
 
     def restore(self, tensors: dict[str, Tensor], load: Callable[[str], dict[str, Tensor] | None]) -> ArrayRecord:
         """Take up what `state` returned."""
         restore_moments(self.inner, tensors)
         self.theta, self.carry = tensors["theta"].numpy(), tensors["carry"].numpy()
         self.amplitude = float(tensors["amplitude"])
+        counts = {key.removeprefix("asked/"): value for key, value in tensors.items() if key.startswith("asked/")}
+        self.asked = {node: (int(pair[0]), int(pair[1])) for node, pair in counts.items()}
         return arrays_of(theta=tensors["theta"])
 
     def lr(self, round: int) -> float:

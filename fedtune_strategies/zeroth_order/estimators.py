@@ -28,15 +28,19 @@ class Point:
     ----------
     apply : callable
         Moves the model by (seed, factor) pairs.
-    loss : callable
-        The loss of the step's batch where the model is.
+    losses : callable
+        The loss of the step's batch where the model is, as the caller's loss function gives it.
     slope : callable
         The exact slope of that loss along a seed's direction.
     """
 
     apply: Callable[[Moves], None]
-    loss: Callable[[], float]
+    losses: Callable[[], Tensor]
     slope: Callable[[int], tuple[float, float]]
+
+    def loss(self) -> float:
+        """Return the loss as one number."""
+        return float(self.losses())
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,8 @@ def sign(point: Point, pending: Moves, seeds: Sequence[int], eps: float) -> Slop
     )
 
 
-ESTIMATORS = {"two-sided": two_sided, "one-sided": one_sided, "forward": forward, "sign": sign}
+Estimator = Callable[[Point, Moves, Sequence[int], float], Slopes]
+ESTIMATORS: dict[str, Estimator] = {"two-sided": two_sided, "one-sided": one_sided, "forward": forward, "sign": sign}
 
 
 def exact_slope(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedtune_strategies.errors import ConfigError
 from fedtune_strategies.seed_space import Pool, tuned_parameters
-from fedtune_strategies.zeroth_order.estimators import ESTIMATORS, Moves, Point, exact_slope
+from fedtune_strategies.zeroth_order.estimators import ESTIMATORS, Estimator, Moves, Point, exact_slope
 from fedtune_strategies.zeroth_order.layerwise import at_point
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -51,7 +51,7 @@ def local_steps(
     pattern: str | None = None,
     start: Tensor | None = None,
     in_place: bool | None = None,
-    estimator: str = "two-sided",
+    estimator: str | Estimator = "two-sided",
     directions: int = 1,
 ) -> LocalSteps:
     """Take τ zeroth-order steps (FedKSeed, arXiv 2312.06353, algorithm 1).
@@ -92,7 +92,7 @@ def local_steps(
         float32, shape (K,): the round's point relative to the model's weights, which then stay at W_0.
     in_place : bool, optional
         Choose the way; by default as above.
-    estimator : {"two-sided", "one-sided", "forward", "sign"}
+    estimator : {"two-sided", "one-sided", "forward", "sign"} or callable
         How slopes are found, see `fedtune_strategies.zeroth_order.estimators`; by default
         ``(L(W + eps z) - L(W - eps z)) / 2 eps`` (arXiv 2305.17333).
     directions : int
@@ -118,13 +118,14 @@ def local_steps(
     model.eval()
     g, losses = np.full(len(seeds), np.nan, np.float32), np.full(len(seeds), np.nan, np.float32)
     sizes = np.broadcast_to(lr, len(seeds)).tolist()
+    estimate = ESTIMATORS[estimator] if isinstance(estimator, str) else estimator
     pending: Moves = []
     groups = [slice(first, first + directions) for first in range(0, len(seeds), directions)]
     with trajectory as apply:
         for group, batch in zip(groups, batches, strict=False):
             ks = [int(k) for k in seeds[group]]
             point = _point(model, pool, loss, batch, pattern, apply)
-            found = ESTIMATORS[estimator](point, pending, ks, eps)
+            found = estimate(point, pending, ks, eps)
             finite = np.isfinite(found.g) & np.isfinite(found.loss)
             g[group] = np.where(finite, np.clip(found.g, -limit, limit), np.nan)
             losses[group] = np.where(finite, found.loss, np.nan)
@@ -138,8 +139,8 @@ def local_steps(
 def _point(
     model: nn.Module, pool: Pool, loss: Loss, batch: Any, pattern: str | None, apply: Callable[[Moves], None]
 ) -> Point:
-    def here() -> float:
-        return float(loss(model, batch))
+    def here() -> Tensor:
+        return loss(model, batch)
 
     def slope(k: int) -> tuple[float, float]:
         return exact_slope(model, pool, lambda model: loss(model, batch), k, pattern)
