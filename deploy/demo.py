@@ -23,17 +23,17 @@ from fedtune_strategies.config import Scalar, parse
 from fedtune_strategies.errors import ConfigError, DataError, ResourceError
 
 # What suits the embedded model and two cores; everything else is as in the run configuration.
-COMMON: dict[str, Scalar] = {"train.seq-length": 256, "eval.answers": 48, "eval.max-new-tokens": 24}
+COMMON: dict[str, Scalar] = {"train.seq-length": 64, "eval.answers": 45, "eval.max-new-tokens": 20}
 SEEDS: dict[str, Scalar] = {
-    "num-server-rounds": 4,
+    "num-server-rounds": 5,
     "fedkseed.seeds": 1024,
     "fedkseed.local-steps": 60,
-    "fedkseed.lr": 3e-4,
+    "fedkseed.lr": 4e-4,
 }
 SETTINGS: dict[str, dict[str, Scalar]] = {
     "fedkseed": SEEDS,
     "fedkseed-pro": SEEDS,
-    "fedcybgd": {"num-server-rounds": 12},
+    "fedcybgd": {"num-server-rounds": 12, "fedcybgd.lr": 3e-4},
 }
 HELD_OUT = 200  # most examples held out of a user's own file
 
