@@ -42,8 +42,8 @@ class SeedRounds:
         self._config = config
         self._model = model
         self._base = base
-        self._parameters = tuned_parameters(model)
         settings = config.fedkseed
+        self._parameters = tuned_parameters(model, settings.tune or None)
         self._pool = make_pool(settings.pool, key=config.train.seed, size=settings.seeds)
         self._version = 0
         self._units = np.zeros(settings.seeds, dtype=np.int32)
@@ -116,6 +116,7 @@ class SeedRounds:
             eps=settings.eps,
             lr=task.lr * weights,
             limit=task.limit,
+            pattern=settings.tune or None,
             estimator=estimator,
             directions=settings.directions,
         )

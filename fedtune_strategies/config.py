@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -122,6 +123,7 @@ class FedKSeedConfig:
 
     seeds: int = option(4096, "K, the number of seeded directions.", low=2, high=2**20)
     pool: str = option("walsh", "Kind of directions.", choices=("walsh", "gaussian"))
+    tune: str = option("", "Regular expression: only parameters with a match in their name are tuned; empty for all.")
     local_steps: int = option(200, "tau, zeroth-order steps of a node in a round.", low=1, high=100_000)
     lr: float = option(1e-4, "eta, step size along one direction.", above=0.0)
     estimator: str = option(
@@ -362,6 +364,10 @@ def _check_together(config: Config) -> None:
             "run config: 'privacy.clip' works with FedKSeed, 'fedkseed.estimator' = \"two-sided\" and "
             "'fedkseed.directions' = 1 alone: set these, or 'privacy.clip' to 0."
         )
+    try:
+        re.compile(seeds.tune)
+    except re.error as error:
+        raise ConfigError(f"run config: 'fedkseed.tune' is no regular expression: {error}.") from None
     if config.fedkseed.scalar_bits not in (8, 16, 32):
         raise ConfigError(
             f"run config: 'fedkseed.scalar-bits' is {config.fedkseed.scalar_bits}, but must be 8, 16 or 32."

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fedtune_strategies.blocks.find import find_blocks
 from fedtune_strategies.config import Config
+from fedtune_strategies.seed_space import tuned_parameters
 from fedtune_strategies.strategies.base import TuningStrategy
 from fedtune_strategies.strategies.fedcybgd import FedCyBGD
 from fedtune_strategies.strategies.fedkseed import FedKSeed
@@ -35,4 +36,6 @@ def build_strategy(config: Config, model: nn.Module, base: Mapping[str, Tensor])
         settings = config.fedcybgd
         blocks = find_blocks(model, settings.layers_per_block, train_embeddings=settings.train_embeddings)
         return FedCyBGD(config, base, blocks)
+    if config.fedkseed.tune:
+        base = {name: base[name] for name in tuned_parameters(model, config.fedkseed.tune)}
     return {"fedkseed": FedKSeed, "fedkseed-pro": FedKSeedPro}[config.method.name](config, base)

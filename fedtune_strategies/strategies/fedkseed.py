@@ -43,7 +43,7 @@ class FedKSeed(TuningStrategy):
     config : Config
         The run configuration; `Config.fedkseed`, `Config.train` and `Config.strategy` are read.
     base : mapping of str to Tensor
-        W_0 by canonical parameter name.
+        W_0 of the tuned parameters by canonical name.
     inner : flwr.serverapp.strategy.Strategy, optional
         Aggregates the nodes' theta; that of ``strategy.aggregation`` by default.
     """
@@ -145,10 +145,11 @@ class FedKSeed(TuningStrategy):
         return arrays_of(theta=torch.from_numpy(self.theta)), metrics
 
     def materialise(self, arrays: ArrayRecord, parameters: Mapping[str, Tensor]) -> str:
-        """Rebuild W(theta) from W_0."""
+        """Rebuild W(theta) from W_0; parameters that are not tuned stay as they are."""
         theta = torch.from_numpy(arrays["theta"].numpy().copy())
-        self.pool.rebuild_model(parameters, self.base, theta)
-        self.fingerprint = fingerprint(parameters)
+        tuned = {name: parameters[name] for name in self.base}
+        self.pool.rebuild_model(tuned, self.base, theta)
+        self.fingerprint = fingerprint(tuned)
         return self.fingerprint
 
     def state(self) -> State:
