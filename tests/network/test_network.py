@@ -36,13 +36,19 @@ def submit(running, settings):
     return running.submit(Path(__file__).parents[2], settings)
 
 
-def workers():
-    return [p for p in psutil.process_iter(["cmdline"]) if "client_app.worker" in " ".join(p.info["cmdline"] or [])]
+def workers(running):
+    """Workers of a federation's nodes: the last word of their command is their SuperNode's process id."""
+    hosts = {str(process.pid) for process in running.nodes.values()}
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or [""]
+        if "client_app.worker" in command and command[-1] in hosts:
+            found.append(process)
+    return found
 
 
 def test_networked_runs_equal_the_in_memory_ones(settings, data_files, tmp_path):
     """Every method, one federation; then a SuperNode killed with -9 and a run that cannot start."""
-    before = {process.pid for process in workers()}
     with federation(tmp_path / "federation", data_files) as running:
         for method in ("fedkseed", "fedkseed-pro", "fedcybgd"):
             memory = settings | {"method.name": method, "run.dir": str(tmp_path / f"memory-{method}")}
@@ -53,7 +59,7 @@ def test_networked_runs_equal_the_in_memory_ones(settings, data_files, tmp_path)
             assert status.completed, running.run_log(run_id)
             assert final_state(network) == final_state(memory)
             # The model was loaded once: one worker for each node.
-            assert len({process.pid for process in workers()} - before) == 3
+            assert len(workers(running)) == 3
 
         # A user's mistake fails the run with one line, no trace.
         broken = settings | {"model.name": str(tmp_path / "nothing"), "run.dir": str(tmp_path / "broken")}
@@ -64,11 +70,11 @@ def test_networked_runs_equal_the_in_memory_ones(settings, data_files, tmp_path)
         assert Ledger.read(tmp_path / "broken").last("failed").body["exit_code"] == ModelError.exit_code
 
         # No orphan after kill -9 of a SuperNode.
-        mine = [process for process in workers() if process.pid not in before]
+        mine = workers(running)
         os.kill(running.nodes["node-0"].pid, signal.SIGKILL)
         limit = time.monotonic() + 20
         while sum(process.is_running() for process in mine) > 2:
             assert time.monotonic() < limit, "the worker outlived its SuperNode"
             time.sleep(0.2)
-    psutil.wait_procs(mine, timeout=20)
-    assert not [process for process in workers() if process.pid not in before]
+    _, alive = psutil.wait_procs(mine, timeout=20)
+    assert not alive
