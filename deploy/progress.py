@@ -20,7 +20,9 @@ from server_app.ledger import Ledger, Record
 
 LOOK_EVERY = 0.5  # seconds between two looks at the ledger
 NOTHING = Traffic()
-ASK_EVERY = 20.0  # seconds between two questions to the SuperLink, which cost a second of one core
+ASK_EVERY = (
+    60.0  # seconds between two questions to the SuperLink, which cost over a second of one core; the ledger tells most
+)
 
 
 @dataclass
