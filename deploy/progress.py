@@ -20,9 +20,8 @@ from server_app.ledger import Ledger, Record
 
 LOOK_EVERY = 0.5  # seconds between two looks at the ledger
 NOTHING = Traffic()
-ASK_EVERY = (
-    60.0  # seconds between two questions to the SuperLink, which cost over a second of one core; the ledger tells most
-)
+# Seconds between two questions to the SuperLink, which cost over a second of one core. The ledger tells almost all.
+ASK_EVERY = 60.0
 
 
 @dataclass
