@@ -25,7 +25,7 @@ from fedtune_strategies.errors import ConfigError, DataError, ResourceError
 # What suits the embedded model and two cores; everything else is as in the run configuration.
 COMMON: dict[str, Scalar] = {"train.seq-length": 64, "eval.answers": 45, "eval.max-new-tokens": 20}
 SEEDS: dict[str, Scalar] = {
-    "num-server-rounds": 5,
+    "num-server-rounds": 4,
     "fedkseed.seeds": 1024,
     "fedkseed.local-steps": 60,
     "fedkseed.lr": 4e-4,
@@ -33,7 +33,7 @@ SEEDS: dict[str, Scalar] = {
 SETTINGS: dict[str, dict[str, Scalar]] = {
     "fedkseed": SEEDS,
     "fedkseed-pro": SEEDS,
-    "fedcybgd": {"num-server-rounds": 12, "fedcybgd.lr": 3e-4},
+    "fedcybgd": {"num-server-rounds": 6, "fedcybgd.lr": 3e-4},
 }
 HELD_OUT = 200  # most examples held out of a user's own file
 
