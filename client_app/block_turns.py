@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtune_strategies.blocks.codecs import decode, parse_codec
-from fedtune_strategies.blocks.exchange import block_fingerprint, frozen_form, turn_fingerprint
+from fedtune_strategies.blocks.exchange import frozen_form, turn_fingerprint
 from fedtune_strategies.blocks.find import Block, find_blocks
 from fedtune_strategies.blocks.schedule import local_steps_rule
 from fedtune_strategies.blocks.train import BlockUpdate, apply_delta, train_block
@@ -18,6 +18,7 @@ from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.language.examples import Examples, batches
 from fedtune_strategies.language.loss import response_loss
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.seed_space import fingerprint
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class BlockTurns:
         prints = []
         for block in self._blocks:
             frozen = {name: self._model.get_parameter(name).detach() for name in block.parameters}
-            prints.append(block_fingerprint(start if block is trained else frozen))
+            prints.append(fingerprint(start if block is trained else frozen))
         return turn_fingerprint(prints)
 
     @torch.no_grad()

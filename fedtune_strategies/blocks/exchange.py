@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fedtune_strategies.blocks.codecs import Codec, decode, encode
-from fedtune_strategies.seed_space import fingerprint
 
 
 def frozen_form(weights: Mapping[str, Tensor], codec: Codec, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -34,11 +33,6 @@ def frozen_form(weights: Mapping[str, Tensor], codec: Codec, dtype: torch.dtype)
         decode(encode(weights)) in `dtype`.
     """
     return {name: value.to(dtype) for name, value in decode(encode(weights, codec)).items()}
-
-
-def block_fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """Fingerprint of one block in the form in which a turn uses it."""
-    return fingerprint(weights)
 
 
 def turn_fingerprint(blocks: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedtune_strategies.blocks.codecs import encode, parse_codec
-from fedtune_strategies.blocks.exchange import block_fingerprint, frozen_form, turn_fingerprint
+from fedtune_strategies.blocks.exchange import frozen_form, turn_fingerprint
 from fedtune_strategies.blocks.find import Block
 from fedtune_strategies.blocks.schedule import nodes_for, turn_at
 from fedtune_strategies.blocks.train import apply_delta
@@ -191,11 +191,11 @@ class FedCyBGD(TuningStrategy):
 
     def _turn_print(self, block: int) -> str:
         prints = list(self._frozen_prints)
-        prints[block] = block_fingerprint(self.master[block])
+        prints[block] = fingerprint(self.master[block])
         return turn_fingerprint(prints)
 
     def _frozen_print(self, block: int) -> str:
-        return block_fingerprint(frozen_form(self.master[block], self.codec, self.dtype))
+        return fingerprint(frozen_form(self.master[block], self.codec, self.dtype))
 
 
 def _label(block: int) -> str:
