@@ -1,0 +1,166 @@
+"""The run configuration: one source for its keys, types, defaults, limits, help and validation.
+
+Each field of the dataclasses in this package is one key of Flower's run config, named ``group.field-name``. `parse`
+checks a flat mapping against them; `defaults` and `as_toml` make the ``[tool.flwr.app.config]`` table of
+pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedtune_strategies.config.fedcybgd import FedCyBGDConfig
+from fedtune_strategies.config.fedkseed import FedKSeedConfig, PrivacyConfig
+from fedtune_strategies.config.options import Scalar, accepted, as_toml_value, build, checked, option, options
+from fedtune_strategies.config.sections import (
+    EvalConfig,
+    MethodConfig,
+    ModelConfig,
+    RoundConfig,
+    RunDirConfig,
+    StrategyConfig,
+    TrainConfig,
+)
+from fedtune_strategies.errors import ConfigError
+
+__all__ = [
+    "Config",
+    "FedCyBGDConfig",
+    "FedKSeedConfig",
+    "Key",
+    "Scalar",
+    "StrategyConfig",
+    "as_toml",
+    "defaults",
+    "keys",
+    "parse",
+]
+
+
+@dataclass(frozen=True)
+class Config:
+    """A checked run configuration; see `parse`."""
+
+    num_server_rounds: int = option(10, "Rounds of the run; for FedCyBGD the number of turns.", low=1)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    round: RoundConfig = field(default_factory=RoundConfig)
+    fedkseed: FedKSeedConfig = field(default_factory=FedKSeedConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    fedcybgd: FedCyBGDConfig = field(default_factory=FedCyBGDConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunDirConfig = field(default_factory=RunDirConfig)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of the run config.
+
+    Attributes
+    ----------
+    name : str
+        Kebab-case name with its group, such as ``train.seq-length``.
+    type : type
+        str, int, float or bool.
+    default : str, int, float or bool
+        Default value.
+    help : str
+        One sentence.
+    accepted : str
+        The accepted values in words.
+    """
+
+    name: str
+    type: type
+    default: Scalar
+    help: str
+    accepted: str
+
+
+def keys() -> list[Key]:
+    """List all keys in their documented order."""
+    return [
+        Key(name, kind, typing.cast(Scalar, spec.default), spec.metadata["help"], accepted(kind, spec))
+        for name, kind, spec in options(Config)
+    ]
+
+
+def defaults() -> dict[str, Scalar]:
+    """Return every key with its default: the flat run config of an unconfigured run."""
+    return {key.name: key.default for key in keys()}
+
+
+def parse(flat: Mapping[str, Any]) -> Config:
+    """Check a flat run config and build a `Config` from it.
+
+    Parameters
+    ----------
+    flat : mapping of str to str, int, float or bool
+        Keys as in `keys`; absent ones take their defaults. An int is accepted where a float is asked for.
+
+    Returns
+    -------
+    Config
+        The checked configuration.
+
+    Raises
+    ------
+    ConfigError
+        A key is unknown, has the wrong type, or its value is out of range: the line names the key and the
+        accepted values.
+    """
+    known = {name: (kind, spec) for name, kind, spec in options(Config)}
+    for name in flat:
+        if name not in known:
+            raise ConfigError(_unknown(name, known))
+    values = {name: checked(name, flat[name], *known[name]) for name in flat}
+    config = build(Config, "", values)
+    _check_together(config)
+    return config
+
+
+def as_toml() -> str:
+    """Render the ``[tool.flwr.app.config]`` table, without its heading."""
+    return "".join(f"{key.name} = {as_toml_value(key.default)}\n" for key in keys())
+
+
+def _check_together(config: Config) -> None:
+    if config.strategy.min_replies > config.strategy.min_nodes and config.method.name != "fedcybgd":
+        raise ConfigError(
+            f"run config: 'strategy.min-replies' is {config.strategy.min_replies}, but must be at most "
+            f"'strategy.min-nodes' ({config.strategy.min_nodes}): raise the one or lower the other."
+        )
+    seeds = config.fedkseed
+    if config.privacy.clip and (
+        config.method.name == "fedcybgd" or seeds.estimator != "two-sided" or seeds.directions > 1
+    ):
+        raise ConfigError(
+            "run config: 'privacy.clip' works with FedKSeed, 'fedkseed.estimator' = \"two-sided\" and "
+            "'fedkseed.directions' = 1 alone: set these, or 'privacy.clip' to 0."
+        )
+    try:
+        re.compile(seeds.tune)
+    except re.error as error:
+        raise ConfigError(f"run config: 'fedkseed.tune' is no regular expression: {error}.") from None
+    if config.fedkseed.scalar_bits not in (8, 16, 32):
+        raise ConfigError(
+            f"run config: 'fedkseed.scalar-bits' is {config.fedkseed.scalar_bits}, but must be 8, 16 or 32."
+        )
+    if config.fedkseed.pro_mean == "faithful" and config.fedkseed.pro_temperature != 1.0:
+        raise ConfigError(
+            f"run config: 'fedkseed.pro-temperature' is {config.fedkseed.pro_temperature}, but must be 1 "
+            "where 'fedkseed.pro-mean' is 'faithful'."
+        )
+
+
+def _unknown(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else "see `fedtune config` for all keys."
+    return f"run config: unknown key {name!r}; {hint}"
