@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedtune_strategies.blocks.codecs import decode, parse_codec
 from fedtune_strategies.blocks.exchange import frozen_form, turn_fingerprint
 from fedtune_strategies.blocks.find import Block, find_blocks
 from fedtune_strategies.blocks.schedule import local_steps_rule
 from fedtune_strategies.blocks.train import BlockUpdate, apply_delta, train_block
-from fedtune_strategies.config import Config
 from fedtune_strategies.errors import ProtocolError
-from fedtune_strategies.language.examples import Examples, batches
+from fedtune_strategies.language.examples import batches
 from fedtune_strategies.language.loss import response_loss
+from fedtune_strategies.memory import peak_memory
+from fedtune_strategies.method import NodeContext
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.seed_space import fingerprint
 
@@ -36,22 +38,42 @@ class BlockTurns:
 
     Parameters
     ----------
-    config : Config
-        The run configuration.
-    model : nn.Module
-        The node's model, at the base weights.
-    base : mapping of str to Tensor
-        W_0 by canonical parameter name.
+    context : NodeContext
+        The node.
     """
 
-    def __init__(self, config: Config, model: nn.Module, base: Mapping[str, Tensor]) -> None:
-        self._config = config
-        self._model = model
-        self._base = base
-        self._codec = parse_codec(config.fedcybgd.rest)
+    def __init__(self, context: NodeContext) -> None:
+        self._config, self._model, self._base = context.config, context.model, context.base
+        self._name, self._examples = context.name, context.examples
+        self._codec = parse_codec(self._config.fedcybgd.rest)
         self._blocks: tuple[Block, ...] = ()
         self._versions = torch.empty(0, dtype=torch.int64)
         self._exact: _Exact | None = None
+
+    def __call__(self, task: protocol.Message) -> protocol.Message:
+        """Answer a `BlockTask`."""
+        if not isinstance(task, protocol.BlockTask):
+            raise ProtocolError(f"a node of FedCyBGD cannot answer a '{task.kind}'.")
+        start = time.monotonic()
+        if not self.take(task):
+            return protocol.Lacking(self._name, task.round)
+        if task.block < 0:
+            return protocol.Kept(self._name, task.round)
+        update, starting_print = self.train(task)
+        return protocol.BlockReply(
+            node=self._name,
+            round=task.round,
+            block=task.block,
+            base_version=int(task.versions[task.block]),
+            delta=update.delta,
+            loss=sum(update.losses) / len(update.losses) if update.losses else float("nan"),
+            steps=update.steps,
+            skipped=update.skipped,
+            fingerprint=starting_print,
+            num_examples=len(self._examples),
+            seconds=time.monotonic() - start,
+            peak_memory=peak_memory(),
+        )
 
     def take(self, task: protocol.BlockTask) -> bool:
         """Take up what a task brings.
@@ -92,26 +114,21 @@ class BlockTurns:
             return False
         return True
 
-    def train(
-        self, task: protocol.BlockTask, examples: Examples, key: tuple[int | str, ...]
-    ) -> tuple[BlockUpdate, str]:
+    def train(self, task: protocol.BlockTask) -> tuple[BlockUpdate, str]:
         """Train the task's block; `take` said that all is there.
 
         Parameters
         ----------
         task : BlockTask
             The task.
-        examples : Examples
-            The node's data.
-        key : tuple of int or str
-            Key of the batches.
 
         Returns
         -------
         tuple of BlockUpdate and str
             The change of the block, and the fingerprint of the weights on which training started.
         """
-        settings, size = self._config.fedcybgd, self._config.train.batch_size
+        settings, size, examples = self._config.fedcybgd, self._config.train.batch_size, self._examples
+        key = (self._config.train.seed, task.round, self._name)
         block = self._blocks[task.block]
         start = self._start(block)
         starting_print = self._fingerprint(block, start)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
-from fedtune_strategies.config import Config
 from fedtune_strategies.draws import draw_seeds, importance, seed_key
 from fedtune_strategies.errors import ProtocolError
-from fedtune_strategies.language.examples import Batch, Examples, batches, collate
+from fedtune_strategies.language.examples import Batch, batches, collate
 from fedtune_strategies.language.loss import example_losses, loss_in_parts
+from fedtune_strategies.memory import peak_memory
+from fedtune_strategies.method import NodeContext
 from fedtune_strategies.protocol import messages as protocol
-from fedtune_strategies.protocol.packing import unpack
+from fedtune_strategies.protocol.packing import round_scalars, unpack
 from fedtune_strategies.seed_space import fingerprint, make_pool, tuned_parameters
 from fedtune_strategies.zeroth_order import LocalSteps, local_steps
 from fedtune_strategies.zeroth_order.estimators import Estimator
@@ -30,23 +31,40 @@ class SeedRounds:
 
     Parameters
     ----------
-    config : Config
-        The run configuration.
-    model : nn.Module
-        The node's model.
-    base : mapping of str to Tensor
-        W_0 by canonical parameter name.
+    context : NodeContext
+        The node.
     """
 
-    def __init__(self, config: Config, model: nn.Module, base: Mapping[str, Tensor]) -> None:
-        self._config = config
-        self._model = model
-        self._base = base
-        settings = config.fedkseed
-        self._parameters = tuned_parameters(model, settings.tune or None)
-        self._pool = make_pool(settings.pool, key=config.train.seed, size=settings.seeds)
+    def __init__(self, context: NodeContext) -> None:
+        self._config, self._model, self._base = context.config, context.model, context.base
+        self._name, self._examples = context.name, context.examples
+        settings = self._config.fedkseed
+        self._parameters = tuned_parameters(self._model, settings.tune or None)
+        self._pool = make_pool(settings.pool, key=self._config.train.seed, size=settings.seeds)
         self._version = 0
         self._units = np.zeros(settings.seeds, dtype=np.int32)
+
+    def __call__(self, task: protocol.Message) -> protocol.Message:
+        """Answer a `SeedTask`."""
+        if not isinstance(task, protocol.SeedTask):
+            raise ProtocolError(f"a node of FedKSeed cannot answer a '{task.kind}'.")
+        start = time.monotonic()
+        if not self.take(task):
+            return protocol.Lacking(self._name, task.round)
+        steps, starting_print = self.train(task)
+        scalars, unit = round_scalars(steps.g, self._config.fedkseed.scalar_bits)
+        finite = steps.loss[np.isfinite(steps.loss)]
+        return protocol.SeedReply(
+            node=self._name,
+            round=task.round,
+            scalars=scalars,
+            unit=unit,
+            loss=float(finite.mean()) if finite.size and not self._config.privacy.clip else float("nan"),
+            fingerprint=starting_print,
+            num_examples=len(self._examples),
+            seconds=time.monotonic() - start,
+            peak_memory=peak_memory(),
+        )
 
     def take(self, task: protocol.SeedTask) -> bool:
         """Take up the theta of a task.
@@ -76,17 +94,13 @@ class SeedRounds:
         self._version = task.round - 1
         return True
 
-    def train(self, task: protocol.SeedTask, name: str, examples: Examples) -> tuple[LocalSteps, str]:
+    def train(self, task: protocol.SeedTask) -> tuple[LocalSteps, str]:
         """Take the round's local steps; `take` said that theta is there.
 
         Parameters
         ----------
         task : SeedTask
             The task.
-        name : str
-            The node's name.
-        examples : Examples
-            The node's data.
 
         Returns
         -------
@@ -99,14 +113,14 @@ class SeedRounds:
             The odds of the seeds are unusable.
         """
         settings = self._config.fedkseed
-        key = seed_key(self._config, task.round, name)
+        key = seed_key(self._config, task.round, self._name)
         odds = self._odds(task)
         seeds = draw_seeds(key, settings.local_steps, settings.seeds, odds)
         weights = importance(odds)[seeds] if settings.pro_importance and odds.size else 1.0
         theta = torch.from_numpy((self._units * task.unit).astype(np.float32))
         self._pool.rebuild_model(self._parameters, self._base, theta)
         starting_print = fingerprint(self._parameters)
-        estimator, loss, data = self._plan(task, name, examples)
+        estimator, loss, data = self._plan(task)
         steps = local_steps(
             self._model,
             self._pool,
@@ -122,14 +136,13 @@ class SeedRounds:
         )
         return steps, starting_print
 
-    def _plan(
-        self, task: protocol.SeedTask, name: str, examples: Examples
-    ) -> tuple[str | Estimator, Loss, Iterator[Batch]]:
+    def _plan(self, task: protocol.SeedTask) -> tuple[str | Estimator, Loss, Iterator[Batch]]:
         """Say how slopes are found, of which loss, on which batches."""
+        examples = self._examples
         settings, privacy, size = self._config.fedkseed, self._config.privacy, self._config.train.batch_size
         count = -(-settings.local_steps // settings.directions)
         if not privacy.clip:
-            key = (self._config.train.seed, task.round, name)
+            key = (self._config.train.seed, task.round, self._name)
             return settings.estimator, loss_in_parts(settings.micro_batch), batches(examples, size, count, key)
         size = min(size, len(examples))
         drawn = poisson_sample(len(examples), size / len(examples), count)

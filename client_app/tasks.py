@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import logging
-import resource
-import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from client_app.block_turns import BlockTurns
 from client_app.seed_rounds import SeedRounds
 from fedtune_strategies.config import parse
-from fedtune_strategies.errors import ConfigError, FedTuneError, ProtocolError, ResourceError
+from fedtune_strategies.errors import ConfigError, FedTuneError, ResourceError
 from fedtune_strategies.language.data import FORMATS, read_rows
 from fedtune_strategies.language.examples import tokenise
 from fedtune_strategies.language.model import base_tensors, check_context, load_model
+from fedtune_strategies.memory import peak_memory
+from fedtune_strategies.method import NodeContext, load_method
 from fedtune_strategies.protocol import messages as protocol
-from fedtune_strategies.protocol.packing import round_scalars
 from fedtune_strategies.seed_space import fingerprint
 
 log = logging.getLogger("fedtune")
@@ -63,8 +59,8 @@ class Node:
         self.examples = tokenise(rows, self.language.tokenizer, self.config.train.seq_length)
         self.base = base_tensors(self.language)
         self.base_fingerprint = fingerprint(self.base)
-        self.rounds = SeedRounds(self.config, self.language.model, self.base)
-        self.turns = BlockTurns(self.config, self.language.model, self.base)
+        context = NodeContext(self.config, self.name, self.language.model, self.base, self.examples)
+        self.answer = _method(self.config.method.name)(context)
         log.info("%s: %d examples, model %s", self.name, len(self.examples), self.language.folder)
 
     def handle(self, kind: str, payload: bytes) -> tuple[str, bytes]:
@@ -95,57 +91,20 @@ class Node:
         return reply.kind, protocol.encode(reply)
 
     def _answer(self, message: protocol.Message) -> protocol.Message:
-        match message:
-            case protocol.Hello():
-                return protocol.HelloReply(
-                    self.name, protocol.PROTOCOL_VERSION, len(self.examples), self.base_fingerprint, peak_memory()
-                )
-            case protocol.SeedTask():
-                return self._seed_round(message)
-            case protocol.BlockTask():
-                return self._block_turn(message)
-        raise ProtocolError(f"a node cannot answer a '{message.kind}'.")
+        if isinstance(message, protocol.Hello):
+            return protocol.HelloReply(
+                self.name, protocol.PROTOCOL_VERSION, len(self.examples), self.base_fingerprint, peak_memory()
+            )
+        return self.answer(message)
 
-    def _seed_round(self, task: protocol.SeedTask) -> protocol.Message:
-        start = time.monotonic()
-        if not self.rounds.take(task):
-            return protocol.Lacking(self.name, task.round)
-        steps, starting_print = self.rounds.train(task, self.name, self.examples)
-        scalars, unit = round_scalars(steps.g, self.config.fedkseed.scalar_bits)
-        finite = steps.loss[np.isfinite(steps.loss)]
-        return protocol.SeedReply(
-            node=self.name,
-            round=task.round,
-            scalars=scalars,
-            unit=unit,
-            loss=float(finite.mean()) if finite.size and not self.config.privacy.clip else float("nan"),
-            fingerprint=starting_print,
-            num_examples=len(self.examples),
-            seconds=time.monotonic() - start,
-            peak_memory=peak_memory(),
-        )
 
-    def _block_turn(self, task: protocol.BlockTask) -> protocol.Message:
-        start = time.monotonic()
-        if not self.turns.take(task):
-            return protocol.Lacking(self.name, task.round)
-        if task.block < 0:
-            return protocol.Kept(self.name, task.round)
-        update, starting_print = self.turns.train(task, self.examples, (self.config.train.seed, task.round, self.name))
-        return protocol.BlockReply(
-            node=self.name,
-            round=task.round,
-            block=task.block,
-            base_version=int(task.versions[task.block]),
-            delta=update.delta,
-            loss=sum(update.losses) / len(update.losses) if update.losses else float("nan"),
-            steps=update.steps,
-            skipped=update.skipped,
-            fingerprint=starting_print,
-            num_examples=len(self.examples),
-            seconds=time.monotonic() - start,
-            peak_memory=peak_memory(),
-        )
+def _method(name: str) -> Callable[[NodeContext], Callable[[protocol.Message], protocol.Message]]:
+    match name:
+        case "fedkseed" | "fedkseed-pro":
+            return SeedRounds
+        case "fedcybgd":
+            return BlockTurns
+    return load_method(name).node
 
 
 def check_node_config(node_config: Mapping[str, Any]) -> dict[str, str]:
@@ -164,9 +123,3 @@ def check_node_config(node_config: Mapping[str, Any]) -> dict[str, str]:
         if key in node_config and not isinstance(node_config[key], str):
             raise ConfigError(f"node config: '{key}' is {node_config[key]!r}, but must be text: put it in quotes.")
     return {key: node_config[key] for key in NODE_KEYS if key in node_config}
-
-
-def peak_memory() -> int:
-    """Return the peak resident memory of this process in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

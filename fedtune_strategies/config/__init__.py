@@ -18,6 +18,7 @@ from fedtune_strategies.config.fedcybgd import FedCyBGDConfig
 from fedtune_strategies.config.fedkseed import FedKSeedConfig, PrivacyConfig
 from fedtune_strategies.config.options import Scalar, accepted, as_toml_value, build, checked, option, options
 from fedtune_strategies.config.sections import (
+    METHODS,
     EvalConfig,
     MethodConfig,
     ModelConfig,
@@ -29,6 +30,7 @@ from fedtune_strategies.config.sections import (
 from fedtune_strategies.errors import ConfigError
 
 __all__ = [
+    "METHODS",
     "Config",
     "FedCyBGDConfig",
     "FedKSeedConfig",

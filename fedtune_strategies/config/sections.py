@@ -5,13 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedtune_strategies.config.options import option
+from fedtune_strategies.method import installed_methods
+
+METHODS = ("fedkseed", "fedkseed-pro", "fedcybgd")
 
 
 @dataclass(frozen=True)
 class MethodConfig:
     """Which algorithm tunes the model."""
 
-    name: str = option("fedkseed", "Tuning method.", choices=("fedkseed", "fedkseed-pro", "fedcybgd"))
+    name: str = option(
+        "fedkseed",
+        "Tuning method: one of FedTune's, or of an installed package.",
+        choices=(*METHODS, *installed_methods()),
+    )
 
 
 @dataclass(frozen=True)

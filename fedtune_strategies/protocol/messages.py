@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedtune_strategies.errors import ProtocolError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 _HEADER = "header"
 _Tensors: TypeAlias = dict[str, Tensor]
 
@@ -216,6 +216,58 @@ class BlockReply:
 
 
 @dataclass(frozen=True)
+class ArraysTask:
+    """One round of a method whose global model is a set of tensors: FedAvg, or a method of another package.
+
+    Attributes
+    ----------
+    round : int
+        Round, from 1.
+    arrays : dict of str to Tensor
+        The global model.
+    """
+
+    kind: typing.ClassVar[str] = "arrays-task"
+    round: int
+    arrays: _Tensors
+
+
+@dataclass(frozen=True)
+class ArraysReply:
+    """What a node answers to an `ArraysTask`: the tensors as its local training left them.
+
+    Attributes
+    ----------
+    node : str
+        Name of the node.
+    round : int
+        Round of the task.
+    arrays : dict of str to Tensor
+        Same names and shapes as in the task, if the method does not say otherwise.
+    loss : float
+        Mean training loss, nats a token.
+    fingerprint : str
+        Fingerprint of the weights on which the node started.
+    num_examples : int
+        Training examples that the node holds.
+    seconds : float
+        Wall-clock time of the task on the node.
+    peak_memory : int
+        Peak resident memory of the worker so far, in bytes.
+    """
+
+    kind: typing.ClassVar[str] = "arrays-reply"
+    node: str
+    round: int
+    arrays: _Tensors
+    loss: float
+    fingerprint: str
+    num_examples: int
+    seconds: float
+    peak_memory: int
+
+
+@dataclass(frozen=True)
 class Kept:
     """Answers a `BlockTask` that only brought parts."""
 
@@ -250,7 +302,19 @@ class Failure:
     message: str
 
 
-Message: TypeAlias = Hello | HelloReply | SeedTask | SeedReply | BlockTask | BlockReply | Kept | Lacking | Failure
+Message: TypeAlias = (
+    Hello
+    | HelloReply
+    | SeedTask
+    | SeedReply
+    | BlockTask
+    | BlockReply
+    | ArraysTask
+    | ArraysReply
+    | Kept
+    | Lacking
+    | Failure
+)
 _TYPES: dict[str, type] = {cls.kind: cls for cls in typing.get_args(Message)}
 
 

@@ -118,12 +118,14 @@ class TuningStrategy(Strategy):
         return None
 
 
-def check_origin(reply: protocol.SeedReply | protocol.BlockReply, round: int, fingerprint: str) -> None:
+def check_origin(
+    reply: protocol.SeedReply | protocol.BlockReply | protocol.ArraysReply, round: int, fingerprint: str
+) -> None:
     """Refuse a reply that belongs to another round or was computed on other weights.
 
     Parameters
     ----------
-    reply : SeedReply or BlockReply
+    reply : SeedReply, BlockReply or ArraysReply
         The reply.
     round : int
         The current round.

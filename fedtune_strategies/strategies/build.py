@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from fedtune_strategies.blocks.find import find_blocks
-from fedtune_strategies.config import Config
+from fedtune_strategies.config import METHODS, Config
+from fedtune_strategies.method import load_method
 from fedtune_strategies.seed_space import tuned_parameters
 from fedtune_strategies.strategies.base import TuningStrategy
 from fedtune_strategies.strategies.fedcybgd import FedCyBGD
@@ -32,6 +33,8 @@ def build_strategy(config: Config, model: nn.Module, base: Mapping[str, Tensor])
     TuningStrategy
         A new strategy at the base model.
     """
+    if config.method.name not in METHODS:
+        return load_method(config.method.name).strategy(config, model, base)
     if config.method.name == "fedcybgd":
         settings = config.fedcybgd
         blocks = find_blocks(model, settings.layers_per_block, train_embeddings=settings.train_embeddings)

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from client_app.tasks import Node, check_node_config
+from fedtune_strategies.blocks.find import find_blocks
 from fedtune_strategies.errors import ConfigError, DataError, ProtocolError
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.packing import pack
@@ -10,6 +11,12 @@ from fedtune_strategies.protocol.packing import pack
 
 @pytest.fixture
 def node(settings, data_files):
+    return Node(settings, {"name": "node-0", "data": str(data_files["node-0"])}, 1)
+
+
+@pytest.fixture
+def block_node(settings, data_files):
+    settings |= {"method.name": "fedcybgd"}
     return Node(settings, {"name": "node-0", "data": str(data_files["node-0"])}, 1)
 
 
@@ -72,10 +79,6 @@ def test_theta_is_where_the_node_starts(node):
         seed_task(levels=np.zeros(3, dtype=np.int32), odds=[1]),
         seed_task(levels=np.zeros(64, dtype=np.int32), odds=[-1]),
         seed_task(levels=np.full(64, 5, dtype=np.int32), odds=[1, 2]),
-        protocol.BlockTask(1, 0, torch.zeros(2, dtype=torch.int64), {}, {}, 1e-3, 1),
-        protocol.BlockTask(1, 99, torch.zeros(5, dtype=torch.int64), {}, {}, 1e-3, 1),
-        protocol.BlockTask(1, 0, torch.zeros(5, dtype=torch.int64), {"foreign": torch.zeros(2)}, {}, 1e-3, 1),
-        protocol.BlockTask(1, 0, torch.zeros(5, dtype=torch.int64), {}, {"foreign:int8": torch.zeros(2)}, 1e-3, 1),
         protocol.Kept("n", 1),
     ],
 )
@@ -85,16 +88,38 @@ def test_a_task_that_does_not_fit_is_refused_and_the_node_stays(node, task):
     assert isinstance(ask(node, seed_task()), protocol.SeedReply)
 
 
-def test_a_block_of_wrong_shape_is_a_failure_not_a_crash(node):
-    name = node.turns._find()[0].parameters[0]
+@pytest.mark.parametrize(
+    "task",
+    [
+        protocol.BlockTask(1, 0, torch.zeros(2, dtype=torch.int64), {}, {}, 1e-3, 1),
+        protocol.BlockTask(1, 99, torch.zeros(5, dtype=torch.int64), {}, {}, 1e-3, 1),
+        protocol.BlockTask(1, 0, torch.zeros(5, dtype=torch.int64), {"foreign": torch.zeros(2)}, {}, 1e-3, 1),
+        protocol.BlockTask(1, 0, torch.zeros(5, dtype=torch.int64), {}, {"foreign:int8": torch.zeros(2)}, 1e-3, 1),
+    ],
+)
+def test_a_turn_that_does_not_fit_is_refused_and_the_node_stays(block_node, task):
+    failure = ask(block_node, task)
+    assert isinstance(failure, protocol.Failure) and failure.exit_code == ProtocolError.exit_code, failure
+    right = protocol.BlockTask(1, 0, torch.zeros(5, dtype=torch.int64), {}, {}, 1e-3, 1)
+    assert isinstance(ask(block_node, right), protocol.BlockReply)
+
+
+def test_a_block_of_wrong_shape_is_a_failure_not_a_crash(block_node):
+    name = find_blocks(block_node.language.model)[0].parameters[0]
     task = protocol.BlockTask(1, 0, torch.ones(5, dtype=torch.int64), {name: torch.zeros(2)}, {}, 1e-3, 1)
-    assert isinstance(ask(node, task), protocol.Failure)
-    assert isinstance(ask(node, seed_task()), protocol.SeedReply)
+    assert isinstance(ask(block_node, task), protocol.Failure)
+    right = protocol.BlockTask(1, 0, torch.zeros(5, dtype=torch.int64), {}, {}, 1e-3, 1)
+    assert isinstance(ask(block_node, right), protocol.BlockReply)
 
 
-def test_a_node_without_the_versions_that_a_turn_counts_on_says_so(node):
+def test_a_node_without_the_versions_that_a_turn_counts_on_says_so(block_node):
     task = protocol.BlockTask(3, 0, torch.tensor([0, 1, 0, 0, 0]), {}, {}, 1e-3, 1)
-    assert isinstance(ask(node, task), protocol.Lacking)
+    assert isinstance(ask(block_node, task), protocol.Lacking)
+
+
+def test_a_task_of_another_method_is_refused(node, block_node):
+    for asked, foreign in ((block_node, seed_task()), (node, protocol.ArraysTask(1, {}))):
+        assert ask(asked, foreign).exit_code == ProtocolError.exit_code
 
 
 def test_a_change_counts_from_the_theta_that_the_node_holds(node):

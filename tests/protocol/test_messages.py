@@ -22,6 +22,8 @@ EXAMPLES = [
         2, 1, torch.tensor([0, 3]), {"a.weight": torch.randn(2, 3)}, {"b:int8": torch.ones(2, dtype=torch.int8)}, 0.1, 0
     ),
     protocol.BlockReply("n", 2, 1, 3, {"a": torch.ones(2, dtype=torch.bfloat16)}, 2.0, 5, 1, "f", 5, 1.0, 10),
+    protocol.ArraysTask(1, {"a.weight": torch.randn(2, 3)}),
+    protocol.ArraysReply("n", 1, {"a.weight": torch.randn(2, 3)}, 2.0, "f", 5, 1.0, 10),
     protocol.Kept("n", 1),
     protocol.Lacking("n", 1),
     protocol.Failure(11, "no such file"),
