@@ -1,0 +1,54 @@
+"""How commands print facts: for a person, or as JSON for a program."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fedtune_strategies.config import Scalar
+from fedtune_strategies.errors import ConfigError
+
+
+class Format(StrEnum):
+    """What ``--format`` accepts."""
+
+    text = "text"
+    json = "json"
+
+
+# The one option of every command that prints facts.
+FormatOption = Annotated[Format, typer.Option("--format", help="For a person, or as one JSON document on stdout.")]
+
+# Colours and widths follow the terminal; without one, plain text.
+console = Console(highlight=False, soft_wrap=True)
+
+
+def show(facts: Any, form: Format, as_text: Callable[[], None]) -> None:
+    """Print ``facts`` as JSON, or call ``as_text`` to print them for a person."""
+    if form is Format.json:
+        typer.echo(json.dumps(facts, indent=2, default=str))
+    else:
+        as_text()
+
+
+def setting(text: str) -> tuple[str, Scalar]:
+    """Split ``key=value``; the value is read as TOML, and as text where it is none."""
+    key, found, value = text.partition("=")
+    if not found:
+        raise ConfigError(f"--set {text!r}: write it as key=value, such as --set fedkseed.lr=1e-4")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a key that `fedtune config` lists, as `key=value`; repeat for several."),
+]
