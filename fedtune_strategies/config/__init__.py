@@ -7,16 +7,15 @@ pyproject.toml.
 
 from __future__ import annotations
 
-import difflib
 import re
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedtune_strategies.config.fedcybgd import FedCyBGDConfig
 from fedtune_strategies.config.fedkseed import FedKSeedConfig, PrivacyConfig
-from fedtune_strategies.config.options import Scalar, accepted, as_toml_value, build, checked, option, options
+from fedtune_strategies.config.options import Scalar, accepted, as_toml_value, option, options, section
 from fedtune_strategies.config.sections import (
     METHODS,
     EvalConfig,
@@ -40,13 +39,19 @@ __all__ = [
     "as_toml",
     "defaults",
     "keys",
+    "option",
     "parse",
+    "section",
 ]
 
 
 @dataclass(frozen=True)
 class Config:
-    """A checked run configuration; see `parse`."""
+    """A checked run configuration; see `parse`.
+
+    `own` holds the keys of a method of another package, ``<method.name>.<key>``, as they came: it checks them itself,
+    with `section`.
+    """
 
     num_server_rounds: int = option(10, "Rounds of the run; for FedCyBGD the number of turns.", low=1)
     method: MethodConfig = field(default_factory=MethodConfig)
@@ -59,6 +64,7 @@ class Config:
     fedcybgd: FedCyBGDConfig = field(default_factory=FedCyBGDConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunDirConfig = field(default_factory=RunDirConfig)
+    own: Mapping[str, Scalar] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,12 +124,10 @@ def parse(flat: Mapping[str, Any]) -> Config:
         A key is unknown, has the wrong type, or its value is out of range: the line names the key and the
         accepted values.
     """
-    known = {name: (kind, spec) for name, kind, spec in options(Config)}
-    for name in flat:
-        if name not in known:
-            raise ConfigError(_unknown(name, known))
-    values = {name: checked(name, flat[name], *known[name]) for name in flat}
-    config = build(Config, "", values)
+    method = flat.get("method.name")
+    own = {name: value for name, value in flat.items() if method not in METHODS and name.startswith(f"{method}.")}
+    config = section(Config, "", {name: value for name, value in flat.items() if name not in own})
+    config = replace(config, own=own)
     _check_together(config)
     return config
 
@@ -160,9 +164,3 @@ def _check_together(config: Config) -> None:
             f"run config: 'fedkseed.pro-temperature' is {config.fedkseed.pro_temperature}, but must be 1 "
             "where 'fedkseed.pro-mean' is 'faithful'."
         )
-
-
-def _unknown(name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean '{close[0]}'?" if close else "see `fedtune config` for all keys."
-    return f"run config: unknown key {name!r}; {hint}"

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from fedtune_strategies.errors import ConfigError
 
 Scalar: TypeAlias = str | int | float | bool
+T = TypeVar("T")
 
 
 def option(
     default: Scalar,
     help: str,
     *,
-    choices: tuple[str, ...] = (),
+    choices: tuple[str, ...] | Callable[[], tuple[str, ...]] = (),
     low: float = -math.inf,
     high: float = math.inf,
     above: float = -math.inf,
@@ -31,7 +33,7 @@ def option(
         Default value.
     help : str
         One sentence for the command line and the documentation.
-    choices : tuple of str
+    choices : tuple of str, or a callable that returns one
         The accepted values of a text key; any text where empty.
     low, high : float
         Inclusive limits of a number.
@@ -43,18 +45,19 @@ def option(
     Any
         A dataclass field.
     """
-    limits = {"help": help, "choices": choices, "low": low, "high": high, "above": above}
+    known = choices if callable(choices) else lambda: choices
+    limits = {"help": help, "choices": known, "low": low, "high": high, "above": above}
     return field(default=default, metadata=limits)
 
 
 def options(cls: type, prefix: str = "") -> Iterator[tuple[str, type, dataclasses.Field]]:
-    """Yield name, type and field of every key below a dataclass."""
+    """Yield name, type and field of every `option` below a dataclass."""
     hints = typing.get_type_hints(cls)
     for spec in dataclasses.fields(cls):
         name = prefix + spec.name.replace("_", "-")
         if dataclasses.is_dataclass(hints[spec.name]):
             yield from options(hints[spec.name], name + ".")
-        else:
+        elif spec.metadata:
             yield name, hints[spec.name], spec
 
 
@@ -71,6 +74,36 @@ def build(cls: type, prefix: str, values: Mapping[str, Scalar]) -> Any:
     return cls(**given)
 
 
+def section(cls: type[T], prefix: str, values: Mapping[str, Any]) -> T:
+    """Build a dataclass of `option` fields from the keys below a prefix.
+
+    Parameters
+    ----------
+    cls : type
+        A dataclass; every field is an `option`.
+    prefix : str
+        What every key begins with, such as ``"train."``; empty for a whole configuration.
+    values : mapping of str to str, int, float or bool
+        Keys with their prefix; absent ones take their defaults. An int is accepted where a float is asked for.
+
+    Returns
+    -------
+    object
+        An instance of `cls`.
+
+    Raises
+    ------
+    ConfigError
+        A key is unknown, has the wrong type, or its value is out of range: the line names the key and the
+        accepted values.
+    """
+    known = {name: (kind, spec) for name, kind, spec in options(cls, prefix)}
+    for name in values:
+        if name not in known:
+            raise ConfigError(_unknown(name, known))
+    return build(cls, prefix, {name: checked(name, value, *known[name]) for name, value in values.items()})
+
+
 def checked(name: str, value: Any, kind: type[Any], spec: dataclasses.Field) -> Scalar:
     """Return the value of a key as its type.
 
@@ -84,7 +117,7 @@ def checked(name: str, value: Any, kind: type[Any], spec: dataclasses.Field) -> 
     limits = spec.metadata
     if (
         type(value) is not kind
-        or (limits["choices"] and value not in limits["choices"])
+        or (limits["choices"]() and value not in limits["choices"]())
         or (kind in (int, float) and not (limits["low"] <= value <= limits["high"] and value > limits["above"]))
         or (kind is float and not math.isfinite(value))
     ):
@@ -95,8 +128,8 @@ def checked(name: str, value: Any, kind: type[Any], spec: dataclasses.Field) -> 
 def accepted(kind: type, spec: dataclasses.Field) -> str:
     """Say in words which values a key accepts."""
     limits = spec.metadata
-    if limits["choices"]:
-        return "one of " + ", ".join(f"'{choice}'" for choice in limits["choices"])
+    if choices := limits["choices"]():
+        return "one of " + ", ".join(f"'{choice}'" for choice in choices)
     words = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}[kind]
     bounds = []
     if limits["above"] > -math.inf:
@@ -113,3 +146,9 @@ def as_toml_value(value: Scalar) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def _unknown(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else "see `fedtune config` for all keys."
+    return f"run config: unknown key {name!r}; {hint}"

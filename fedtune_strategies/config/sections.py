@@ -17,7 +17,7 @@ class MethodConfig:
     name: str = option(
         "fedkseed",
         "Tuning method: one of FedTune's, or of an installed package.",
-        choices=(*METHODS, *installed_methods()),
+        choices=lambda: (*METHODS, *installed_methods()),
     )
 
 
