@@ -15,7 +15,8 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from deploy.app_folder import write_app
-from deploy.federation import CONNECTION, Federation, federation
+from deploy.control import CONNECTION
+from deploy.federation import Federation, federation
 from deploy.progress import Progress, clock, follow
 from deploy.proxy import Traffic
 from deploy.report import Result, markdown, samples, summarise, table

@@ -7,7 +7,6 @@ same Flower programs, the same connections; only the byte counters stand between
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import subprocess
@@ -15,40 +14,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from deploy import processes
 from deploy.certificates import ServerFiles, node_key, server_files
+from deploy.control import Control, flower_environment, write_connection
 from deploy.proxy import ByteProxy, Traffic
-from fedtune_strategies.errors import ConfigError, FedTuneError, LinkError, NodesError, PortError, RunError
+from fedtune_strategies.errors import ConfigError, LinkError, NodesError, PortError
 
-CONNECTION = "fedtune"
-# Seconds. A SuperLink needs about 4, four nodes on two cores about 10, a command 2; a busy machine, many times that.
+# Seconds. A SuperLink needs about 4, four nodes on two cores about 10; a busy machine, many times that.
 START_TIMEOUT = 180.0
-COMMAND_TIMEOUT = 180.0
 PORT_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
-class RunStatus:
-    """What the SuperLink says about a run."""
-
-    state: str  # pending, starting, running, finished:completed, finished:failed or finished:stopped
-    details: str
-
-    @property
-    def finished(self) -> bool:
-        """Whether the run has ended, in whatever way."""
-        return self.state.startswith("finished")
-
-    @property
-    def completed(self) -> bool:
-        """Whether the run has ended as it should."""
-        return self.state == "finished:completed"
-
-
-@dataclass(frozen=True)
-class Federation:
+class Federation(Control):
     """A running federation; made by `federation`.
 
     Attributes
@@ -67,47 +46,10 @@ class Federation:
         Counts the nodes' bytes.
     """
 
-    folder: Path
-    environment: dict[str, str]
     superlink: subprocess.Popen[bytes]
     nodes: dict[str, subprocess.Popen[bytes]]
     node_ids: dict[str, int]
     proxy: ByteProxy
-
-    def submit(self, app: Path, run_config: Mapping[str, str | int | float | bool]) -> int:
-        """Submit a run with ``flwr run`` and return its id.
-
-        Parameters
-        ----------
-        app : Path
-            Folder with the app's ``pyproject.toml``.
-        run_config : mapping
-            Keys that differ from the app's own configuration.
-
-        Raises
-        ------
-        ConfigError
-            Flower refused the app or a key.
-        """
-        overrides = self.folder / "run.toml"
-        # Strings, numbers and booleans are written alike in JSON and TOML.
-        overrides.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in run_config.items()))
-        command = ["run", str(app), CONNECTION, "--run-config", str(overrides)]
-        return int(_flwr(command, self.environment, ConfigError)["run-id"])
-
-    def status(self, run_id: int) -> RunStatus:
-        """Ask the SuperLink about a run (about a second of one core: ask seldom)."""
-        runs = _flwr(["ls", CONNECTION, "--run-id", str(run_id)], self.environment, LinkError)["runs"]
-        return RunStatus(runs[0]["status"], runs[0]["status-details"])
-
-    def stop_run(self, run_id: int) -> None:
-        """Stop a run; messages that nodes are working on still end there."""
-        _flwr(["stop", str(run_id), CONNECTION], self.environment, RunError)
-
-    def run_log(self, run_id: int) -> str:
-        """What the run's ServerApp has written so far."""
-        command = ["flwr", "log", str(run_id), CONNECTION, "--show"]
-        return _call(command, self.environment).stdout
 
     def alive(self) -> list[str]:
         """Names of the nodes whose process runs."""
@@ -173,9 +115,9 @@ def federation(
         stack.enter_context(processes.watchdog(token))
         stack.callback(processes.sweep, token)
         superlink, control, fleet = _start_superlink(folder, server, environment, fleet_port)
-        _write_connection(folder, control, server)
+        write_connection(folder, control, server.authority)
         proxy = stack.enter_context(ByteProxy("127.0.0.1", fleet, list(data)))
-        node_ids = _register(folder, list(data), environment)
+        node_ids = _register(Control(folder, environment), list(data))
         nodes = _start_nodes(folder, data, server, environment, proxy)
         stack.callback(processes.stop, list(nodes.values()))
         running = Federation(folder, environment, superlink, nodes, node_ids, proxy)
@@ -192,25 +134,9 @@ def _check_names(data: Mapping[str, Path]) -> None:
 
 
 def _environment(folder: Path, token: str, threads: int) -> dict[str, str]:
-    loopback = ",".join(filter(None, [os.environ.get("NO_PROXY"), "localhost,127.0.0.1,::1"]))
-    return {
-        **os.environ,
-        processes.TOKEN: token,
-        "PATH": processes.environment_path(),
-        "FLWR_HOME": str(folder / "flower"),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        # Seconds between looks for a task to start. Flower's own pace is one second; a quicker one than this costs more
-        # in polling than it saves (at 0.05 s, five idle executors and what they ask take 0.4 of a core).
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
-        # Nodes that share a machine share its cores: numerical threads beyond that fight each other.
-        "OMP_NUM_THREADS": str(threads),
-        "NUMBA_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1",
-        "NO_PROXY": loopback,
-        "no_proxy": loopback,
-    }
+    # Nodes that share a machine share its cores: numerical threads beyond that fight each other.
+    limits = {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}
+    return {**flower_environment(folder), **limits, processes.TOKEN: token}
 
 
 def _start_superlink(
@@ -288,67 +214,33 @@ def _listens(process: subprocess.Popen[bytes], port: int, what: str, log: Path) 
     return code is None
 
 
-def _write_connection(folder: Path, control: int, server: ServerFiles) -> None:
-    home = folder / "flower"
-    home.mkdir(exist_ok=True)
-    (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "127.0.0.1:{control}"\n'
-        f"root-certificates = {json.dumps(str(server.authority))}\n"
-    )
-
-
-def _register(folder: Path, names: Sequence[str], environment: dict[str, str]) -> dict[str, int]:
+def _register(control: Control, names: Sequence[str]) -> dict[str, int]:
     """Make the nodes' keys known to the SuperLink; returns the nodes' ids."""
 
     def register(name: str) -> int:
-        public = node_key(folder / "keys", name).public
-        answer = _flwr(["supernode", "register", str(public), CONNECTION, "--name", name], environment, LinkError)
-        return int(answer["node-id"])
+        return control.register(node_key(control.folder / "keys", name).public, name)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(names, pool.map(register, names), strict=True))
 
 
 def _wait_online(running: Federation) -> None:
+    def missing() -> list[str]:
+        states = running.node_states()
+        return [name for name, node_id in running.node_ids.items() if states.get(node_id) != "online"]
+
     def online() -> bool:
         for name, process in running.nodes.items():
             if (code := process.poll()) is not None:
                 raise LinkError(_ended(f"node {name}", code, running.log(name)))
-        return set(running.node_ids.values()) <= _online(running.environment)
+        return not missing()
 
     def failure() -> str:
-        missing = set(running.node_ids.values()) - _online(running.environment)
-        names = [name for name, node_id in running.node_ids.items() if node_id in missing]
+        names = missing()
         log = running.log(names[0]) if names else running.log("superlink")
         return f"nodes not online: {', '.join(names)}; the log {log} ends: {processes.tail(log)}"
 
     processes.wait_until(online, START_TIMEOUT, failure)
-
-
-def _online(environment: dict[str, str]) -> set[int]:
-    nodes = _flwr(["supernode", "list", CONNECTION], environment, LinkError)["nodes"]
-    return {int(node["node-id"]) for node in nodes if node["status"] == "online"}
-
-
-def _flwr(arguments: Sequence[str], environment: dict[str, str], error: type[FedTuneError]) -> dict[str, Any]:
-    """Call ``flwr … --format json`` and return its answer; its exit code says nothing, ``success`` does."""
-    done = _call(["flwr", *arguments, "--format", "json"], environment)
-    answer: dict[str, Any] = {}
-    with contextlib.suppress(ValueError):
-        answer, _ = json.JSONDecoder().raw_decode(done.stdout, done.stdout.index("{"))
-    if not answer.get("success"):
-        reason = answer.get("error-message") or done.stderr or done.stdout or f"exit code {done.returncode}"
-        raise error(f"flwr {arguments[0]} failed: {' '.join(str(reason).split())}")
-    return answer
-
-
-def _call(command: Sequence[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=COMMAND_TIMEOUT)
-    except FileNotFoundError as error:
-        raise LinkError(f"{command[0]} is not installed beside this Python: pip install fedtune again") from error
-    except subprocess.TimeoutExpired as error:
-        raise LinkError(f"{' '.join(command[:2])} gave no answer within {COMMAND_TIMEOUT:.0f} s") from error
 
 
 def _log(folder: Path, name: str) -> Path:

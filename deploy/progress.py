@@ -12,7 +12,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from deploy.federation import Federation, RunStatus
+from deploy.control import RunStatus
+from deploy.federation import Federation
 from deploy.proxy import Traffic
 from deploy.report import size
 from fedtune_strategies.errors import LedgerError, RunError, error_from_code

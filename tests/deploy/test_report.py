@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from deploy import progress
+from deploy.control import RunStatus
 from deploy.demo import _deal, _show, _write
-from deploy.federation import RunStatus
 from deploy.progress import Progress, clock, follow
 from deploy.proxy import Traffic
 from deploy.report import markdown, samples, size, summarise
