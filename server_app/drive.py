@@ -102,7 +102,7 @@ def restore(strategy: TuningStrategy, ledger: Ledger, round: int | None = None) 
     def load(label: str) -> dict[str, Tensor] | None:
         return ledger.get_file(files[label]) if label in files else None
 
-    return newest.round, strategy.restore(safetensors.torch.load(newest.blob), load)
+    return newest.round, strategy.restore(safetensors.torch.load(ledger.payload(newest)), load)
 
 
 def _round(
@@ -187,7 +187,7 @@ def _accept(number: int, received: Received, strategy: TuningStrategy, ledger: L
 
 def _commit(number: int, strategy: TuningStrategy, replies: list[Record], ledger: Ledger) -> ArrayRecord:
     messages = [
-        Message(to_record(record.body["kind"], record.blob), dst_node_id=0, message_type=MessageType.TRAIN)
+        Message(to_record(record.body["kind"], ledger.payload(record)), dst_node_id=0, message_type=MessageType.TRAIN)
         for record in replies
     ]
     arrays, metrics = strategy.aggregate_train(number, messages)

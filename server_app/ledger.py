@@ -1,15 +1,16 @@
 """The ledger: the append-only record of a run, its checkpoint, its audit log and the source of every report.
 
 One SQLite file in WAL mode holds one row per event; the rows form a hash chain, so a damaged row is found. Large
-parts (a block's weights) are immutable safetensors files named by their hash, written before the row that names
+parts (a block's weights, a long reply) are immutable files named by their hash, written before the row that names
 them. The state of a run is a fold over the rows: whatever is killed at any moment, the next start continues from
-the last committed row.
+the last committed row. `server_app.mend` finds damage, and brings older formats up to date.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import sqlite3
 import time
@@ -22,16 +23,13 @@ import safetensors.torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from fedtune_strategies.errors import LedgerError, ResourceError
+from fedtune_strategies.errors import FedTuneError, LedgerError, ResourceError
+from server_app import mend
+from server_app.mend import INLINE_BYTES, Damage
 
-FORMAT = 1
-_SCHEMA = """
-CREATE TABLE records (
-    seq INTEGER PRIMARY KEY, time REAL NOT NULL, kind TEXT NOT NULL, round INTEGER NOT NULL, node TEXT NOT NULL,
-    body TEXT NOT NULL, blob BLOB NOT NULL, hash BLOB NOT NULL
-);
-CREATE INDEX records_by_kind ON records (kind, round);
-"""
+log = logging.getLogger("fedtune")
+
+_COLUMNS = "seq, time, kind, round, node, body, blob, file"
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,8 @@ class Record:
     time : float
         Seconds since the epoch, UTC.
     kind : str
-        ``start``, ``joined``, ``refused``, ``lost``, ``reply``, ``round``, ``evaluation``, ``export``, ``failed`` or
-        ``finished``.
+        ``start``, ``cut``, ``joined``, ``refused``, ``lost``, ``late``, ``asked``, ``reply``, ``round``,
+        ``evaluation``, ``failed`` or ``finished``.
     round : int
         Round, 0 outside one.
     node : str
@@ -54,7 +52,9 @@ class Record:
     body : dict
         The event's facts, as JSON.
     blob : bytes
-        The event's payload, such as an encoded reply.
+        The event's payload, such as an encoded reply; empty where it is a file. `Ledger.payload` gives either.
+    file : str
+        Name of the file that holds a long payload, otherwise empty.
     """
 
     seq: int
@@ -64,10 +64,14 @@ class Record:
     node: str
     body: dict[str, Any]
     blob: bytes
+    file: str = ""
 
 
 class Ledger:
     """Open a run's ledger.
+
+    A damaged tail is cut back to the last good record with a warning and a record of kind ``cut``; the damaged file is
+    kept beside it.
 
     Parameters
     ----------
@@ -75,18 +79,21 @@ class Ledger:
         Folder of the run; made where absent.
     writable : bool
         Take the writer's lock. A reader may follow while another process writes.
+    cut_anywhere : bool
+        Go back to the last good record even if good ones follow the damage.
 
     Raises
     ------
     LedgerError
-        Another process writes this ledger, it is no ledger, it is damaged, or of a newer format.
+        Another process writes this ledger, it is no ledger, it is damaged before its tail, or of a newer format.
     ResourceError
         The disk is full or read-only.
     """
 
-    def __init__(self, folder: Path, *, writable: bool = True) -> None:
+    def __init__(self, folder: Path, *, writable: bool = True, cut_anywhere: bool = False) -> None:
         self.folder = folder
         self._path = folder / "ledger.sqlite"
+        self._head = folder / "ledger.head"
         self._lock = FileLock(folder / "ledger.lock", timeout=0)
         if not writable and not self._path.exists():
             raise LedgerError(f"no ledger in {folder}: check 'run.dir'.")
@@ -94,14 +101,14 @@ class Ledger:
             if writable:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._take_lock()
+                found = self._cut_back(cut_anywhere)
             self._db = self._open(writable)
-            self._hash = self._verify() if writable else b""
-        except sqlite3.DatabaseError as error:
-            raise self._sqlite_error(error) from None
-        except OSError as error:
-            raise ResourceError(
-                f"{folder}: {error.strerror or error}; choose another 'run.dir' or free space."
-            ) from None
+        except (sqlite3.DatabaseError, OSError, FedTuneError) as error:
+            self._lock.release()
+            raise self._plain(error) from None
+        self._hash = self._last_hash() if writable else b""
+        if writable and found is not None:
+            self.append("cut", body={"after": found.good, "reason": str(found)})
 
     @classmethod
     def read(cls, folder: Path) -> Ledger:
@@ -125,16 +132,21 @@ class Ledger:
         """
         text = json.dumps(body or {}, sort_keys=True, separators=(",", ":"))
         now = time.time()
-        digest = _digest(self._hash, now, kind, round, node, text, blob)
+        file = self._put(blob) if len(blob) > INLINE_BYTES else ""
+        digest = mend.digest(self._hash, now, kind, round, node, text, blob, "")
+        if file:
+            blob = b""
         try:
             cursor = self._db.execute(
-                "INSERT INTO records (time, kind, round, node, body, blob, hash) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (now, kind, round, node, text, blob, digest),
+                "INSERT INTO records (time, kind, round, node, body, blob, file, hash) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (now, kind, round, node, text, blob, file, digest),
             )
         except sqlite3.DatabaseError as error:
-            raise self._sqlite_error(error) from None
+            raise self._plain(error) from None
         self._hash = digest
-        return Record(int(cursor.lastrowid or 0), now, kind, round, node, json.loads(text), blob)
+        seq = int(cursor.lastrowid or 0)
+        mend.note_head(self._head, seq)
+        return Record(seq, now, kind, round, node, json.loads(text), blob, file)
 
     def records(self, kind: str | None = None, *, round: int | None = None, after: int = 0) -> Iterator[Record]:
         """Yield records in order.
@@ -147,21 +159,34 @@ class Ledger:
             Only this round.
         after : int
             Only records behind this position.
+
+        Raises
+        ------
+        LedgerError
+            A record cannot be read.
         """
-        query = "SELECT seq, time, kind, round, node, body, blob FROM records WHERE seq > ?"
+        query = f"SELECT {_COLUMNS} FROM records WHERE seq > ?"
         values: list[Any] = [after]
         for column, value in (("kind", kind), ("round", round)):
             if value is not None:
                 query += f" AND {column} = ?"
                 values.append(value)
-        for row in self._db.execute(query + " ORDER BY seq", values):
-            yield _record(row)
+        yield from self._select(query + " ORDER BY seq", values)
 
     def last(self, kind: str) -> Record | None:
         """Return the newest record of a kind, None where there is none."""
-        query = "SELECT seq, time, kind, round, node, body, blob FROM records WHERE kind = ? ORDER BY seq DESC LIMIT 1"
-        row = self._db.execute(query, (kind,)).fetchone()
-        return _record(row) if row else None
+        query = f"SELECT {_COLUMNS} FROM records WHERE kind = ? ORDER BY seq DESC LIMIT 1"
+        return next(self._select(query, [kind]), None)
+
+    def payload(self, record: Record) -> bytes:
+        """Return a record's payload, wherever it lies.
+
+        Raises
+        ------
+        LedgerError
+            Its file is missing or damaged.
+        """
+        return self._get(record.file) if record.file else record.blob
 
     def put_file(self, tensors: dict[str, Tensor]) -> str:
         """Store tensors as an immutable safetensors file; returns the SHA-256 of its bytes, which is its name.
@@ -171,7 +196,39 @@ class Ledger:
         ResourceError
             The disk is full or read-only; nothing is left behind.
         """
-        data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        return self._put(safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+
+    def get_file(self, name: str) -> dict[str, Tensor]:
+        """Load a stored file.
+
+        Raises
+        ------
+        LedgerError
+            The file is missing or its bytes are not those that were stored.
+        """
+        return safetensors.torch.load(self._get(name))
+
+    def files(self) -> Iterator[tuple[Record, str]]:
+        """Yield every file that a record names, with the record."""
+        for record in self.records():
+            for name in (record.file, *record.body.get("files", {}).values()):
+                if name:
+                    yield record, name
+
+    def damage(self) -> Damage | None:
+        """Look for the first record that is not as it was written; None where all are.
+
+        Raises
+        ------
+        LedgerError
+            The file is no ledger of this format.
+        """
+        try:
+            return mend.find_damage(self._path, mend.read_head(self._head))
+        except sqlite3.DatabaseError as error:
+            raise self._plain(error) from None
+
+    def _put(self, data: bytes) -> str:
         name = hashlib.sha256(data).hexdigest()
         path = self._file(name)
         if path.exists():
@@ -184,6 +241,7 @@ class Ledger:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
+            mend.sync_folder(path.parent)
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise ResourceError(
@@ -191,21 +249,14 @@ class Ledger:
             ) from None
         return name
 
-    def get_file(self, name: str) -> dict[str, Tensor]:
-        """Load a stored file.
-
-        Raises
-        ------
-        LedgerError
-            The file is missing or its bytes are not those that were stored.
-        """
+    def _get(self, name: str) -> bytes:
         try:
             data = self._file(name).read_bytes()
         except OSError as error:
             raise LedgerError(f"{self._file(name)}: {error.strerror}; restore it from a backup.") from None
         if hashlib.sha256(data).hexdigest() != name:
             raise LedgerError(f"{self._file(name)} is damaged: restore it from a backup.")
-        return safetensors.torch.load(data)
+        return data
 
     def _file(self, name: str) -> Path:
         return self.folder / "files" / f"{name}.safetensors"
@@ -219,44 +270,52 @@ class Ledger:
                 "stop that one, or choose another 'run.dir'."
             ) from None
 
+    def _cut_back(self, anywhere: bool) -> Damage | None:
+        """Before anything is written: where the ledger is damaged, go back to the last good record."""
+        found = mend.find_damage(self._path, mend.read_head(self._head)) if self._path.exists() else None
+        if found is None:
+            return None
+        if not found.good or (found.good_after and not anywhere):
+            remedy = (
+                f", or go back to record {found.good} with `fedtune ledger cut {self.folder}`" if found.good else ""
+            )
+            raise LedgerError(f"{self._path}: {found}; restore it from a backup{remedy}.")
+        kept = mend.keep_first(self._path, found.good)
+        log.warning(
+            "%s: %s; going on from record %d, the damaged file is kept as %s", self._path, found, found.good, kept
+        )
+        return found
+
     def _open(self, writable: bool) -> sqlite3.Connection:
         # Autocommit: every append is a transaction of its own; FULL makes it survive a power cut.
         uri = f"file:{self._path.absolute().as_posix()}?mode={'rwc' if writable else 'ro'}"
         db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=10.0)
-        found = db.execute("PRAGMA user_version").fetchone()[0]
         if writable:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")
-            if found == 0 and not db.execute("SELECT 1 FROM sqlite_master").fetchone():
-                db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")
-                found = FORMAT
-        if found != FORMAT:
-            raise LedgerError(
-                f"{self._path} has format {found}, this FedTune writes {FORMAT}: use the matching release."
-            )
+            mend.bring_up_to_date(db, self._put)
+        mend.check_format(db, self._path)
         return db
 
-    def _verify(self) -> bytes:
-        last = b""
-        rows = self._db.execute("SELECT seq, time, kind, round, node, body, blob, hash FROM records ORDER BY seq")
-        for seq, at, kind, number, node, body, blob, digest in rows:
-            last = _digest(last, at, kind, number, node, body, blob)
-            if last != digest:
-                raise LedgerError(f"{self._path} is damaged at record {seq}: restore it from a backup.")
-        return last
+    def _last_hash(self) -> bytes:
+        row = self._db.execute("SELECT hash FROM records ORDER BY seq DESC LIMIT 1").fetchone()
+        return bytes(row[0]) if row else b""
 
-    def _sqlite_error(self, error: sqlite3.DatabaseError) -> Exception:
+    def _select(self, query: str, values: list[Any]) -> Iterator[Record]:
+        try:
+            for seq, at, kind, round, node, body, blob, file in self._db.execute(query, values):
+                yield Record(seq, at, kind, round, node, json.loads(body), blob, file)
+        except sqlite3.DatabaseError as error:
+            raise self._plain(error) from None
+        except (ValueError, TypeError):
+            raise LedgerError(f"{self._path} is damaged: see `fedtune ledger verify {self.folder}`.") from None
+
+    def _plain(self, error: Exception) -> FedTuneError:
+        if isinstance(error, FedTuneError):
+            return error
+        if isinstance(error, OSError):
+            return ResourceError(f"{self.folder}: {error.strerror or error}; choose another 'run.dir' or free space.")
         text = str(error)
         if "full" in text or "readonly" in text or "disk I/O" in text:
             return ResourceError(f"cannot write {self._path}: {text}; free space, then start the run again.")
         return LedgerError(f"{self._path}: {text}; restore it from a backup or choose another 'run.dir'.")
-
-
-def _record(row: tuple[Any, ...]) -> Record:
-    seq, at, kind, round, node, body, blob = row
-    return Record(seq, at, kind, round, node, json.loads(body), blob)
-
-
-def _digest(previous: bytes, at: float, kind: str, round: int, node: str, body: str, blob: bytes) -> bytes:
-    head = json.dumps([at, kind, round, node, body]).encode()
-    return hashlib.sha256(previous + hashlib.sha256(head).digest() + hashlib.sha256(blob).digest()).digest()

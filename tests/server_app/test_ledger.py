@@ -3,12 +3,15 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 
 from fedtune_strategies.errors import LedgerError, ResourceError
+from server_app import mend
 from server_app.ledger import Ledger
+from server_app.mend import INLINE_BYTES
 
 
 @pytest.fixture
@@ -77,6 +80,8 @@ def test_a_killed_writer_leaves_lock_and_records_usable(tmp_path):
     """)
     for _ in range(20):
         confirmed = int(writer.stdout.readline())
+    with pytest.raises(LedgerError, match="another process"):
+        Ledger(tmp_path)
     writer.send_signal(signal.SIGKILL)
     writer.wait()
     # What was confirmed is there; the chain of hashes is whole.
@@ -87,30 +92,136 @@ def test_a_killed_writer_leaves_lock_and_records_usable(tmp_path):
     ledger.close()
 
 
-@pytest.mark.parametrize("column", ["time", "kind", "round", "node", "body", "blob"])
-def test_a_changed_row_is_found(tmp_path, column):
-    ledger = Ledger(tmp_path)
-    for number in range(3):
-        ledger.append("round", round=number, node="n", body={"k": 1}, blob=b"abc")
+def fill(folder, count, size=3):
+    """Write some records; returns the SQLite file."""
+    ledger = Ledger(folder)
+    for number in range(1, count + 1):
+        ledger.append("round", round=number, node="n", body={"k": 1}, blob=b"a" * size)
     ledger.close()
-    value = {"time": 1.0, "kind": "reply", "round": 7, "node": "m", "body": '{"k":2}', "blob": b"abd"}[column]
-    with sqlite3.connect(tmp_path / "ledger.sqlite") as db:
-        db.execute(f"UPDATE records SET {column} = ? WHERE seq = 2", (value,))
+    return folder / "ledger.sqlite"
+
+
+def change(path, statement, *values):
+    with sqlite3.connect(path) as db:
+        db.execute(statement, values)
     db.close()
-    with pytest.raises(LedgerError, match="record 2"):
+
+
+def rounds(folder):
+    ledger = Ledger.read(folder)
+    found = [record.round for record in ledger.records("round")]
+    ledger.close()
+    return found
+
+
+CHANGES = {"time": 1.0, "kind": "reply", "round": 7, "node": "m", "body": '{"k":2}', "blob": b"abd", "file": "zz"}
+
+
+@pytest.mark.parametrize("column", CHANGES)
+def test_a_changed_row_before_good_ones_is_found_and_cut_only_on_demand(tmp_path, column):
+    path = fill(tmp_path, 5)
+    change(path, f"UPDATE records SET {column} = ? WHERE seq = 2", CHANGES[column])
+    line = "damaged after record 1 .*3 good ones follow.*fedtune ledger cut"
+    for _ in range(2):  # an attempt changes nothing
+        with pytest.raises(LedgerError, match=line):
+            Ledger(tmp_path)
+    Ledger(tmp_path, cut_anywhere=True).close()
+    assert rounds(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("column", [*CHANGES, "hash"])
+def test_a_damaged_tail_is_cut_back_with_a_message_and_kept(tmp_path, column, caplog):
+    path = fill(tmp_path, 5)
+    change(path, f"UPDATE records SET {column} = ? WHERE seq = 5", CHANGES.get(column, b"?"))
+    ledger = Ledger(tmp_path)
+    assert "damaged after record 4 (1 record lost)" in caplog.text and "ledger.damaged-1.sqlite" in caplog.text
+    assert ledger.last("cut").body["after"] == 4
+    ledger.append("round", round=5)
+    ledger.close()
+    assert rounds(tmp_path) == [1, 2, 3, 4, 5]
+    assert Ledger.read(tmp_path).damage() is None
+    with sqlite3.connect(tmp_path / "ledger.damaged-1.sqlite") as kept:
+        assert kept.execute("SELECT count(*) FROM records").fetchone() == (5,)
+    kept.close()
+
+
+@pytest.mark.parametrize(("removed", "left"), [(4, [1, 2, 3]), (5, [1, 2, 3, 4])])
+def test_missing_records_are_noticed(tmp_path, removed, left, caplog):
+    change(fill(tmp_path, 5), "DELETE FROM records WHERE seq = ?", removed)
+    Ledger(tmp_path).close()
+    assert rounds(tmp_path) == left
+    assert f"damaged after record {left[-1]}" in caplog.text
+
+
+@pytest.mark.parametrize("part", [0.25, 0.5, 0.75, 0.95])
+def test_a_file_cut_short_or_overwritten_gives_back_its_good_records(tmp_path, part, caplog):
+    for damage in ("short", "overwritten"):
+        folder = tmp_path / damage
+        path = fill(folder, 60, size=1500)
+        whole = path.read_bytes()
+        at = int(len(whole) * part) // 4096 * 4096
+        path.write_bytes(whole[:at] if damage == "short" else whole[:at] + b"\xa5" * 4096 + whole[at + 4096 :])
+        try:
+            Ledger(folder).close()
+        except LedgerError as error:  # good records follow, or none is left
+            assert damage == "overwritten" or part < 0.3, error
+            continue
+        found = rounds(folder)
+        assert found == list(range(1, len(found) + 1)) and 60 * (part - 0.3) < len(found) < 60
+        assert f"going on from record {len(found)}" in caplog.text
+
+
+def test_a_lost_log_is_noticed(tmp_path, caplog):
+    writer = script(f"""
+        import os
+        ledger = Ledger(Path({str(tmp_path)!r}))
+        for number in range(1, 9):
+            ledger.append("round", round=number)
+        os._exit(0)
+    """)
+    writer.wait(60)
+    log = tmp_path / "ledger.sqlite-wal"
+    log.write_bytes(log.read_bytes()[:-5000])
+    Ledger(tmp_path).close()
+    assert f"damaged after record {len(rounds(tmp_path))}" in caplog.text and len(rounds(tmp_path)) < 8
+
+
+def test_a_ledger_with_nothing_whole_is_refused(tmp_path):
+    path = fill(tmp_path, 3)
+    change(path, "UPDATE records SET hash = x'00'")
+    with pytest.raises(LedgerError, match=r"first record on.*backup"):
+        Ledger(tmp_path)
+    path.write_bytes(b"")
+    with pytest.raises(LedgerError, match=r"first record on.*backup"):
         Ledger(tmp_path)
 
 
-def test_a_removed_row_is_found(tmp_path):
+def test_an_older_format_is_brought_up_to_date(tmp_path, monkeypatch):
+    """Format 1 held every payload in its row."""
+    monkeypatch.setattr(mend, "INLINE_BYTES", 100)
+    tmp_path.joinpath("ledger.sqlite").write_bytes((Path(__file__).parent / "format_1.sqlite").read_bytes())
+    with pytest.raises(LedgerError, match=r"format 1.*brings it up to date"):
+        Ledger.read(tmp_path)
     ledger = Ledger(tmp_path)
-    for number in range(3):
-        ledger.append("round", round=number)
+    start, short, long = ledger.records()
+    assert (start.body, ledger.payload(short)) == ({"version": "0.1.0"}, b"short")
+    assert ledger.payload(long) == bytes(101) and long.blob == b""
+    ledger.append("round", round=2)
     ledger.close()
-    with sqlite3.connect(tmp_path / "ledger.sqlite") as db:
-        db.execute("DELETE FROM records WHERE seq = 2")
-    db.close()
-    with pytest.raises(LedgerError, match="record 3"):
-        Ledger(tmp_path)
+    assert Ledger.read(tmp_path).damage() is None
+
+
+def test_a_long_payload_is_a_file(ledger):
+    long = b"x" * (INLINE_BYTES + 1)
+    record = ledger.append("reply", blob=long)
+    assert record.blob == b"" and ledger.payload(record) == long
+    assert [name for _, name in ledger.files()] == [record.file]
+    assert ledger.payload(ledger.append("reply", blob=long[1:])) == long[1:]
+    ledger.close()
+    Ledger(ledger.folder).close()
+    (ledger.folder / "files" / f"{record.file}.safetensors").write_bytes(b"y")
+    with pytest.raises(LedgerError, match="damaged"):
+        Ledger.read(ledger.folder).payload(record)
 
 
 def test_files_come_back_with_their_dtypes(ledger):

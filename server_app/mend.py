@@ -1,0 +1,241 @@
+"""The ledger's file below its records: its format, its chain of hashes, and what to do where it is damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune_strategies.errors import LedgerError
+
+FORMAT = 2
+# Longer payloads become files: SQLite takes none above a gigabyte, and nobody who reads the rows wants to load them.
+INLINE_BYTES = 2**20
+_SCHEMA = """
+CREATE TABLE records (
+    seq INTEGER PRIMARY KEY, time REAL NOT NULL, kind TEXT NOT NULL, round INTEGER NOT NULL, node TEXT NOT NULL,
+    body TEXT NOT NULL, blob BLOB NOT NULL, hash BLOB NOT NULL, file TEXT NOT NULL DEFAULT ''
+);
+CREATE INDEX records_by_kind ON records (kind, round);
+"""
+_COLUMNS = "seq, time, kind, round, node, body, blob, file, hash"
+_Row = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Where a ledger stops being what was written.
+
+    Attributes
+    ----------
+    good : int
+        Records before the damage.
+    good_after : int
+        Records behind it that are as they were written.
+    lost : int
+        Records that are not.
+    """
+
+    good: int
+    good_after: int
+    lost: int
+
+    def __str__(self) -> str:
+        where = f"damaged after record {self.good}" if self.good else "damaged from its first record on"
+        after = f", {self.good_after} good ones follow" if self.good_after else ""
+        return f"{where} ({self.lost} record{'s' * (self.lost != 1)} lost{after})"
+
+
+def digest(previous: bytes, at: float, kind: str, round: int, node: str, body: str, blob: bytes, file: str) -> bytes:
+    """Return a record's link in the chain of hashes.
+
+    Parameters
+    ----------
+    previous : bytes
+        The link before; empty for the first record.
+    at, kind, round, node, body, blob, file
+        The columns of the record. It makes no difference whether a payload is in the row or in a file.
+
+    Returns
+    -------
+    bytes
+        SHA-256, 32 bytes.
+    """
+    head = json.dumps([at, kind, round, node, body]).encode()
+    payload = bytes.fromhex(file) if file else hashlib.sha256(blob).digest()
+    return hashlib.sha256(previous + hashlib.sha256(head).digest() + payload).digest()
+
+
+def find_damage(path: Path, head: int) -> Damage | None:
+    """Check every record of a ledger.
+
+    Parameters
+    ----------
+    path : Path
+        The SQLite file; it is only read.
+    head : int
+        The last record that is known to have been written.
+
+    Returns
+    -------
+    Damage or None
+        None where nothing is amiss.
+
+    Raises
+    ------
+    sqlite3.DatabaseError
+        It is no SQLite file.
+    LedgerError
+        It is of a newer format.
+    """
+    with contextlib.closing(_tolerant(path)) as db:
+        if db.execute("SELECT 1 FROM sqlite_master").fetchone():  # else it was killed before it made its tables
+            check_format(db, path, oldest=1)
+        good, last = 0, b""
+        for row in _readable(db, 0):
+            if row[0] != good + 1 or row[-1] != _link(last, row):
+                break
+            good, last = row[0], row[-1]
+        end = max(head, _last_seq(db))
+        if good >= end:
+            return None
+        good_after, before = 0, b""
+        for seq in range(good + 1, end + 1):
+            row = next(_readable(db, seq - 1, 1), ())
+            if row and row[0] == seq:
+                good_after += bool(before) and row[-1] == _link(before, row)
+                before = row[-1]
+        return Damage(good, good_after, end - good - good_after)
+
+
+def keep_first(path: Path, count: int) -> Path:
+    """Write the first records of a damaged ledger anew, and put the new file in its place.
+
+    Parameters
+    ----------
+    path : Path
+        The SQLite file.
+    count : int
+        How many records to keep.
+
+    Returns
+    -------
+    Path
+        Where the damaged file is kept.
+    """
+    kept = next(p for n in range(1, 10**6) if not (p := path.with_name(f"ledger.damaged-{n}.sqlite")).exists())
+    log = path.with_name(path.name + "-wal")
+    partial = path.with_suffix(".partial")
+    _unlink(partial)
+    with contextlib.closing(_tolerant(path)) as old, contextlib.closing(sqlite3.connect(partial)) as new:
+        new.executescript(f"{_SCHEMA} PRAGMA user_version = {FORMAT};")
+        rows = (row for row in _readable(old, 0) if row[0] <= count)
+        new.executemany(f"INSERT INTO records ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        new.commit()
+        # While the damaged file is open nobody folds its log into it: both are kept as they were found.
+        shutil.copyfile(path, kept)
+        if log.exists():
+            shutil.copyfile(log, kept.with_name(kept.name + "-wal"))
+    _unlink(log)
+    partial.replace(path)
+    sync_folder(path.parent)
+    return kept
+
+
+def bring_up_to_date(db: sqlite3.Connection, put: Callable[[bytes], str]) -> None:
+    """Make a new ledger's tables, or bring an older format up to date, in one transaction.
+
+    Parameters
+    ----------
+    db : sqlite3.Connection
+        Open for writing, in autocommit mode. A newer format is left alone.
+    put : callable
+        Stores bytes as a file and returns its name.
+    """
+    found = db.execute("PRAGMA user_version").fetchone()[0]
+    if found == 0 and not db.execute("SELECT 1 FROM sqlite_master").fetchone():
+        db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")
+    elif found == 1:
+        db.execute("BEGIN")
+        db.execute("ALTER TABLE records ADD COLUMN file TEXT NOT NULL DEFAULT ''")
+        long = db.execute("SELECT seq FROM records WHERE length(blob) > ?", [INLINE_BYTES]).fetchall()
+        for (seq,) in long:
+            (blob,) = db.execute("SELECT blob FROM records WHERE seq = ?", [seq]).fetchone()
+            db.execute("UPDATE records SET blob = x'', file = ? WHERE seq = ?", [put(blob), seq])
+        db.execute(f"PRAGMA user_version = {FORMAT}")
+        db.execute("COMMIT")
+
+
+def check_format(db: sqlite3.Connection, path: Path, oldest: int = FORMAT) -> None:
+    """Raise `LedgerError` unless the file's format is one between `oldest` and this release's."""
+    found = db.execute("PRAGMA user_version").fetchone()[0]
+    if not oldest <= found <= FORMAT:
+        older = 0 < found < FORMAT
+        what = "start its run again, which brings it up to date" if older else "use the matching release"
+        raise LedgerError(f"{path} has format {found}, this FedTune reads {FORMAT}: {what}.")
+
+
+def read_head(path: Path) -> int:
+    """Return the number of the last record that `note_head` noted, 0 where there is no note."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def note_head(path: Path, seq: int) -> None:
+    """Note the last record's number beside the ledger: a chain of hashes does not show that its end is missing.
+
+    The note is not forced to disk. After a power cut it may be older than the ledger, which does no harm.
+    """
+    with contextlib.suppress(OSError):
+        path.write_text(f"{seq}\n")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a new or replaced name in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _tolerant(path: Path) -> sqlite3.Connection:
+    # With a writable schema SQLite also opens a file that is shorter than it says, and reads as far as it goes.
+    db = sqlite3.connect(f"file:{path.absolute().as_posix()}?mode=ro", uri=True, isolation_level=None, timeout=10.0)
+    db.execute("PRAGMA writable_schema = ON")
+    return db
+
+
+def _readable(db: sqlite3.Connection, after: int, limit: int = -1) -> Iterator[_Row]:
+    """Yield rows in order up to the first that cannot be read."""
+    with contextlib.suppress(sqlite3.DatabaseError, UnicodeDecodeError):
+        file = "file" if db.execute("PRAGMA user_version").fetchone()[0] > 1 else "''"
+        columns = _COLUMNS.replace("file", file)
+        yield from db.execute(f"SELECT {columns} FROM records WHERE seq > ? ORDER BY seq LIMIT ?", [after, limit])
+
+
+def _last_seq(db: sqlite3.Connection) -> int:
+    with contextlib.suppress(sqlite3.DatabaseError):
+        return int(db.execute("SELECT max(seq) FROM records").fetchone()[0] or 0)
+    return 0
+
+
+def _link(previous: bytes, row: _Row) -> bytes:
+    try:
+        return digest(previous, *row[1:-1])
+    except (TypeError, ValueError):
+        return b""
+
+
+def _unlink(path: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
