@@ -12,6 +12,7 @@ import click
 import typer
 from typer.core import TyperGroup
 
+from deploy.commands import ledger
 from deploy.commands.configuration import config
 from deploy.commands.demo import demo
 from deploy.commands.keys import keys
@@ -59,6 +60,7 @@ PANELS: dict[str, list[Callable[..., None]]] = {
 for panel, commands in PANELS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
+app.add_typer(ledger.app, name="ledger", rich_help_panel="Operators")
 
 
 def main() -> None:

@@ -84,6 +84,8 @@ class Fleet(Grid):
         Seconds between two looks for replies.
     on_event : callable
         Called with (kind, node name, line) for ``"joined"``, ``"refused"`` and ``"lost"``.
+    nodes : iterable of Node
+        Nodes that are admitted already.
     """
 
     def __init__(
@@ -92,12 +94,13 @@ class Fleet(Grid):
         fingerprint: str,
         poll_interval: float = 0.25,
         on_event: Callable[[str, str, str], None] = lambda kind, node, line: None,
+        nodes: Iterable[Node] = (),
     ) -> None:
         self._grid = grid
         self._fingerprint = fingerprint
         self._poll_interval = poll_interval
         self._on_event = on_event
-        self._nodes: dict[int, Node] = {}
+        self._nodes = {node.id: node for node in nodes}
         self._hellos: dict[str, int] = {}
         self._refused: dict[int, tuple[float, FedTuneError]] = {}
         self._aside: set[str] = set()

@@ -105,6 +105,14 @@ def restore(strategy: TuningStrategy, ledger: Ledger, round: int | None = None) 
     return newest.round, strategy.restore(safetensors.torch.load(ledger.payload(newest)), load)
 
 
+def as_messages(replies: list[Record], ledger: Ledger) -> list[Message]:
+    """Turn recorded replies into the messages that they were."""
+    return [
+        Message(to_record(record.body["kind"], ledger.payload(record)), dst_node_id=0, message_type=MessageType.TRAIN)
+        for record in replies
+    ]
+
+
 def _round(
     number: int, strategy: TuningStrategy, arrays: ArrayRecord, fleet: Fleet, ledger: Ledger, config: Config
 ) -> ArrayRecord:
@@ -186,11 +194,7 @@ def _accept(number: int, received: Received, strategy: TuningStrategy, ledger: L
 
 
 def _commit(number: int, strategy: TuningStrategy, replies: list[Record], ledger: Ledger) -> ArrayRecord:
-    messages = [
-        Message(to_record(record.body["kind"], ledger.payload(record)), dst_node_id=0, message_type=MessageType.TRAIN)
-        for record in replies
-    ]
-    arrays, metrics = strategy.aggregate_train(number, messages)
+    arrays, metrics = strategy.aggregate_train(number, as_messages(replies, ledger))
     if arrays is None:
         raise NodesError(f"round {number}: the strategy made no model of {len(replies)} replies.")
     state = strategy.state()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,15 @@ from server_app.drive import restore
 from server_app.ledger import Ledger
 
 
-def export_model(language: LanguageModel, config: Config, ledger: Ledger, round: int, folder: Path) -> Path:
+def export_model(
+    language: LanguageModel,
+    config: Config,
+    ledger: Ledger,
+    round: int,
+    folder: Path,
+    *,
+    without: Sequence[str] = (),
+) -> Path:
     """Write the model as it is into a folder that ``AutoModelForCausalLM.from_pretrained`` loads.
 
     The folder appears whole or not at all: it is written beside its place and then renamed.
@@ -32,6 +41,8 @@ def export_model(language: LanguageModel, config: Config, ledger: Ledger, round:
         The round.
     folder : Path
         Where to write; an earlier export there is replaced.
+    without : sequence of str
+        Names of nodes that were left out of the model, for the model card.
 
     Returns
     -------
@@ -48,7 +59,7 @@ def export_model(language: LanguageModel, config: Config, ledger: Ledger, round:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_model(language.model, language.tokenizer, partial)
-        (partial / "README.md").write_text(model_card(config, ledger, round), encoding="utf-8")
+        (partial / "README.md").write_text(model_card(config, ledger, round, without), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except OSError as error:
@@ -97,12 +108,12 @@ def export_round(run: Path, round: int | None, folder: Path) -> int:
     return done
 
 
-def model_card(config: Config, ledger: Ledger, round: int) -> str:
+def model_card(config: Config, ledger: Ledger, round: int, without: Sequence[str] = ()) -> str:
     """Describe how a model came about, as a Hugging Face model card.
 
     Parameters
     ----------
-    config, ledger, round
+    config, ledger, round, without
         See `export_model`.
 
     Returns
@@ -111,8 +122,8 @@ def model_card(config: Config, ledger: Ledger, round: int) -> str:
         Markdown with a YAML header.
     """
     replies = [record for record in ledger.records("reply") if record.round <= round]
-    evaluations = [record for record in ledger.records("evaluation") if record.round <= round]
-    nodes = sorted({record.node for record in replies})
+    evaluations = [record for record in ledger.records("evaluation") if record.round <= round and not without]
+    nodes = {record.node for record in replies} - set(without)
     sent = sum(record.body["bytes_down"] + record.body["bytes_up"] for record in replies)
     lines = [
         "---",
@@ -125,6 +136,7 @@ def model_card(config: Config, ledger: Ledger, round: int) -> str:
         "",
         f"All parameters of `{config.model.name}` were tuned with FedTune over {round} rounds on the data of "
         f"{len(nodes)} nodes, which did not leave them. The nodes and the server exchanged {sent:,} bytes of payload.",
+        *(["", f"What these nodes contributed was left out afterwards: {', '.join(without)}."] if without else []),
         "",
         "| round | held-out loss (nats a token) | perplexity | Rouge-L |",
         "|---|---|---|---|",

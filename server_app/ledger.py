@@ -208,6 +208,16 @@ class Ledger:
         """
         return safetensors.torch.load(self._get(name))
 
+    def check_file(self, name: str) -> None:
+        """Raise `LedgerError` if a stored file is missing or damaged; holds little of it in memory."""
+        try:
+            with self._file(name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise LedgerError(f"{self._file(name)}: {error.strerror}; restore it from a backup.") from None
+        if found != name:
+            raise LedgerError(f"{self._file(name)} is damaged: restore it from a backup.")
+
     def files(self) -> Iterator[tuple[Record, str]]:
         """Yield every file that a record names, with the record."""
         for record in self.records():
@@ -250,13 +260,8 @@ class Ledger:
         return name
 
     def _get(self, name: str) -> bytes:
-        try:
-            data = self._file(name).read_bytes()
-        except OSError as error:
-            raise LedgerError(f"{self._file(name)}: {error.strerror}; restore it from a backup.") from None
-        if hashlib.sha256(data).hexdigest() != name:
-            raise LedgerError(f"{self._file(name)} is damaged: restore it from a backup.")
-        return data
+        self.check_file(name)
+        return self._file(name).read_bytes()
 
     def _file(self, name: str) -> Path:
         return self.folder / "files" / f"{name}.safetensors"

@@ -41,7 +41,15 @@ class TuningStrategy(Strategy):
 
     Beside Flower's ``configure_train`` and ``aggregate_train``, a method says how its arrays become weights, which
     replies it accepts, and what to store. Evaluation happens on the server, so no evaluation tasks are sent.
+
+    Attributes
+    ----------
+    history : tuple of str
+        Names of stored tensors that say what the nodes were asked to do, not where the model is: a replay without some
+        node takes them as they were.
     """
+
+    history: tuple[str, ...] = ()
 
     @abstractmethod
     def initial_arrays(self) -> ArrayRecord:

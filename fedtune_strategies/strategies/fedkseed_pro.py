@@ -29,6 +29,8 @@ class FedKSeedPro(FedKSeed):
     with ``"counted"`` the mean is over true draws and a never-drawn seed counts as average.
     """
 
+    history = ("sums", "count")
+
     def __init__(self, config: Config, base: Mapping[str, Tensor], inner: Strategy | None = None) -> None:
         super().__init__(config, base, inner)
         self.sums = np.zeros(config.fedkseed.seeds, dtype=np.float64)
@@ -57,10 +59,16 @@ class FedKSeedPro(FedKSeed):
         np.add.at(self.sums, seeds[finite], np.minimum(np.abs(scalars[finite], dtype=np.float64), AMPLITUDE_LIMIT))
         np.add.at(self.count, seeds[finite], 1)
 
+    def next_pool(self) -> None:
+        """Close the pool, and begin a history for the next one's seeds."""
+        super().next_pool()
+        self.sums, self.count = np.zeros_like(self.sums), np.zeros_like(self.count)
+
     def state(self) -> State:
         """Return FedKSeed's state and the amplitudes' history."""
         history = {"sums": torch.tensor(self.sums), "count": torch.tensor(self.count)}
-        return State(super().state().tensors | history)
+        state = super().state()
+        return State(state.tensors | history, state.files)
 
     def restore(self, tensors: dict[str, Tensor], load: Callable[[str], dict[str, Tensor] | None]) -> ArrayRecord:
         """Take up FedKSeed's state and the amplitudes' history."""

@@ -1,0 +1,99 @@
+"""``fedtune ledger``: look into the record of a run, check it, and fold it anew."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deploy.commands.output import Format, FormatOption, console, show
+from fedtune_strategies.errors import LedgerError
+
+app = typer.Typer(no_args_is_help=True, help="Look into the record of a run, check it, and fold it anew.")
+
+Run = Annotated[Path, typer.Argument(help="The run's folder, `run.dir`.")]
+# Facts that `show` prints first where a record has them; the others follow.
+_FIRST = ("reason", "message", "train/loss", "loss", "eval/loss")
+
+
+@app.command()
+def verify(run: Run) -> None:
+    """Check every record and every file of a run against its hash. Changes nothing; works while the run goes on."""
+    from server_app.ledger import Ledger
+
+    ledger = Ledger.read(run)
+    if found := ledger.damage():
+        raise LedgerError(f"{run}: {found}. The next start of the run cuts a damaged end back; or restore a backup.")
+    names = {name for _, name in ledger.files()}
+    for name in names:
+        ledger.check_file(name)
+    records = sum(1 for _ in ledger.records())
+    console.print(f"{run}: {records} records and {len(names)} files, all as they were written")
+
+
+@app.command()
+def cut(run: Run) -> None:
+    """Go back to the last record before the damage, even if good ones follow it. The damaged file is kept."""
+    from server_app.ledger import Ledger
+
+    ledger = Ledger(run, cut_anywhere=True)
+    newest = ledger.last("cut")
+    ledger.close()
+    last = f"cut back to record {newest.body['after']}" if newest else "nothing is damaged, nothing was cut"
+    console.print(f"{run}: {last}")
+
+
+@app.command("show")
+def show_records(
+    run: Run,
+    kind: Annotated[str | None, typer.Option(help="Only this kind, such as `reply`, `round` or `refused`.")] = None,
+    node: Annotated[str | None, typer.Option(help="Only this node.")] = None,
+    round: Annotated[int | None, typer.Option(min=0, help="Only this round.")] = None,
+    form: FormatOption = Format.text,
+) -> None:
+    """List what happened in a run, one line for each record."""
+    from server_app.ledger import Ledger
+
+    records = [one for one in Ledger.read(run).records(kind, round=round) if node in (None, one.node)]
+    facts = [
+        {"seq": one.seq, "time": one.time, "kind": one.kind, "round": one.round, "node": one.node, **one.body}
+        for one in records
+    ]
+
+    def as_text() -> None:
+        for one in records:
+            at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.time))
+            first = {key: one.body[key] for key in _FIRST if key in one.body}
+            told = " ".join(
+                f"{key}={value}" for key, value in (first | one.body).items() if not isinstance(value, dict)
+            )
+            line = f"{one.seq:6} {at} {one.kind:10} {one.round or '':>4} {one.node:12} {told[:120]}"
+            console.print(line.rstrip(), markup=False)
+
+    show(facts, form, as_text)
+
+
+@app.command()
+def replay(
+    run: Run,
+    without: Annotated[list[str] | None, typer.Option(help="A node to leave out; repeat for several.")] = None,
+    round: Annotated[int | None, typer.Option(min=1, help="Fold up to this round; the last one by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Export the model into this folder.")] = None,
+) -> None:
+    """Fold the replies of a run anew: check that they make the recorded model, or leave nodes out of it.
+
+    What a node left out had told the others through the weights stays in what they answered: this takes away its own
+    contributions, and is not the run that would have been without it.
+    """
+    from server_app.replay import replay as fold
+
+    if without and out is None:
+        raise LedgerError("--without makes another model: name a folder for it with --out.")
+    done = fold(run, without or (), round, out)
+    told = f"{done.rounds} rounds, {done.kept} replies"
+    if not without:
+        console.print(f"{run}: {told} make the recorded model, bit for bit")
+    else:
+        console.print(f"{out}: the model of {told}, without {done.left_out} of {', '.join(without)}")
