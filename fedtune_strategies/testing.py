@@ -13,7 +13,11 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedtune_strategies.protocol.records import from_record, to_record
 
 Handler = Callable[[str, bytes], tuple[str, bytes]]
-"""What answers for a node: (kind, payload) to (kind, payload); an exception becomes an error reply."""
+"""What answers for a node, (kind, payload) to (kind, payload); `Lost` is no reply, other exceptions are error replies."""
+
+
+class Lost(Exception):  # noqa: N818
+    """Raised by a `Handler` whose reply never arrives."""
 
 
 class InMemoryGrid(Grid):
@@ -23,10 +27,13 @@ class InMemoryGrid(Grid):
     ----------
     nodes : mapping of int to Handler
         The nodes by id; may change while a run goes on.
+    newest_first : bool
+        Deliver replies in the opposite order of their tasks.
     """
 
-    def __init__(self, nodes: Mapping[int, Handler]) -> None:
+    def __init__(self, nodes: Mapping[int, Handler], *, newest_first: bool = False) -> None:
         self.nodes = nodes
+        self._newest_first = newest_first
         self._run = Run.create_empty(1)
         self._ids = itertools.count(1)
         self._replies: dict[str, Message] = {}
@@ -58,7 +65,9 @@ class InMemoryGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Return the replies to some messages, each once."""
-        return [self._replies.pop(key) for key in list(message_ids) if key in self._replies]
+        wanted = list(message_ids)
+        ordered = reversed(wanted) if self._newest_first else wanted
+        return [self._replies.pop(key) for key in ordered if key in self._replies]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """See Flower."""
@@ -70,6 +79,8 @@ class InMemoryGrid(Grid):
         try:
             content = to_record(*self.nodes[message.metadata.dst_node_id](*from_record(message.content)))
             self._replies[message_id] = Message(content, reply_to=message)
+        except Lost:
+            pass
         except Exception as error:  # as Flower does with whatever a ClientApp raises
             self._replies[message_id] = Message(Error(code=2, reason=str(error)), reply_to=message)
         return message_id

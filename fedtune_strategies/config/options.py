@@ -115,9 +115,10 @@ def checked(name: str, value: Any, kind: type[Any], spec: dataclasses.Field) -> 
     if kind is float and type(value) is int:
         value = float(value)
     limits = spec.metadata
+    choices = limits["choices"]()
     if (
         type(value) is not kind
-        or (limits["choices"]() and value not in limits["choices"]())
+        or (choices and value not in choices)
         or (kind in (int, float) and not (limits["low"] <= value <= limits["high"] and value > limits["above"]))
         or (kind is float and not math.isfinite(value))
     ):

@@ -16,7 +16,7 @@ from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.fleet import Fleet, address, decoded
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.seed_space import fingerprint
-from fedtune_strategies.strategies.base import State, TuningStrategy, arrays_of, check_origin
+from fedtune_strategies.strategies.base import State, TuningStrategy, arrays_of, check_origin, log
 
 _MODEL = "model"
 
@@ -42,6 +42,14 @@ class ArraysStrategy(TuningStrategy):
         self.config = config
         self.inner = inner or FedAvg()
         self.current = {name: tensor.to(torch.float32) for name, tensor in sorted(initial.items())}
+
+    def summary(self) -> None:
+        """Log what will be tuned and how."""
+        count = sum(value.numel() for value in self.current.values())
+        log.info(
+            "%s: %d parameters in %d tensors, aggregated by %s",
+            type(self).__name__, count, len(self.current), type(self.inner).__name__,
+        )  # fmt: skip
 
     def initial_arrays(self) -> ArrayRecord:
         """Return the tensors before the first round."""
