@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from client_app.block_turns import BlockTurns
+from client_app.local_training import LocalTraining
 from client_app.seed_rounds import SeedRounds
 from fedtune_strategies.config import parse
 from fedtune_strategies.errors import ConfigError, FedTuneError, ResourceError
@@ -104,6 +105,8 @@ def _method(name: str) -> Callable[[NodeContext], Callable[[protocol.Message], p
             return SeedRounds
         case "fedcybgd":
             return BlockTurns
+        case "fedavg" | "fedit" | "fedzo":
+            return LocalTraining
     return load_method(name).node
 
 

@@ -60,6 +60,7 @@ def settings(tiny_llama, tmp_path):
         "fedkseed.local-steps": 6,
         "fedkseed.lr": 3e-4,
         "fedcybgd.local-steps": 3,
+        "fedavg.local-steps": 3,
         "eval.data": str(held_out),
         "eval.answers": 2,
         "eval.max-new-tokens": 4,

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fedtune_strategies.config.fedavg import FedAvgConfig
 from fedtune_strategies.config.fedcybgd import FedCyBGDConfig
 from fedtune_strategies.config.fedkseed import FedKSeedConfig, PrivacyConfig
 from fedtune_strategies.config.options import Scalar, accepted, as_toml_value, option, options, section
@@ -31,6 +32,7 @@ from fedtune_strategies.errors import ConfigError
 __all__ = [
     "METHODS",
     "Config",
+    "FedAvgConfig",
     "FedCyBGDConfig",
     "FedKSeedConfig",
     "Key",
@@ -62,6 +64,7 @@ class Config:
     fedkseed: FedKSeedConfig = field(default_factory=FedKSeedConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     fedcybgd: FedCyBGDConfig = field(default_factory=FedCyBGDConfig)
+    fedavg: FedAvgConfig = field(default_factory=FedAvgConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunDirConfig = field(default_factory=RunDirConfig)
     own: Mapping[str, Scalar] = field(default_factory=dict)
@@ -145,7 +148,7 @@ def _check_together(config: Config) -> None:
         )
     seeds = config.fedkseed
     if config.privacy.clip and (
-        config.method.name == "fedcybgd" or seeds.estimator != "two-sided" or seeds.directions > 1
+        not config.method.name.startswith("fedkseed") or seeds.estimator != "two-sided" or seeds.directions > 1
     ):
         raise ConfigError(
             "run config: 'privacy.clip' works with FedKSeed, 'fedkseed.estimator' = \"two-sided\" and "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fedtune_strategies.config.options import option
 from fedtune_strategies.method import installed_methods
 
-METHODS = ("fedkseed", "fedkseed-pro", "fedcybgd")
+METHODS = ("fedkseed", "fedkseed-pro", "fedcybgd", "fedavg", "fedit", "fedzo")
 
 
 @dataclass(frozen=True)

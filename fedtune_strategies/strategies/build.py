@@ -10,8 +10,10 @@ from fedtune_strategies.blocks.find import find_blocks
 from fedtune_strategies.config import METHODS, Config
 from fedtune_strategies.method import load_method
 from fedtune_strategies.seed_space import tuned_parameters
+from fedtune_strategies.strategies.arrays import ArraysStrategy
 from fedtune_strategies.strategies.base import TuningStrategy
 from fedtune_strategies.strategies.fedcybgd import FedCyBGD
+from fedtune_strategies.strategies.fedit import FedIT
 from fedtune_strategies.strategies.fedkseed import FedKSeed
 from fedtune_strategies.strategies.fedkseed_pro import FedKSeedPro
 
@@ -39,6 +41,10 @@ def build_strategy(config: Config, model: nn.Module, base: Mapping[str, Tensor])
         settings = config.fedcybgd
         blocks = find_blocks(model, settings.layers_per_block, train_embeddings=settings.train_embeddings)
         return FedCyBGD(config, base, blocks)
+    if config.method.name == "fedit":
+        return FedIT(config, model, base)
+    if config.method.name in ("fedavg", "fedzo"):
+        return ArraysStrategy(config, base)
     if config.fedkseed.tune:
         base = {name: base[name] for name in tuned_parameters(model, config.fedkseed.tune)}
     return {"fedkseed": FedKSeed, "fedkseed-pro": FedKSeedPro}[config.method.name](config, base)

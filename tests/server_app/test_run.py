@@ -18,12 +18,13 @@ from server_app.run import execute
 from tests.conftest import write_rows
 from tests.federations import final_state, make_grid, make_nodes, run
 
-METHODS = ["fedkseed", "fedkseed-pro", "fedcybgd"]
+METHODS = ["fedkseed", "fedkseed-pro", "fedcybgd", "fedavg"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "fedit", "fedzo"])
 def test_a_run_learns_and_exports_a_loadable_model(settings, data_files, method):
     settings |= {"method.name": method, "num-server-rounds": 6, "fedcybgd.lr": 1e-2}
+    settings |= {"fedavg.lr": 3e-4 if method == "fedzo" else 1e-2}
     ledger = run(settings, data_files)
     losses = [record.body["eval/loss"] for record in ledger.records("evaluation")]
     assert len(losses) == 7 and losses[-1] < losses[0]
@@ -36,7 +37,7 @@ def test_a_run_learns_and_exports_a_loadable_model(settings, data_files, method)
     assert method in card and "| 6 |" in card
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "fedit", "fedzo"])
 def test_the_same_seed_gives_the_same_model(settings, data_files, method, tmp_path):
     first = settings | {"method.name": method}
     second = first | {"run.dir": str(tmp_path / "again")}

@@ -1,0 +1,79 @@
+"""LoRA adapters (arXiv 2106.09685) by the PEFT library."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedtune_strategies.config.fedavg import FedAvgConfig
+from fedtune_strategies.errors import ConfigError
+
+
+def add_adapters(model: nn.Module, settings: FedAvgConfig, seed: int) -> dict[str, nn.Parameter]:
+    """Put adapters into a model; what it computes does not change yet.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place: the targeted layers are wrapped, which moves their weights to other names.
+    settings : FedAvgConfig
+        ``rank``, ``alpha`` and ``targets`` are read.
+    seed : int
+        Of the adapters' start.
+
+    Returns
+    -------
+    dict of str to nn.Parameter
+        The adapters' parameters by name.
+
+    Raises
+    ------
+    ConfigError
+        PEFT is not installed, or finds no module to adapt.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise ConfigError("FedIT needs PEFT, here and on every node: pip install 'fedtune[lora]'") from None
+    lora = LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, target_modules=settings.targets or None, task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            inject_adapter_in_model(lora, model)
+        except ValueError as error:
+            line = str(error).splitlines()[0][:200]
+            raise ConfigError(f"run config: 'fedavg.targets' is '{settings.targets}': {line}") from None
+    return {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+
+
+def sharing_weights(model: nn.Module) -> nn.Module:
+    """Copy the modules of a model but not its weights, so that adapters can be put into the copy."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def weight_changes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what the adapters of a model add to its weights, by the weights' names without adapters.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With adapters from `add_adapters`.
+
+    Yields
+    ------
+    tuple of str and Tensor
+        Name and change (alpha / rank) B A, in the shape of the weight.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers: list[tuple[str, Any]] = [
+        (n, module) for n, module in model.named_modules() if isinstance(module, LoraLayer)
+    ]
+    for name, layer in layers:
+        yield f"{name}.weight", layer.get_delta_weight(layer.active_adapters[0])
