@@ -13,7 +13,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedtune_strategies.protocol.records import from_record, to_record
 
 Handler = Callable[[str, bytes], tuple[str, bytes]]
-"""What answers for a node, (kind, payload) to (kind, payload); `Lost` is no reply, other exceptions are error replies."""
+"""What answers for a node: (kind, payload) to (kind, payload). `Lost` is no reply, other exceptions an error reply."""
 
 
 class Lost(Exception):  # noqa: N818
