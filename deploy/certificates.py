@@ -7,7 +7,6 @@ an elliptic-curve key that the operator registered. Private keys never leave the
 from __future__ import annotations
 
 import ipaddress
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -26,6 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from deploy.home import private_folder, write_private
 from fedtune_strategies.errors import LinkError
 
 AUTHORITY_LIFETIME = timedelta(days=3650)
@@ -75,7 +75,7 @@ def server_files(folder: Path, names: Sequence[str] = (), now: datetime | None =
         A certificate has expired, is not valid yet, is damaged, or its key is missing.
     """
     now = now or datetime.now(UTC)
-    _private_folder(folder)
+    private_folder(folder)
     files = ServerFiles(folder / "ca.crt", folder / "server.crt", folder / "server.key")
     authority_key = folder / "ca.key"
     if not files.authority.exists():
@@ -100,14 +100,14 @@ def node_key(folder: Path, name: str) -> NodeKey:
     LinkError
         The private key that lies there cannot be read as an elliptic-curve key.
     """
-    _private_folder(folder)
+    private_folder(folder)
     pair = NodeKey(folder / name, folder / f"{name}.pub")
     if pair.private.exists():
         key = _load_node_key(pair.private)
     else:
         key = ec.generate_private_key(ec.SECP384R1())
-        _write(pair.private, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
-    _write(pair.public, key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n")
+        write_private(pair.private, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    write_private(pair.public, key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n")
     return pair
 
 
@@ -120,8 +120,8 @@ def _make_authority(certificate: Path, key_file: Path, now: datetime) -> None:
         .add_extension(_usage("key_cert_sign", "crl_sign"), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     )
-    _write(key_file, _key_bytes(key))
-    _write(certificate, builder.sign(key, hashes.SHA384()).public_bytes(Encoding.PEM))
+    write_private(key_file, _key_bytes(key))
+    write_private(certificate, builder.sign(key, hashes.SHA384()).public_bytes(Encoding.PEM))
 
 
 def _make_server(
@@ -143,8 +143,8 @@ def _make_server(
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False)
     )
-    _write(files.key, _key_bytes(key))
-    _write(files.certificate, builder.sign(authority_key, hashes.SHA384()).public_bytes(Encoding.PEM))
+    write_private(files.key, _key_bytes(key))
+    write_private(files.certificate, builder.sign(authority_key, hashes.SHA384()).public_bytes(Encoding.PEM))
 
 
 def _certificate(
@@ -225,17 +225,3 @@ def _load_node_key(file: Path) -> ec.EllipticCurvePrivateKey:
 
 def _key_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-
-
-def _private_folder(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Write a file that is at no moment readable by others, and never half written."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    draft.unlink(missing_ok=True)
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
-        stream.write(content)
-    draft.replace(file)

@@ -15,9 +15,11 @@ from typer.core import TyperGroup
 from deploy.commands import ledger
 from deploy.commands.configuration import config
 from deploy.commands.demo import demo
+from deploy.commands.join import join, leave
 from deploy.commands.keys import keys
 from deploy.commands.machine import version
 from deploy.commands.models import export
+from deploy.commands.serve import nodes_app, serve
 from fedtune_strategies.errors import FedTuneError, ResourceError
 
 INTERRUPTED = 130
@@ -54,15 +56,21 @@ app = typer.Typer(
 # The panels of `fedtune --help`, in the order in which they are shown.
 PANELS: dict[str, list[Callable[..., None]]] = {
     "Try it": [demo],
-    "Operators": [keys, export],
+    "Operators": [serve, export, keys],
+    "Device owners": [join, leave],
     "Everybody": [config, version],
 }
 for panel, commands in PANELS.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)
+app.add_typer(nodes_app, name="nodes", rich_help_panel="Operators")
 app.add_typer(ledger.app, name="ledger", rich_help_panel="Operators")
 
 
 def main() -> None:
     """Entry point of the ``fedtune`` command."""
     app()
+
+
+if __name__ == "__main__":
+    main()

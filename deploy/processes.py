@@ -37,8 +37,10 @@ def start(command: Sequence[str], environment: Mapping[str, str], log: Path) -> 
     environment : mapping
         The whole environment.
     log : Path
-        Gets stdout and stderr; what it held before is lost.
+        Gets stdout and stderr; what it held before is kept once, beside it as ``.previous``.
     """
+    if log.exists():
+        log.replace(log.with_suffix(".previous"))
     with log.open("wb") as output:
         return subprocess.Popen(
             command,
@@ -48,6 +50,11 @@ def start(command: Sequence[str], environment: Mapping[str, str], log: Path) -> 
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
+
+def next_pause(pause: float, lived: float) -> float:
+    """Seconds to wait before a program is started again: 1, 2, 4 … 60, and 1 again once it lived for a minute."""
+    return 1.0 if lived > 60.0 or not pause else min(2 * pause, 60.0)
 
 
 def stop(processes: Sequence[subprocess.Popen[bytes] | psutil.Process], patience: float = PATIENCE) -> None:

@@ -96,15 +96,16 @@ class ByteProxy:
             upstream_reader, upstream_writer = await asyncio.open_connection(*self._target)
             with contextlib.closing(upstream_writer):
                 await asyncio.gather(
-                    self._relay(reader, upstream_writer, self._counts[node], 0),
-                    self._relay(upstream_reader, writer, self._counts[node], 1),
+                    relay(reader, upstream_writer, self._counts[node], 0),
+                    relay(upstream_reader, writer, self._counts[node], 1),
                 )
         self._connections.discard(connection)
 
-    @staticmethod
-    async def _relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, counts: list[int], way: int) -> None:
-        while data := await reader.read(CHUNK):
-            counts[way] += len(data)
-            writer.write(data)
-            await writer.drain()
-        writer.write_eof()
+
+async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, counts: list[int], way: int) -> None:
+    """Pass on one direction of a connection until its end, and count its bytes in ``counts[way]``."""
+    while data := await reader.read(CHUNK):
+        counts[way] += len(data)
+        writer.write(data)
+        await writer.drain()
+    writer.write_eof()

@@ -1,0 +1,136 @@
+"""``fedtune join`` and ``fedtune leave``: a device owner's node."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from deploy.commands.output import console
+from deploy.commands.serve import event_line
+from fedtune_strategies.errors import ConfigError
+
+NameOption = Annotated[str | None, typer.Option("--name", help="Which federation, where this machine joined several.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Agree without being asked.")]
+
+
+def join(
+    token: Annotated[
+        str,
+        typer.Argument(
+            envvar="FEDTUNE_TOKEN",
+            help="The join token; `-` reads it from standard input. Leave it out to start a node that has joined.",
+        ),
+    ] = "",
+    data: Annotated[
+        Path | None, typer.Option(help="Your data: JSONL, JSON, CSV, Parquet, or a `datasets` folder.")
+    ] = None,
+    data_format: Annotated[
+        str, typer.Option("--data-format", help="Format of the data, where it is not plain.")
+    ] = "auto",
+    model: Annotated[str, typer.Option(help="Folder of the base model here, instead of the announced one.")] = "",
+    device: Annotated[str, typer.Option(help="Where the model runs: `cpu`, `cuda`, `cuda:1`. Default: `cpu`.")] = "",
+    name: NameOption = None,
+    yes: YesOption = False,
+    install_service: Annotated[
+        bool, typer.Option("--install-service", help="Run as a systemd service of yours instead of in this terminal.")
+    ] = False,
+) -> None:
+    """Join a federation with the token that its operator gave you, and take part until Ctrl-C.
+
+    Checks the server against the token, reads your data, shows what will be tuned, what it takes of this machine and
+    **exactly what leaves it**, and asks once. Then it runs Flower's SuperNode, and reconnects for ever.
+
+    Next time `fedtune join` alone is enough. `fedtune leave` gives the membership back.
+    """
+    from deploy.join import find_membership
+    from deploy.node import run_node
+
+    log = event_line(Console(stderr=True, highlight=False, soft_wrap=True))
+    if not token:
+        membership = find_membership(name)
+    else:
+        if data is None:
+            raise ConfigError("--data is missing: name the file with your examples, such as --data ~/notes.jsonl")
+        word = sys.stdin.readline() if token == "-" else token
+        node = {"data": str(data.expanduser().resolve()), "format": data_format, "model": model, "device": device}
+        membership = _join(word, node, yes, log)
+    if install_service:
+        from deploy.service import install
+
+        for line in install(membership):
+            console.print(line, markup=False)
+        return
+    log(f"{membership.name} takes part at {membership.address}; Ctrl-C stops it, `fedtune leave` ends it")
+    run_node(membership, log)
+
+
+def leave(
+    name: NameOption = None,
+    yes: YesOption = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Forget the membership here even if the server cannot be reached.")
+    ] = False,
+) -> None:
+    """Leave a federation: the server forgets this node's key, and this machine the federation. Your data stay."""
+    from deploy.join import find_membership, give_back
+    from deploy.service import remove
+
+    membership = find_membership(name)
+    console.print(f"Leaving {membership.address} as {membership.name} removes {membership.folder}. Your data stay.")
+    if not yes and not typer.confirm("Leave?"):
+        raise typer.Exit(1)
+    remove(membership)
+    give_back(membership, tell_server=not force)
+    console.print("Left.")
+
+
+def _join(word: str, node: dict[str, str], yes: bool, log: Any) -> Any:
+    from deploy.join import Membership, meet, redeem
+    from deploy.token import decode_token
+
+    token = decode_token(word)
+    membership = Membership(token.name, token.address, **node)
+    if (membership.folder / "node.json").exists():
+        raise ConfigError(
+            f"this machine is {membership.folder.name} already: `fedtune join` starts it, `fedtune leave` ends it"
+        )
+    token.check_time()
+    authority, server = meet(token)
+    _tell(membership, server)
+    if not yes and not typer.confirm("\nDo you agree?"):
+        raise typer.Exit(1)
+    return redeem(
+        token,
+        authority,
+        membership,
+        lambda key: log(f"waiting for the operator to approve this node; tell them its key: {key}"),
+    )
+
+
+def _tell(membership: Any, server: dict[str, Any]) -> None:
+    """Show what a device owner agrees to."""
+    from deploy.consent import NEVER, leaves
+    from fedtune_strategies.config import defaults
+    from fedtune_strategies.language.data import read_rows
+
+    rows = read_rows(Path(membership.data), membership.format)
+    offer = server["offer"]
+    console.print(f"[bold]You are invited[/bold] to {membership.address} as [bold]{membership.name}[/bold].\n")
+    told = [
+        ("your data", f"{membership.data}: {len(rows)} examples, all readable"),
+        ("model", membership.model or offer.get("model.name") or "the operator names it when a run starts"),
+        ("method", offer.get("method.name") or "the operator names it when a run starts"),
+        (
+            "rounds",
+            str(offer.get("num-server-rounds", defaults()["num-server-rounds"])) if offer else "as the operator says",
+        ),
+    ]
+    for label, text in told:
+        console.print(f"  {label:14}{text}", markup=False)
+    console.print(f"\n{NEVER}")
+    for line in leaves(offer):
+        console.print(f"  • {line}", markup=False)

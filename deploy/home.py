@@ -1,0 +1,49 @@
+"""Where FedTune keeps what lives longer than a command: below ``$FEDTUNE_HOME``, by default ``~/.fedtune``."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def home() -> Path:
+    """The folder of everything."""
+    return Path(os.environ.get("FEDTUNE_HOME", "~/.fedtune")).expanduser()
+
+
+def server_folder() -> Path:
+    """An operator's server: keys, members, Flower's state and logs."""
+    return home() / "server"
+
+
+def runs_folder() -> Path:
+    """The runs that an operator submitted, each with its ledger and its model."""
+    return home() / "runs"
+
+
+def nodes_folder() -> Path:
+    """The federations that a device owner joined, each with its key."""
+    return home() / "nodes"
+
+
+def private_folder(folder: Path) -> Path:
+    """Make a folder that its owner alone can enter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    return folder
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write a file that only its owner can read, whole or not at all."""
+    write_private(file, json.dumps(content, indent=2).encode())
+
+
+def write_private(file: Path, content: bytes) -> None:
+    """Write a file that is at no moment readable by others, and never half written."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    draft.unlink(missing_ok=True)
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
+        stream.write(content)
+    draft.replace(file)

@@ -1,0 +1,267 @@
+"""Tokens, members, the published port and the desk behind it, without Flower: its control interface is a stand-in."""
+
+import asyncio
+import base64
+import contextlib
+import json
+import socket
+import ssl
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deploy import join as joining
+from deploy.certificates import node_key, server_files
+from deploy.control import Control
+from deploy.desk import Desk
+from deploy.front import JOIN, Front, protocols
+from deploy.join import Membership, find_membership, give_back, meet, memberships, redeem
+from deploy.members import Members
+from deploy.serve import authority_hash
+from deploy.token import JoinToken, decode_token
+from fedtune_strategies.errors import ConfigError, LinkError, NodesError, ProtocolError
+
+SECRET = bytes(range(16))
+
+
+class FakeControl(Control):
+    """Registers keys in a dict."""
+
+    registered: dict = {}  # noqa: RUF012
+
+    def register(self, public_key, name):
+        self.registered[name] = public_key.read_text().strip()
+        return 1000 + len(self.registered)
+
+    def unregister(self, node_id):
+        self.registered[node_id] = None
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    """A desk behind a front on a free port; what it says is in ``desk.said``."""
+    monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path / "home"))
+    FakeControl.registered = {}
+    files = server_files(tmp_path / "keys")
+    members = Members(tmp_path / "server")
+    said = []
+    desk = Desk(
+        files, members, FakeControl(tmp_path, {}), offer=lambda: {"method.name": "fedkseed"}, on_event=said.append
+    )
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+
+    def call(work):
+        return asyncio.run_coroutine_threadsafe(work, loop).result(10)
+
+    fleet = socket.create_server(("127.0.0.1", 0))
+    front = Front(fleet.getsockname()[1], call(desk.open()), said.append)
+    call(front.open("127.0.0.1", 0))
+    desk.said, desk.members, desk.files, desk.fleet = said, members, files, fleet
+    desk.port = front._server.sockets[0].getsockname()[1]
+    yield desk
+    call(front.close())
+    call(desk.close())
+    loop.call_soon_threadsafe(loop.stop)
+    fleet.close()
+
+
+def token_for(desk, name, lifetime=60.0):
+    secret, expires = desk.members.invite(name, lifetime)
+    return JoinToken(f"localhost:{desk.port}", name, authority_hash(desk.files.authority.read_text()), secret, expires)
+
+
+def membership(token):
+    return Membership(token.name, token.address, "/data/notes.jsonl")
+
+
+@given(st.text(max_size=40), st.text(max_size=63), st.binary(min_size=16, max_size=16), st.integers(0, 2**32 - 1))
+def test_a_token_comes_back_as_it_was(address, name, secret, expires):
+    if len(name.encode()) < 256:
+        token = JoinToken(address, name, bytes(32), secret, expires)
+        assert decode_token(token.encode()) == token
+
+
+def test_a_token_cut_or_changed_is_refused_and_never_quoted():
+    word = JoinToken("host:9092", "alice", bytes(32), SECRET, 2_000_000_000).encode()
+    assert decode_token(f"  {word[:30]}\n{word[30:]} ").name == "alice"
+    for broken in (
+        word[:-1],
+        word[:40] + ("A" if word[40] != "A" else "B") + word[41:],
+        word + "AAAA",
+        "fedtune1-",
+        "x",
+    ):
+        with pytest.raises(LinkError) as error:
+            decode_token(broken)
+        assert broken == "x" or broken not in str(error.value)
+
+
+def test_a_secret_is_in_no_representation():
+    token = JoinToken("host:9092", "alice", bytes(32), SECRET, 1)
+    assert SECRET.hex() not in repr(token) and repr(SECRET) not in repr(token)
+    with pytest.raises(LinkError, match=r"expired 2\.0 hours"):
+        token.check_time(now=7201)
+
+
+def test_a_secret_works_once_for_one_key(tmp_path):
+    members = Members(tmp_path)
+    keys = [node_key(tmp_path / name, "key").public.read_text().strip() for name in ("one", "two")]
+    secret, expires = members.invite("alice", 60)
+    first = members.apply(secret, keys[0], approval=False)
+    assert first.state == "approved" and members.apply(secret, keys[0], approval=False) == first
+    with pytest.raises(LinkError, match="used already, with another key"):
+        members.apply(secret, keys[1], approval=False)
+    with pytest.raises(LinkError, match="does not know"):
+        members.apply(SECRET, keys[1], approval=False)
+    with pytest.raises(NodesError, match="has joined"):
+        members.invite("alice", 60)
+    secret, expires = members.invite("bob", 60)
+    with pytest.raises(LinkError, match="expired"):
+        members.apply(secret, keys[1], approval=False, now=expires + 1)
+    newer, _ = members.invite("bob", 60)
+    with pytest.raises(LinkError, match="does not know"):
+        members.apply(secret, keys[1], approval=False)
+    with pytest.raises(LinkError, match="not an elliptic-curve key"):
+        members.apply(newer, "ssh-ed25519 AAAA", approval=False)
+    assert members.apply(newer, keys[1], approval=True).state == "waiting"
+    assert secret.hex() not in (tmp_path / "members.json").read_text()
+
+
+@pytest.mark.parametrize("name", ["", "-x", "a/b", 'q"', "a" * 64, "a b"])
+def test_names_that_are_no_plain_words_are_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match="node name"):
+        Members(tmp_path).invite(name, 60)
+
+
+def test_a_node_joins_and_leaves(desk):
+    token = token_for(desk, "alice")
+    authority, server = meet(token)
+    assert server["offer"] == {"method.name": "fedkseed"}
+    mine = redeem(token, authority, membership(token))
+    assert memberships() == [mine] == [find_membership("alice")]
+    # The key that was registered is the public half of the one that this machine made; the private half is here alone.
+    assert FakeControl.registered["alice"] == (mine.folder / "key.pub").read_text().strip()
+    assert desk.members.get("alice").state == "member" and mine.key.stat().st_mode & 0o77 == 0
+    # A reply lost on the way is asked for again, with the same answer.
+    assert redeem(token, authority, mine) == mine
+    give_back(mine)
+    assert desk.members.get("alice").state == "revoked" and not mine.folder.exists()
+    assert FakeControl.registered[1001] is None
+    with pytest.raises(ConfigError, match="has joined no such federation"):
+        find_membership(None)
+    secrets = (token.encode(), token.secret.hex())
+    assert not any(secret in line for line in desk.said for secret in secrets)
+    assert [line.split()[1] for line in desk.said] == ["joined", "left"]
+
+
+def test_a_node_waits_for_approval(desk, monkeypatch):
+    desk._approval = True
+    monkeypatch.setattr(joining, "APPROVAL_PAUSE", 0.05)
+    token = token_for(desk, "alice")
+    authority, _ = meet(token)
+    shown = []
+
+    def approve(key):
+        assert desk.members.get("alice").fingerprint == key and not FakeControl.registered
+        shown.append(key)
+        desk.members.change("alice", "approved", expected=("waiting",))
+
+    redeem(token, authority, membership(token), approve)
+    assert len(shown) == 1 and desk.members.get("alice").state == "member"
+
+
+def test_a_server_that_did_not_make_the_token_gets_no_secret(desk, monkeypatch):
+    token = replace(token_for(desk, "alice"), authority=bytes(32))
+    sent = []
+    ask = joining.ask
+    monkeypatch.setattr(joining, "ask", lambda *request: sent.append(request[1]) or ask(*request))
+    with pytest.raises(LinkError, match="not the server that made this token"):
+        meet(token)
+    assert sent == [{"do": "hello"}]
+
+
+def test_strangers_learn_nothing_and_cannot_end_memberships(desk, tmp_path):
+    authority = desk.files.authority.read_text()
+    address = f"localhost:{desk.port}"
+    assert joining.ask(address, {"do": "hello", "secret": SECRET.hex()}, authority)["offer"] == {}
+    token = token_for(desk, "alice")
+    mine = redeem(token, authority, membership(token))
+    stranger = node_key(tmp_path, "stranger").private
+    stranger.replace(mine.key)
+    with pytest.raises(LinkError, match="only the holder of the key"):
+        give_back(mine)
+    assert mine.folder.exists() and desk.members.get("alice").state == "member"
+    for request in ({}, {"do": "join"}, {"do": "join", "secret": 1, "public_key": ""}, {"do": "leave", "name": "x"}):
+        with pytest.raises((ProtocolError, NodesError)):
+            joining.ask(address, request, authority)
+
+
+@pytest.mark.parametrize("line", [b"", b"[]", b"\xff", b"{", b'{"do": "join", "secret": "zz", "public_key": ""}'])
+def test_nonsense_is_answered_with_one_line(desk, line):
+    answer = desk.answer(line)
+    assert answer["error"] == ProtocolError.exit_code and "\n" not in answer["message"]
+
+
+def test_an_old_leave_cannot_be_played_again(desk):
+    token = token_for(desk, "alice")
+    redeem(token, meet(token)[0], membership(token))
+    old = {
+        "do": "leave",
+        "name": "alice",
+        "time": int(time.time()) - 3600,
+        "signature": base64.b64encode(b"x").decode(),
+    }
+    assert "clocks" in desk.answer(json.dumps(old).encode())["message"]
+
+
+def hello_of(alpn):
+    """The first bytes of a TLS client."""
+    context = ssl.create_default_context()
+    if alpn:
+        context.set_alpn_protocols(alpn)
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
+    with contextlib.suppress(ssl.SSLWantReadError):
+        client.do_handshake()
+    return outgoing.read()
+
+
+@pytest.mark.parametrize("alpn", [[], ["h2"], [JOIN], ["http/1.1", JOIN, "h2"]])
+def test_the_protocols_of_a_client_are_read(alpn):
+    hello = hello_of(alpn)
+    assert protocols(hello) == alpn
+    with pytest.raises(ValueError, match="no client hello"):
+        protocols(b"\x16\x03\x01\x00\x05\x02\x00\x00\x01\x00")
+
+
+@given(st.binary(max_size=300))
+def test_no_bytes_break_the_reader(noise):
+    with contextlib.suppress(ValueError):
+        assert isinstance(protocols(noise), list)
+
+
+def test_the_port_shows_nodes_to_the_fleet_and_nobody_else(desk):
+    with socket.create_connection(("127.0.0.1", desk.port)) as node:
+        hello = hello_of(["h2"])
+        node.sendall(hello[:7])
+        time.sleep(0.05)
+        node.sendall(hello[7:])
+        desk.fleet.settimeout(5)
+        arrived, _ = desk.fleet.accept()
+        with arrived:
+            got = b""
+            while len(got) < len(hello):
+                got += arrived.recv(4096)
+            assert got == hello
+    for noise in (b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", desk.port)) as stranger:
+            stranger.settimeout(5)
+            stranger.sendall(noise)
+            with contextlib.suppress(ConnectionResetError):
+                assert stranger.recv(100) == b""
+    assert any("speaks no TLS" in line for line in desk.said)
