@@ -17,7 +17,8 @@ from fedtune_strategies.memory import peak_memory
 from fedtune_strategies.method import NodeContext
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.packing import round_scalars, unpack
-from fedtune_strategies.seed_space import fingerprint, make_pool, tuned_parameters
+from fedtune_strategies.seed_space import fingerprint, tuned_parameters
+from fedtune_strategies.subspace import nth_pool, pool_number, rebuild
 from fedtune_strategies.zeroth_order import LocalSteps, local_steps
 from fedtune_strategies.zeroth_order.estimators import Estimator
 from fedtune_strategies.zeroth_order.private import poisson_sample, private_two_sided
@@ -40,9 +41,8 @@ class SeedRounds:
         self._name, self._examples = context.name, context.examples
         settings = self._config.fedkseed
         self._parameters = tuned_parameters(self._model, settings.tune or None)
-        self._pool = make_pool(settings.pool, key=self._config.train.seed, size=settings.seeds)
         self._version = 0
-        self._units = np.zeros(settings.seeds, dtype=np.int32)
+        self._units = np.zeros((1, settings.seeds), dtype=np.int32)
 
     def __call__(self, task: protocol.Message) -> protocol.Message:
         """Answer a `SeedTask`."""
@@ -84,14 +84,14 @@ class SeedRounds:
         ProtocolError
             The change does not fit the run.
         """
-        change = unpack(task.change, self._config.fedkseed.seeds)
-        if task.since == 0:
-            self._units = change
-        elif task.since == self._version:
-            self._units = self._units + change
-        elif task.round - 1 != self._version:  # else it is the last task again
-            return False
-        self._version = task.round - 1
+        if task.since not in (0, self._version):
+            return self._version == task.round - 1  # is it the last task again?
+        held = self._units if task.since else np.zeros_like(self._units[:1])
+        units = np.zeros((pool_number(self._config, task.round) + 1, held.shape[1]), dtype=np.int32)
+        units[: len(held)] = held
+        changed = units[len(held) - 1 :]
+        changed += unpack(task.change, changed.size).reshape(changed.shape)
+        self._units, self._version = units, task.round - 1
         return True
 
     def train(self, task: protocol.SeedTask) -> tuple[LocalSteps, str]:
@@ -117,13 +117,13 @@ class SeedRounds:
         odds = self._odds(task)
         seeds = draw_seeds(key, settings.local_steps, settings.seeds, odds)
         weights = importance(odds)[seeds] if settings.pro_importance and odds.size else 1.0
-        theta = torch.from_numpy((self._units * task.unit).astype(np.float32))
-        self._pool.rebuild_model(self._parameters, self._base, theta)
+        theta = (self._units * task.unit).astype(np.float32)
+        rebuild(self._config, list(theta), self._parameters, self._base)
         starting_print = fingerprint(self._parameters)
         estimator, loss, data = self._plan(task)
         steps = local_steps(
             self._model,
-            self._pool,
+            nth_pool(self._config, len(theta) - 1),
             loss,
             data,
             seeds,

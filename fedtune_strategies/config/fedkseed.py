@@ -13,6 +13,9 @@ class FedKSeedConfig:
 
     seeds: int = option(4096, "K, the number of seeded directions.", low=2, high=2**20)
     pool: str = option("walsh", "Kind of directions.", choices=("walsh", "gaussian"))
+    pool_every: int = option(
+        0, "Rounds after which a fresh pool of directions takes over from the last; 0 for one pool.", low=0
+    )
     tune: str = option("", "Regular expression: only parameters with a match in their name are tuned; empty for all.")
     local_steps: int = option(200, "tau, zeroth-order steps of a node in a round.", low=1, high=100_000)
     lr: float = option(1e-4, "eta, step size along one direction.", above=0.0)

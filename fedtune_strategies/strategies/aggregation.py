@@ -92,6 +92,14 @@ def restore_moments(inner: Strategy, tensors: dict[str, Tensor]) -> None:
         inner.v_t = {"theta": tensors["moment/2"].numpy()}
 
 
+def forget_moments(inner: Strategy) -> None:
+    """Let a Flower strategy begin anew: its momenta belong to directions that do not move any more."""
+    if isinstance(inner, FedAvgM):
+        inner.momentum_vector = None
+    elif isinstance(inner, FedAdam | FedYogi):
+        inner.m_t, inner.v_t = None, None
+
+
 def schedule(settings: FedKSeedConfig, round: int, rounds: int) -> float:
     """Return the factor of the step size in a round.
 

@@ -6,6 +6,9 @@ reply looks like any other: an array and a number of examples.
 
 Each round's move of theta is rounded before it is made, and what rounding left is added to the next one. So theta is
 a whole number of units, and its change since any round goes down exactly in few bytes.
+
+With ``fedkseed.pool-every`` a pool that has served its rounds is closed: its theta stays in the model as it is, and a
+fresh pool begins at theta = 0. To Flower the model is the theta of the newest pool alone.
 """
 
 from __future__ import annotations
@@ -27,12 +30,20 @@ from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.fleet import Fleet, address, decoded
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.packing import SCALAR_TYPES, pack, read_scalars
-from fedtune_strategies.seed_space import fingerprint, make_pool
-from fedtune_strategies.strategies.aggregation import make_aggregator, moments, prepare, restore_moments, schedule
+from fedtune_strategies.seed_space import fingerprint
+from fedtune_strategies.strategies.aggregation import (
+    forget_moments,
+    make_aggregator,
+    moments,
+    prepare,
+    restore_moments,
+    schedule,
+)
 from fedtune_strategies.strategies.base import State, TuningStrategy, arrays_of, check_origin, log
 from fedtune_strategies.strategies.privacy import epsilon
 from fedtune_strategies.strategies.screening import amplitude, clipped, out_of_line, running_amplitude
 from fedtune_strategies.strategies.versions import LARGEST, Versions, round_move, unit_of
+from fedtune_strategies.subspace import pool_number, rebuild
 
 
 class FedKSeed(TuningStrategy):
@@ -51,8 +62,8 @@ class FedKSeed(TuningStrategy):
     def __init__(self, config: Config, base: Mapping[str, Tensor], inner: Strategy | None = None) -> None:
         self.config = config
         self.base = base
-        self.pool = make_pool(config.fedkseed.pool, key=config.train.seed, size=config.fedkseed.seeds)
         self.inner = inner or make_aggregator(config.strategy)
+        self.closed: list[NDArray[np.float32]] = []
         self.theta = np.zeros(config.fedkseed.seeds, dtype=np.float32)
         self.carry = np.zeros(config.fedkseed.seeds, dtype=np.float32)
         self.unit = unit_of(config.fedkseed.lr)
@@ -73,7 +84,7 @@ class FedKSeed(TuningStrategy):
         )  # fmt: skip
 
     def initial_arrays(self) -> ArrayRecord:
-        """Return theta = 0: the base model."""
+        """Return theta = 0 in the first pool: the base model."""
         return arrays_of(theta=torch.zeros(self.config.fedkseed.seeds))
 
     def configure_train(
@@ -85,15 +96,20 @@ class FedKSeed(TuningStrategy):
         self.theta = arrays["theta"].numpy()
         prepare(self.inner, self.lr(server_round), settings.adaptivity)
         self.inner.configure_train(server_round, arrays, config, grid)
-        self.versions.add(server_round - 1, np.rint(self.theta / self.unit).astype(np.int32))
+        self.versions.add(
+            server_round - 1, [np.rint(row / self.unit).astype(np.int32) for row in (*self.closed, self.theta)]
+        )
         count = max(settings.min_replies, round(settings.fraction_train * len(nodes)))
         chosen = sample((self.config.train.seed, server_round), list(nodes), min(count, len(nodes)))
-        for name in chosen if self.config.privacy.clip else ():
-            self.asked[name] = (self.asked.get(name, (0, 0))[0] + 1, nodes[name].num_examples)
         since = {name: self.versions.since(name) for name in chosen}
         payloads = {version: protocol.encode(self._task(server_round, version)) for version in set(since.values())}
         kind = protocol.SeedTask.kind
         return [address(nodes[name], kind, payloads[since[name]], server_round) for name in chosen]
+
+    def note_asked(self, nodes: Mapping[str, int]) -> None:
+        """Count what privacy has cost each node: with its task it is spent, whether or not a reply comes."""
+        for name, examples in nodes.items() if self.config.privacy.clip else ():
+            self.asked[name] = (self.asked.get(name, (0, 0))[0] + 1, examples)
 
     def accept(self, round: int, reply: protocol.Message) -> bool:
         """Check type, round, length and fingerprint of a reply."""
@@ -142,25 +158,32 @@ class FedKSeed(TuningStrategy):
         for answer, one in zip(answers, scalars, strict=True):
             self.observe(self.draws(answer.node, server_round, odds), one)
         self._move(arrays["theta"].numpy(), server_round)
+        if pool_number(self.config, server_round + 1) > len(self.closed):
+            self.next_pool()
         return arrays_of(theta=torch.from_numpy(self.theta)), metrics
 
     def materialise(self, arrays: ArrayRecord, parameters: Mapping[str, Tensor]) -> str:
         """Rebuild W(theta) from W_0; parameters that are not tuned stay as they are."""
-        theta = torch.from_numpy(arrays["theta"].numpy().copy())
         tuned = {name: parameters[name] for name in self.base}
-        self.pool.rebuild_model(tuned, self.base, theta)
+        rebuild(self.config, [*self.closed, arrays["theta"].numpy().copy()], tuned, self.base)
         self.fingerprint = fingerprint(tuned)
         return self.fingerprint
 
     def state(self) -> State:
-        """Return theta, what rounding left of its moves, the running amplitude, and the inner strategy's momenta."""
+        """Return theta, what rounding left of its moves, the running amplitude, and the inner strategy's momenta.
+
+        Theta of a closed pool is a file: it will not change any more.
+        """
         own = {"theta": self.theta, "carry": self.carry, "amplitude": np.float64(self.amplitude)}
         asked = {f"asked/{node}": np.array(counts) for node, counts in self.asked.items()}
-        return State({name: torch.tensor(value) for name, value in (own | asked).items()} | moments(self.inner))
+        files = {f"pool-{len(self.closed) - 1}": {"theta": torch.from_numpy(row)} for row in self.closed[-1:]}
+        return State({name: torch.tensor(value) for name, value in (own | asked).items()} | moments(self.inner), files)
 
     def restore(self, tensors: dict[str, Tensor], load: Callable[[str], dict[str, Tensor] | None]) -> ArrayRecord:
         """Take up what `state` returned."""
         restore_moments(self.inner, tensors)
+        while (closed := load(f"pool-{len(self.closed)}")) is not None:
+            self.closed.append(closed["theta"].numpy())
         self.theta, self.carry = tensors["theta"].numpy(), tensors["carry"].numpy()
         self.amplitude = float(tensors["amplitude"])
         counts = {key.removeprefix("asked/"): value for key, value in tensors.items() if key.startswith("asked/")}
@@ -182,6 +205,16 @@ class FedKSeed(TuningStrategy):
 
     def observe(self, seeds: NDArray[np.int64], scalars: NDArray[np.float32]) -> None:
         """Learn from the scalars of one node; uniform draws learn nothing."""
+
+    def next_pool(self) -> None:
+        """Close the pool: its theta stays, and all that is known of its directions is forgotten.
+
+        What rounding left of its last move goes too: below 1 % of that move's largest entry at 8 bits.
+        """
+        self.closed.append(self.theta)
+        self.theta, self.carry = np.zeros_like(self.theta), np.zeros_like(self.carry)
+        forget_moments(self.inner)
+        log.info("pool %d has served its rounds: the next one begins", len(self.closed))
 
     def draws(self, node: str, round: int, odds: NDArray[np.int16]) -> NDArray[np.int64]:
         """Return the seeds that a node draws in a round, int64 [tau]."""

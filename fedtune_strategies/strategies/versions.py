@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,19 +44,20 @@ def round_move(move: NDArray[np.float64], bits: int) -> NDArray[np.int32]:
 class Versions:
     """Theta after each round that some node still holds.
 
-    Version v is theta after round v; version 0 is zero, which every node has. Nothing of this is stored: a server that
-    was restarted sends theta in full once.
+    Version v is theta after round v, a row of K whole numbers for each pool; its last row belongs to the pool of round
+    v + 1, those before will not change any more. Version 0 is zero, which every node has. Nothing of this is stored: a
+    server that was restarted sends theta in full once.
     """
 
     def __init__(self) -> None:
-        self._points: dict[int, NDArray[np.int32]] = {}
+        self._points: dict[int, list[NDArray[np.int32]]] = {}
         self._held: dict[str, int] = {}
 
-    def add(self, version: int, theta: NDArray[np.int32]) -> None:
+    def add(self, version: int, rows: Sequence[NDArray[np.int32]]) -> None:
         """Take up the newest version, in units, and drop those that no node holds."""
         held = set(self._held.values())
         self._points = {number: point for number, point in self._points.items() if number in held}
-        self._points[version] = theta
+        self._points[version] = list(rows)
 
     def hold(self, node: str, version: int) -> None:
         """Note that a node holds a version."""
@@ -82,9 +84,14 @@ class Versions:
         Returns
         -------
         tuple of int and Tensor
-            The version from which the packed change counts, and the change.
+            The version from which the packed change counts, and the change of that version's last row and of all rows
+            behind it.
         """
-        full = (0, pack(self._points[version]))
+        newest = self._points[version]
+        full = (0, pack(np.concatenate(newest)))
         if since not in self._points:
             return full
-        return min(full, (since, pack(self._points[version] - self._points[since])), key=lambda way: way[1].numel())
+        held = self._points[since]
+        first, *new = newest[len(held) - 1 :]
+        change = (since, pack(np.concatenate([first - held[-1], *new])))
+        return min(full, change, key=lambda way: way[1].numel())

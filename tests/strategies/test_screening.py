@@ -84,7 +84,7 @@ def test_a_node_out_of_line_is_refused_with_its_name(factor):
 
 def test_nodes_are_told_the_limit():
     strategy = make()
-    strategy.versions.add(0, np.zeros(K, dtype=np.int32))
+    strategy.versions.add(0, [np.zeros(K, dtype=np.int32)])
     assert strategy._task(1, 0).limit == np.inf
     play(strategy, honest(3))
     assert strategy._task(1, 0).limit == pytest.approx(10 * strategy.amplitude)

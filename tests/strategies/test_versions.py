@@ -48,11 +48,11 @@ def test_a_node_gets_the_change_since_its_version_or_the_whole():
     points = [theta.copy()]
     versions.hold("returning", 0)
     for version in range(5):
-        versions.add(version, theta.copy())
+        versions.add(version, [theta.copy()])
         versions.hold("returning", version)
         theta[random.choice(K, 100)] += random.integers(-120, 120, 100)
         points.append(theta.copy())
-    versions.add(5, theta.copy())
+    versions.add(5, [theta.copy()])
     since, change = versions.change(versions.since("returning"), 5)
     assert since == 4 and np.array_equal(unpack(change, K), points[5] - points[4])
     since, whole = versions.change(versions.since("new"), 5)
@@ -61,10 +61,22 @@ def test_a_node_gets_the_change_since_its_version_or_the_whole():
     assert versions.since("returning") == 0
 
 
+def test_a_fresh_pool_costs_a_returning_node_no_more_than_a_round():
+    versions, random = Versions(), np.random.default_rng(0)
+    old = [random.integers(-(2**20), 2**20, K, dtype=np.int32) for _ in range(9)]
+    moved = random.integers(-127, 128, K, dtype=np.int32)
+    versions.add(10, old)
+    versions.hold("a", 10)
+    versions.add(11, [*old[:-1], old[-1] + moved, np.zeros(K, dtype=np.int32)])
+    _, change = versions.change(10, 11)
+    assert np.array_equal(unpack(change, 2 * K), np.concatenate([moved, np.zeros(K, dtype=np.int32)]))
+    assert change.numel() < K + 100
+
+
 def test_only_versions_that_some_node_holds_are_kept():
     versions = Versions()
     for version in range(50):
-        versions.add(version, np.zeros(3, dtype=np.int32))
+        versions.add(version, [np.zeros(3, dtype=np.int32)])
         versions.hold("a", version)
     versions.hold("b", 3)
     assert len(versions._points) <= 2
@@ -113,7 +125,7 @@ def test_a_round_of_a_new_node_stays_under_18000_bytes():
     strategy = FedKSeedPro(parse({"fedkseed.seeds": K, "fedkseed.local-steps": TAU}), {})
     random = np.random.default_rng(0)
     strategy.observe(np.arange(K), random.standard_t(3, K).astype(np.float32))
-    strategy.versions.add(98, random.integers(-LARGEST, LARGEST, K, dtype=np.int32))  # the most that theta can need
+    strategy.versions.add(98, [random.integers(-LARGEST, LARGEST, K, dtype=np.int32)])  # the most that theta can need
     task = strategy._task(99, 0)
     reply = protocol.SeedReply("node-0", 99, torch.randn(TAU), 1.0, 2.123456789, "0" * 16, 999, 12.345678, 10**10)
     assert task.levels.numel() > 500
@@ -151,9 +163,9 @@ def test_the_worst_numbers_stay_under_8000_bytes():
     )
     strategy.observe(np.arange(K), random.uniform(0, 1, K).astype(np.float32))
     before = random.integers(-(2**22), 2**22, K, dtype=np.int32)
-    strategy.versions.add(97, before)
+    strategy.versions.add(97, [before])
     strategy.versions.hold("node-0", 97)
-    strategy.versions.add(98, before + random.integers(-127, 128, K, dtype=np.int32) * 64)
+    strategy.versions.add(98, [before + random.integers(-127, 128, K, dtype=np.int32) * 64])
     task = strategy._task(99, 97)
     reply = protocol.SeedReply("node-0", 99, torch.randn(TAU), 1.0, 2.123456789, "0" * 16, 999, 12.345678, 10**10)
     assert task.since == 97
