@@ -3,6 +3,10 @@
 `Fleet` is a Flower ``Grid`` over another one. It shows strategies only the nodes that were admitted: those that
 answered a `Hello`, hold the same base model and bear a name of their own. It collects replies as they come,
 instead of every three seconds, and never waits without a limit.
+
+A node that did not answer by the deadline counts as lost, like one whose connection is gone: it takes part again as
+soon as it answers a `Hello`. So a node that hangs costs one deadline, and one that is slow is not given a second task
+while it works on the first.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ log = logging.getLogger("fedtune")
 T = TypeVar("T", bound=protocol.Message)
 
 _REFUSED_FOR_S = 60.0
+# Loading a large model takes its time; after this the message is given up and the node greeted anew.
+_HELLO_S = 1800.0
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ class Fleet(Grid):
     poll_interval : float
         Seconds between two looks for replies.
     on_event : callable
-        Called with (kind, node name, line) for ``"joined"``, ``"refused"`` and ``"lost"``.
+        Called with (kind, node name, line) for ``"joined"``, ``"refused"``, ``"lost"`` and ``"late"``.
     nodes : iterable of Node
         Nodes that are admitted already.
     """
@@ -103,6 +109,9 @@ class Fleet(Grid):
         self._nodes = {node.id: node for node in nodes}
         self._hellos: dict[str, int] = {}
         self._refused: dict[int, tuple[float, FedTuneError]] = {}
+        self._claims: dict[int, Node] = {}
+        self._late: dict[str, tuple[Node, float]] = {}
+        self._limit = 0.0
         self._aside: set[str] = set()
 
     @property
@@ -151,15 +160,16 @@ class Fleet(Grid):
         Yields
         ------
         Received
-            One for every task that was answered, failed or lost. Those still missing at the deadline yield nothing.
+                One for every task that was answered, failed or lost. Nodes still missing at the deadline are lost.
         """
         queues: dict[int, deque[Message]] = {}
         for message in tasks:
             message.metadata.ttl = deadline
             queues.setdefault(message.metadata.dst_node_id, deque()).append(message)
         pending = self._push_next(queues, queues)
-        limit = time.monotonic() + deadline
-        while pending and time.monotonic() < limit:
+        start = time.monotonic()
+        self._limit = start + deadline
+        while pending and time.monotonic() < self._limit:
             replies = list(self._grid.pull_messages(list(pending)))
             for reply in replies:
                 task = pending.pop(reply.metadata.reply_to_message_id, None)
@@ -168,6 +178,16 @@ class Fleet(Grid):
                     yield self._received(task, reply)
             if not replies:
                 time.sleep(self._poll_interval)
+        waited = time.monotonic() - start
+        for message_id, message in pending.items():
+            node = self._nodes.pop(message.metadata.dst_node_id, None)
+            if node is not None:
+                self._late[message_id] = (node, start)
+                self._event("lost", node.name, f"did not answer within {waited:.0f} s")
+
+    def hurry(self, grace: float) -> None:
+        """Let the exchange that is going on end after this many seconds, if its deadline is not sooner."""
+        self._limit = min(self._limit, time.monotonic() + grace)
 
     def _push_next(self, queues: dict[int, deque[Message]], node_ids: Iterable[int]) -> dict[str, Message]:
         # One task at a time for a node: Flower does not promise to deliver several in their order.
@@ -222,14 +242,20 @@ class Fleet(Grid):
         present = set(self._grid.get_node_ids())
         for lost in set(self._nodes) - present:
             self._event("lost", self._nodes.pop(lost).name, "is no longer connected")
+        self._claims = {i: node for i, node in self._claims.items() if i in present}
+        for claim in list(self._claims.values()):
+            if not self._is_taken(claim.name):
+                self._join(self._claims.pop(claim.id))
+        self._note_late(present)
         now = time.monotonic()
         self._refused = {i: r for i, r in self._refused.items() if i in present and now - r[0] < _REFUSED_FOR_S}
-        strangers = present - set(self._nodes) - set(self._hellos.values()) - set(self._refused)
+        strangers = present - {*self._nodes, *self._hellos.values(), *self._refused, *self._claims}
         self._hellos = {key: node_id for key, node_id in self._hellos.items() if node_id in present}
         if strangers:
             payload = protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION))
             ids = sorted(strangers)
-            hellos = [Message(to_record(protocol.Hello.kind, payload), i, MessageType.QUERY) for i in ids]
+            record = to_record(protocol.Hello.kind, payload)
+            hellos = [Message(record, i, MessageType.QUERY, ttl=_HELLO_S) for i in ids]
             self._hellos |= dict(zip(self._grid.push_messages(hellos), ids, strict=True))
         if self._hellos:
             for reply in self._grid.pull_messages(list(self._hellos)):
@@ -250,21 +276,45 @@ class Fleet(Grid):
                     f"holds another base model (fingerprint {hello.fingerprint}, the server's is {self._fingerprint}): "
                     "give it the same model folder and dtype."
                 )
-            if any(node.name == hello.node for node in self._nodes.values()):
-                raise NodesError(f"has the name '{hello.node}' of a node that is present: give it one of its own.")
         except FedTuneError as error:
             self._refused[node_id] = (time.monotonic(), error)
             self._event("refused", _label(node_id), str(error))
             return
-        self._nodes[node_id] = Node(hello.node, node_id, hello.num_examples)
-        self._event("joined", hello.node, f"joined with {hello.num_examples} examples")
+        node = Node(hello.node, node_id, hello.num_examples)
+        if self._is_taken(node.name):
+            # It may be the same node under a new connection: it takes over when the old one is given up.
+            self._claims[node_id] = node
+            self._event("refused", _label(node_id), f"{_taken(node)} or wait until that one is gone.")
+            return
+        self._join(node)
+
+    def _join(self, node: Node) -> None:
+        self._nodes[node.id] = node
+        self._event("joined", node.name, f"joined with {node.num_examples} examples")
+
+    def _is_taken(self, name: str) -> bool:
+        return any(node.name == name for node in self._nodes.values())
+
+    def _note_late(self, present: set[int]) -> None:
+        """Take replies that came after their deadline off the SuperLink, and say so: they count nowhere."""
+        self._late = {key: late for key, late in self._late.items() if late[0].id in present}
+        for reply in self._grid.pull_messages(list(self._late)) if self._late else ():
+            node, asked = self._late.pop(reply.metadata.reply_to_message_id)
+            if not reply.has_error():
+                line = (
+                    f"answered {time.monotonic() - asked:.0f} s after it was asked, when its round was over: left out"
+                )
+                self._event("late", node.name, line)
 
     def _all_refused(self) -> bool:
         return not self._nodes and set(self._grid.get_node_ids()) <= set(self._refused)
 
     def _too_few(self, count: int, wait: float) -> FedTuneError:
         errors = [error for _, error in self._refused.values()]
-        reasons = "; ".join(f"{_label(i)}: {error}" for i, (_, error) in self._refused.items())
+        errors += [NodesError(f"{_taken(claim)}.") for claim in self._claims.values()]
+        reasons = "; ".join(
+            f"{_label(i)}: {error}" for i, error in zip([*self._refused, *self._claims], errors, strict=True)
+        )
         kind = type(errors[0]) if errors and len({type(error) for error in errors}) == 1 else NodesError
         if reasons:
             return kind(f"{len(self.nodes)} of {count} nodes can take part. Refused: {reasons}")
@@ -349,6 +399,10 @@ def _decoded(reply: Message) -> protocol.Message:
 
 def _label(node_id: int) -> str:
     return f"node {node_id & (2**64 - 1):016x}"
+
+
+def _taken(node: Node) -> str:
+    return f"has the name '{node.name}' of a node that is present: give it one of its own"
 
 
 def _name(node: Node) -> str:

@@ -7,6 +7,7 @@ A server that was stopped in the middle of a round asks only the nodes whose rep
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.records import from_record, to_record
 from fedtune_strategies.strategies.base import TuningStrategy
 from server_app.ledger import Ledger, Record
+from server_app.roster import standings
 
 log = logging.getLogger("fedtune")
 
@@ -96,13 +98,20 @@ def restore(strategy: TuningStrategy, ledger: Ledger, round: int | None = None) 
             break
         files |= record.body["files"]
         newest = record
-    if newest is None:
-        return 0, strategy.initial_arrays()
 
     def load(label: str) -> dict[str, Tensor] | None:
         return ledger.get_file(files[label]) if label in files else None
 
-    return newest.round, strategy.restore(safetensors.torch.load(ledger.payload(newest)), load)
+    if newest is None:
+        done, arrays = 0, strategy.initial_arrays()
+    else:
+        done, arrays = newest.round, strategy.restore(safetensors.torch.load(ledger.payload(newest)), load)
+    if round is None:
+        for record in ledger.records("asked", after=newest.seq if newest else 0):
+            # Format 1 had a list of names here.
+            if isinstance(record.body["nodes"], dict) and not record.body["again"]:
+                strategy.note_asked(record.body["nodes"])
+    return done, arrays
 
 
 def as_messages(replies: list[Record], ledger: Ledger) -> list[Message]:
@@ -120,8 +129,14 @@ def _round(
     for attempt in range(1, config.round.attempts + 1):
         fleet.set_aside(())
         fleet.gather(config.strategy.min_nodes, config.round.node_wait)
-        fleet.set_aside(failed if failed < set(fleet.nodes) else ())
-        failed |= _ask(number, strategy, arrays, fleet, ledger, config)
+        _log_missing(number, ledger)
+        if attempt > 1:
+            answered = _answered(number, ledger)
+            others = set(fleet.nodes) - answered - failed
+            fleet.set_aside(answered | failed if others else answered)
+        # A server that was stopped in the round goes on with the nodes that it had asked.
+        only = _unanswered(number, ledger) if attempt == 1 else None
+        failed |= _ask(number, strategy, arrays, fleet, ledger, config, only)
         replies = list(ledger.records("reply", round=number))
         if len(replies) >= config.strategy.min_replies:
             return _commit(number, strategy, replies, ledger)
@@ -142,24 +157,27 @@ def _ask(
     fleet: Fleet,
     ledger: Ledger,
     config: Config,
-    only: set[str] | None = None,
+    only: set[str] | None,
+    *,
+    again: bool = False,
 ) -> set[str]:
     """Send the round's tasks and record what comes; return the names of the nodes that gave nothing usable."""
-    names = {node.id: name for name, node in fleet.nodes.items()}
+    nodes = {node.id: node for node in fleet.nodes.values()}
     tasks = list(strategy.configure_train(number, arrays, ConfigRecord(), fleet))
-    answered = {record.node for record in ledger.records("reply", round=number)}
-    if answered:
-        asked = set().union(*(record.body["nodes"] for record in ledger.records("asked", round=number)))
-        tasks = [task for task in tasks if names[task.metadata.dst_node_id] in asked - answered]
+    answered = _answered(number, ledger)
     if only is not None:
-        tasks = [task for task in tasks if names[task.metadata.dst_node_id] in only]
-    waiting = {names[task.metadata.dst_node_id] for task in tasks}
-    ledger.append("asked", round=number, body={"nodes": sorted(waiting)})
-    failed, lacking = set(waiting), set()
+        tasks = [task for task in tasks if nodes[task.metadata.dst_node_id].name in only]
+    asked = {node.name: node.num_examples for node in (nodes[task.metadata.dst_node_id] for task in tasks)}
+    ledger.append("asked", round=number, body={"nodes": asked, "again": again})
+    if not again:
+        strategy.note_asked(asked)
+    failed, lacking = set(asked), set()
     for received in fleet.exchange(tasks, config.round.deadline):
         try:
             if _accept(number, received, strategy, ledger):
                 answered.add(received.node.name)
+                if config.round.grace and len(answered) == config.strategy.min_replies:
+                    fleet.hurry(config.round.grace)
             failed.discard(received.node.name)
             if isinstance(received.message, protocol.Lacking):
                 lacking.add(received.node.name)
@@ -168,10 +186,31 @@ def _ask(
             ledger.append("refused", round=number, node=received.node.name, body={"reason": str(error)})
     for name in sorted(failed):
         log.warning("round %d: no usable reply from %s", number, name)
-    if lacking and only is None:
+    if lacking and not again:
         # Restarted nodes take part in this round too: the strategy now sends them all they need.
-        failed |= _ask(number, strategy, arrays, fleet, ledger, config, only=lacking)
+        failed |= _ask(number, strategy, arrays, fleet, ledger, config, lacking, again=True)
     return failed
+
+
+def _answered(round: int, ledger: Ledger) -> set[str]:
+    return {record.node for record in ledger.records("reply", round=round)}
+
+
+def _unanswered(round: int, ledger: Ledger) -> set[str] | None:
+    """Return who was asked and has not answered; None where nobody has."""
+    answered = _answered(round, ledger)
+    asked = set().union(*(record.body["nodes"] for record in ledger.records("asked", round=round)))
+    return asked - answered if answered else None
+
+
+def _log_missing(round: int, ledger: Ledger) -> None:
+    missing = [
+        f"{name} since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(one.since))} ({one.reason})"
+        for name, one in standings(ledger).items()
+        if not one.present
+    ]
+    if missing:
+        log.warning("round %d: missing: %s", round, ", ".join(missing))
 
 
 def _accept(number: int, received: Received, strategy: TuningStrategy, ledger: Ledger) -> bool:

@@ -74,6 +74,11 @@ class RoundConfig:
     """How long a round waits."""
 
     deadline: float = option(600.0, "Seconds after which a round goes on without the replies still missing.", above=0.0)
+    grace: float = option(
+        0.0,
+        "Seconds to wait for further replies once 'strategy.min-replies' are there; 0 waits until the deadline.",
+        low=0.0,
+    )
     node_wait: float = option(120.0, "Seconds to wait for 'strategy.min-nodes' nodes before giving up.", low=0.0)
     attempts: int = option(3, "How often a round with too few replies is tried before the run ends.", low=1)
 

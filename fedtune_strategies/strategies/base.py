@@ -115,6 +115,15 @@ class TuningStrategy(Strategy):
             The global model after that round.
         """
 
+    def note_asked(self, nodes: Mapping[str, int]) -> None:
+        """Take note of whom a round really asks, also after a restart; most methods need not.
+
+        Parameters
+        ----------
+        nodes : mapping of str to int
+            Number of examples of each node, by name.
+        """
+
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
