@@ -27,10 +27,11 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedtune_strategies.blocks.codecs import Codec, encode, encoded_size, parse_codec
+from fedtune_strategies.blocks.codecs import encode, encoded_size
 from fedtune_strategies.blocks.find import Block, find_blocks
 from fedtune_strategies.blocks.gradients import block_gradients
 from fedtune_strategies.blocks.held import coded_loader, empty_model, held_outside
+from fedtune_strategies.blocks.notation import Codec, parse_codec
 from fedtune_strategies.blocks.train import train_block
 
 LOW, MIDDLE, TOP = 0.0, 0.5, 1.0

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedtune_strategies.blocks.codecs import decode, parse_codec
-from fedtune_strategies.blocks.exchange import frozen_form, turn_fingerprint
+from client_app.remainders import Remainders
+from fedtune_strategies.blocks.codecs import decode, encode, encode_with_feedback
+from fedtune_strategies.blocks.exchange import UPLOADS, turn_fingerprint
 from fedtune_strategies.blocks.find import Block, find_blocks
+from fedtune_strategies.blocks.frozen import FrozenRest
+from fedtune_strategies.blocks.layers import without_layers
+from fedtune_strategies.blocks.notation import Codec, parse_codec
+from fedtune_strategies.blocks.rest import blocks_inside
 from fedtune_strategies.blocks.schedule import local_steps_rule
-from fedtune_strategies.blocks.train import BlockUpdate, apply_delta, train_block
+from fedtune_strategies.blocks.train import BlockUpdate, adamw_8bit, apply_delta, train_block
 from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.language.examples import batches
 from fedtune_strategies.language.loss import response_loss
@@ -25,16 +31,25 @@ from fedtune_strategies.seed_space import fingerprint
 
 @dataclass(frozen=True)
 class _Exact:
-    """The one block that the node holds exactly, and the change that it sent for it, if any."""
+    """The one block that the node holds exactly beside the base model."""
 
     block: int
     version: int
-    weights: dict[str, Tensor]
-    delta: dict[str, Tensor] | None = None
+    weights: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """The last update that the node sent, until it knows whether it was committed."""
+
+    turn: int
+    start: _Exact
+    delta: Mapping[str, Tensor]
+    lost: Mapping[str, Tensor]
 
 
 class BlockTurns:
-    """The blocks as a node holds them: the frozen form of each in the model, and the last trained one exactly.
+    """The blocks as a node holds them: all in their frozen form, one also exactly.
 
     Parameters
     ----------
@@ -45,10 +60,20 @@ class BlockTurns:
     def __init__(self, context: NodeContext) -> None:
         self._config, self._model, self._base = context.config, context.model, context.base
         self._name, self._examples = context.name, context.examples
-        self._codec = parse_codec(self._config.fedcybgd.rest)
-        self._blocks: tuple[Block, ...] = ()
-        self._versions = torch.empty(0, dtype=torch.int64)
+        settings = self._config.fedcybgd
+        self._codec = parse_codec(settings.rest)
+        self._upload = UPLOADS[settings.upload]
+        self._optimizer = adamw_8bit() if settings.optimizer == "adamw-8bit" else torch.optim.AdamW
+        self._blocks = find_blocks(
+            self._model, settings.layers_per_block, settings.split, train_embeddings=settings.train_embeddings
+        )
+        names = [name for block in self._blocks for name in block.parameters]
+        self._rest = FrozenRest(self._model, names, settings.hold)
+        self._norms: Mapping[str, Tensor] = {}
+        self._versions: Tensor | None = None
         self._exact: _Exact | None = None
+        self._sent: _Sent | None = None
+        self._remainders = Remainders()
 
     def __call__(self, task: protocol.Message) -> protocol.Message:
         """Answer a `BlockTask`."""
@@ -59,14 +84,16 @@ class BlockTurns:
             return protocol.Lacking(self._name, task.round)
         if task.block < 0:
             return protocol.Kept(self._name, task.round)
-        update, starting_print = self.train(task)
+        update, parts, starting_print = self.train(task)
         return protocol.BlockReply(
             node=self._name,
             round=task.round,
             block=task.block,
             base_version=int(task.versions[task.block]),
-            delta=update.delta,
-            loss=sum(update.losses) / len(update.losses) if update.losses else float("nan"),
+            delta=parts,
+            loss=_mean(update.losses),
+            decrease=_decrease(update.losses),
+            grad_norm=update.grad_norm,
             steps=update.steps,
             skipped=update.skipped,
             fingerprint=starting_print,
@@ -94,27 +121,20 @@ class BlockTurns:
             The task does not fit the model.
         """
         self._check(task)
-        if not self._blocks or len(self._versions) != len(task.versions):
+        if task.norms or self._versions is None:
+            self._norms = task.norms
+            if self._codec.wanda and not self._norms:
+                return False
             self._reset()
         self._settle(task)
-        arrived = decode(task.rest)
-        if self._exact and self._blocks[self._exact.block].parameters[0] in arrived:
-            self._exact = None
-        for block in self._blocks:
-            if block.parameters[0] in arrived:
-                self._freeze(block, {name: arrived[name].to(self._dtype) for name in block.parameters})
-                self._versions[block.index] = task.versions[block.index]
-        if task.exact:
-            block = self._blocks[task.block]
-            self._exact = _Exact(block.index, int(task.versions[block.index]), dict(task.exact))
-            self._freeze(block, frozen_form(task.exact, self._codec, self._dtype))
-            self._versions[block.index] = task.versions[block.index]
-        if task.block >= 0 and not self._versions.equal(task.versions):
+        self._take_frozen(task)
+        self._take_exact(task)
+        if task.block >= 0 and not self._holds(task):
             self._reset()
             return False
         return True
 
-    def train(self, task: protocol.BlockTask) -> tuple[BlockUpdate, str]:
+    def train(self, task: protocol.BlockTask) -> tuple[BlockUpdate, dict[str, Tensor], str]:
         """Train the task's block; `take` said that all is there.
 
         Parameters
@@ -124,82 +144,128 @@ class BlockTurns:
 
         Returns
         -------
-        tuple of BlockUpdate and str
-            The change of the block, and the fingerprint of the weights on which training started.
+        tuple of BlockUpdate, dict of str to Tensor, and str
+            The change of the block, its parts as they travel, and the fingerprint of the weights on which training
+            started.
         """
         settings, size, examples = self._config.fedcybgd, self._config.train.batch_size, self._examples
-        key = (self._config.train.seed, task.round, self._name)
         block = self._blocks[task.block]
         start = self._start(block)
-        starting_print = self._fingerprint(block, start)
+        absent = task.absent.tolist()
+        starting_print = self._fingerprint(start, absent)
         trained = sum(not block.frozen for block in self._blocks)
         steps = task.steps or local_steps_rule(len(examples), size, trained)
-        update = train_block(
-            self._model,
-            block,
-            response_loss,
-            list(batches(examples, size, steps, key)),
-            steps,
-            task.lr,
-            weight_decay=settings.weight_decay,
-            start=start,
-        )
-        self._exact = _Exact(block.index, int(self._versions[block.index]), start, update.delta)
-        return update, starting_print
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self._model.parameters()).dtype
+        # Within a turn every pass over the data has the same batches, so that what lies below the block can be kept.
+        count = min(steps * settings.accumulate, -(-len(examples) // size))
+        with self._rest.in_use(block.parameters), without_layers(self._model, absent):
+            update = train_block(
+                self._model,
+                block,
+                response_loss,
+                list(batches(examples, size, count, (self._config.train.seed, task.round, self._name))),
+                steps,
+                task.lr,
+                weight_decay=settings.weight_decay,
+                start=start.weights,
+                accumulate=settings.accumulate,
+                autocast=None if settings.autocast == "none" else getattr(torch, settings.autocast),
+                checkpoint=settings.checkpoint,
+                cache_bytes=int(settings.cache_mb * 1e6) if steps * settings.accumulate > count else 0,
+                optimizer=self._optimizer,
+            )
+        if self._upload == Codec():
+            parts, lost = update.delta, dict[str, Tensor]()
+        else:
+            parts, lost = encode_with_feedback(update.delta, self._remainders.get(block.index), self._upload)
+        self._exact = start
+        self._sent = _Sent(task.round, start, decode(parts), lost)
+        return update, parts, starting_print
 
     def _check(self, task: protocol.BlockTask) -> None:
-        blocks = self._blocks or self._find()
-        names = {name for block in blocks for name in block.parameters}
-        known = {part.partition(":")[0] for part in task.rest} | set(task.exact)
-        if len(task.versions) != len(blocks) or not -1 <= task.block < len(blocks) or not known <= names:
+        shapes = {name: self._model.get_parameter(name).shape for block in self._blocks for name in block.parameters}
+        arrived = {name: value.shape for name, value in (decode(task.rest) | task.exact).items()}
+        if (
+            len(task.versions) != len(self._blocks)
+            or not -1 <= task.block < len(self._blocks)
+            or not arrived.items() <= shapes.items()
+            or any(not 0 <= layer < len(self._blocks) for layer in task.absent.tolist())
+        ):
             raise ProtocolError("a block task does not fit this node's model: give all nodes the same base model.")
-
-    def _find(self) -> tuple[Block, ...]:
-        settings = self._config.fedcybgd
-        return find_blocks(self._model, settings.layers_per_block, train_embeddings=settings.train_embeddings)
 
     def _reset(self) -> None:
         """Hold the base model alone, every block in its frozen form."""
-        self._blocks = self._find()
         self._versions = torch.zeros(len(self._blocks), dtype=torch.int64)
-        self._exact = None
+        self._exact = self._sent = None
+        self._remainders.clear()
         for block in self._blocks:
-            base = {name: self._base[name] for name in block.parameters}
-            self._freeze(block, frozen_form(base, self._codec, self._dtype))
+            self._freeze({name: self._base[name] for name in block.parameters})
 
     def _settle(self, task: protocol.BlockTask) -> None:
         """Apply the change that this node sent last if the server committed it; drop it if not."""
-        held = self._exact
-        if held is None or held.delta is None:
+        sent, self._sent = self._sent, None
+        if sent is None or task.committed != sent.turn:
             return
-        if task.versions[held.block] == held.version + 1:
-            weights = apply_delta(held.weights, held.delta, self._config.fedcybgd.gamma)
-            self._exact = _Exact(held.block, held.version + 1, weights)
-            self._freeze(self._blocks[held.block], frozen_form(weights, self._codec, self._dtype))
-            self._versions[held.block] = held.version + 1
-        else:
-            self._exact = _Exact(held.block, held.version, held.weights)
+        self._remainders.put(sent.start.block, sent.lost)
+        # Where others trained the block too, the server sends the mean, which replaces this.
+        weights = apply_delta(sent.start.weights, sent.delta, self._config.fedcybgd.gamma)
+        self._hold_exactly(_Exact(sent.start.block, sent.start.version + 1, weights))
 
-    def _start(self, block: Block) -> dict[str, Tensor]:
+    def _take_frozen(self, task: protocol.BlockTask) -> None:
+        for block in self._blocks:
+            own = {key: part for key, part in task.rest.items() if key.partition(":")[0] in block.parameters}
+            if own:
+                self._rest.put(own)
+                self._version(block.index, int(task.versions[block.index]))
+                if self._exact and self._exact.block == block.index:
+                    self._exact = None
+
+    def _take_exact(self, task: protocol.BlockTask) -> None:
+        for block in self._blocks:
+            own = {name: task.exact[name] for name in block.parameters if name in task.exact}
+            if own:
+                self._hold_exactly(_Exact(block.index, int(task.versions[block.index]), own))
+
+    def _hold_exactly(self, exact: _Exact) -> None:
+        self._exact = exact
+        self._freeze(exact.weights)
+        self._version(exact.block, exact.version)
+
+    def _holds(self, task: protocol.BlockTask) -> bool:
+        assert self._versions is not None
+        needed = torch.ones(len(self._blocks), dtype=torch.bool)
+        needed[list(blocks_inside(self._blocks, task.absent.tolist()))] = False
+        return self._versions[needed].equal(task.versions[needed])
+
+    def _start(self, block: Block) -> _Exact:
+        assert self._versions is not None
         version = int(self._versions[block.index])
         if self._exact and (self._exact.block, self._exact.version) == (block.index, version):
-            return self._exact.weights
+            return self._exact
         if version == 0:
-            return {name: self._base[name].to(torch.float32) for name in block.parameters}
+            return _Exact(block.index, 0, {name: self._base[name].to(torch.float32) for name in block.parameters})
         raise ProtocolError(f"the exact weights of block {block.index}, version {version}, did not come with its turn.")
 
-    def _fingerprint(self, trained: Block, start: Mapping[str, Tensor]) -> str:
+    def _fingerprint(self, start: _Exact, absent: Sequence[int]) -> str:
         prints = []
+        left_out = blocks_inside(self._blocks, absent)
         for block in self._blocks:
-            frozen = {name: self._model.get_parameter(name).detach() for name in block.parameters}
-            prints.append(fingerprint(start if block is trained else frozen))
+            if block.index not in left_out:
+                frozen = {} if block.index == start.block else {n: self._rest.tensor(n) for n in block.parameters}
+                prints.append(fingerprint(frozen or start.weights))
         return turn_fingerprint(prints)
 
-    @torch.no_grad()
-    def _freeze(self, block: Block, weights: Mapping[str, Tensor]) -> None:
-        for name in block.parameters:
-            self._model.get_parameter(name).copy_(weights[name])
+    def _freeze(self, weights: Mapping[str, Tensor]) -> None:
+        self._rest.put(encode(weights, self._codec, self._norms))
+
+    def _version(self, block: int, version: int) -> None:
+        assert self._versions is not None
+        self._versions[block] = version
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else float("nan")
+
+
+def _decrease(losses: Sequence[float]) -> float:
+    half = len(losses) // 2
+    return _mean(losses[:half]) - _mean(losses[-half:]) if half else 0.0

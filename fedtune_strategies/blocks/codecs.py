@@ -22,16 +22,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedtune_strategies.errors import ConfigError, ModelError, ProtocolError
+from fedtune_strategies.blocks.notation import Codec
+from fedtune_strategies.errors import ModelError, ProtocolError
 
-QUANTISATIONS = ("none", "bf16", "int8", "nf4")
 NF4_BLOCK = 64
 
 # Quantiles of a standard normal, scaled to [-1, 1]: QLoRA (arXiv 2305.14314), appendix E.
@@ -56,57 +54,6 @@ NF4_VALUES = (
 NF4_ZERO = NF4_VALUES.index(0.0)
 
 
-@dataclass(frozen=True)
-class Codec:
-    """How tensors are coded.
-
-    Attributes
-    ----------
-    quantisation : {"none", "bf16", "int8", "nf4"}
-        What is kept of each value. ``"none"`` keeps the tensor's own dtype and bits.
-    prune : float
-        Share of each row's elements, those with the lowest scores, that is set to zero and not sent.
-    wanda : bool
-        Whether the score of an element is |w|·‖x‖ (Wanda, arXiv 2306.11695, equation 1) or its magnitude |w|.
-    drop : int
-        Decoder layers that are left out altogether. `encode` does not act on it: whoever chooses the layers
-        (`rest.dropped_layers`) leaves their tensors out.
-    """
-
-    quantisation: str = "none"
-    prune: float = 0.0
-    wanda: bool = False
-    drop: int = 0
-
-
-def parse_codec(text: str) -> Codec:
-    """Read a codec as written in a configuration.
-
-    Parameters
-    ----------
-    text : str
-        Parts joined by ``+``: at most one of ``none``, ``bf16``, ``int8``, ``nf4``; ``prune:s`` or ``wanda:s`` with
-        0 < s < 1; ``drop:n`` with n ≥ 1.
-
-    Returns
-    -------
-    Codec
-        The codec.
-
-    Raises
-    ------
-    ConfigError
-        If a part is unknown, repeated or out of range.
-    """
-    fields: dict[str, Any] = {}
-    for part in text.split("+"):
-        found = _parse_part(text, part.strip())
-        if not fields.keys().isdisjoint(found):
-            raise ConfigError(f"codec {text!r} names its {next(iter(found))} twice; name it once")
-        fields |= found
-    return Codec(**fields)
-
-
 def encode(
     tensors: Mapping[str, Tensor], codec: Codec, input_norms: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
@@ -117,7 +64,7 @@ def encode(
     tensors : mapping of str to Tensor
         By canonical name; any float dtype and device. A name holds no colon.
     codec : Codec
-        See `parse_codec`.
+        See `notation.parse_codec`.
     input_norms : mapping of str to Tensor, optional
         2-norm of each input feature of a matrix, as `rest.input_norms` gives it: needed where the codec says wanda.
         A matrix without any, such as an embedding, is pruned by magnitude.
@@ -191,7 +138,7 @@ def encode_with_feedback(
     residual : mapping of str to Tensor
         What the last coding of this block lost; empty at first.
     codec : Codec
-        See `parse_codec`.
+        See `notation.parse_codec`.
 
     Returns
     -------
@@ -206,23 +153,6 @@ def encode_with_feedback(
 def encoded_size(parts: Mapping[str, Tensor]) -> int:
     """Bytes of the parts, without the header of the file that holds them."""
     return sum(part.numel() * part.element_size() for part in parts.values())
-
-
-def _parse_part(text: str, part: str) -> dict[str, Any]:
-    name, _, value = part.partition(":")
-    try:
-        if part in QUANTISATIONS:
-            return {"quantisation": part}
-        if name in ("prune", "wanda") and 0.0 < float(value) < 1.0:
-            return {"prune": float(value), "wanda": name == "wanda"}
-        if name == "drop" and int(value) >= 1:
-            return {"drop": int(value)}
-    except ValueError:
-        pass
-    raise ConfigError(
-        f"codec {text!r}: {part!r} is not one of {', '.join(QUANTISATIONS)}, prune:S or wanda:S with 0 < S < 1, "
-        "drop:N with N >= 1; join several with +, such as wanda:0.5+int8"
-    )
 
 
 def _encode_tensor(tensor: Tensor, codec: Codec, norm: Tensor | None) -> dict[str, Tensor]:

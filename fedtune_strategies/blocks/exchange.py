@@ -12,10 +12,16 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from fedtune_strategies.blocks.codecs import Codec, decode, encode
+from fedtune_strategies.blocks.codecs import decode, encode
+from fedtune_strategies.blocks.notation import Codec
+
+UPLOADS = {"float32": Codec(), "bf16": Codec("bf16"), "int8": Codec("int8")}
+"""Coding of a block's change by the value of ``fedcybgd.upload``."""
 
 
-def frozen_form(weights: Mapping[str, Tensor], codec: Codec, dtype: torch.dtype) -> dict[str, Tensor]:
+def frozen_form(
+    weights: Mapping[str, Tensor], codec: Codec, dtype: torch.dtype, input_norms: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Return a block as it takes part in a turn in which it is not trained.
 
     Parameters
@@ -26,13 +32,15 @@ def frozen_form(weights: Mapping[str, Tensor], codec: Codec, dtype: torch.dtype)
         Coding of the frozen rest.
     dtype : torch.dtype
         Type of the node's model.
+    input_norms : mapping of str to Tensor, optional
+        For a codec with wanda; see `codecs.encode`.
 
     Returns
     -------
     dict of str to Tensor
         decode(encode(weights)) in `dtype`.
     """
-    return {name: value.to(dtype) for name, value in decode(encode(weights, codec)).items()}
+    return {name: value.to(dtype) for name, value in decode(encode(weights, codec, input_norms)).items()}
 
 
 def turn_fingerprint(blocks: Iterable[str]) -> str:

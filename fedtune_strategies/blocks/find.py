@@ -17,7 +17,6 @@ from torch import nn
 from fedtune_strategies.errors import ConfigError, ModelError
 
 Kind = Literal["embedding", "layer", "norm", "head"]
-Split = Literal["none", "attention-mlp"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def find_blocks(
     model: nn.Module,
     layers_per_block: int = 1,
-    split: Split = "none",
+    split: str = "none",
     train_embeddings: bool = True,
     only: Callable[[str], bool] | None = None,
 ) -> tuple[Block, ...]:

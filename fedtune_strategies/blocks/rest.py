@@ -7,19 +7,42 @@ equation 1. FedCyBGD (arXiv 2406.11187) prunes and drops; here the responsible b
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from fedtune_strategies.blocks.codecs import Codec, decode, encode
+from fedtune_strategies.blocks.codecs import decode, encode
 from fedtune_strategies.blocks.find import Block, decoder_layers
 from fedtune_strategies.blocks.layers import without_layers
+from fedtune_strategies.blocks.notation import Codec
 from fedtune_strategies.errors import ConfigError
 
 Run = Callable[[nn.Module, Any], Any]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is measured once, on the base model and the server's own text, to choose what is left out.
+
+    Attributes
+    ----------
+    influence : sequence of float
+        As `layer_influence` gives it.
+    norms : mapping of str to Tensor
+        As `input_norms` gives it.
+    """
+
+    influence: Sequence[float] = ()
+    norms: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def calibrate(model: nn.Module, batches: Sequence[Any], run: Run) -> Calibration:
+    """Measure influence of layers and norms of inputs; see `layer_influence` and `input_norms`."""
+    return Calibration(layer_influence(model, batches, run), input_norms(model, batches, run))
 
 
 @torch.no_grad()
@@ -90,6 +113,15 @@ def dropped_layers(influence: Sequence[float], count: int, block: Block) -> tupl
             f"{len(candidates)} are neither in that block nor beside it"
         )
     return tuple(sorted(sorted(candidates, key=lambda layer: (influence[layer], layer))[:count]))
+
+
+def blocks_inside(blocks: Iterable[Block], layers: Collection[int]) -> set[int]:
+    """Return the indices of the blocks that lie in these layers alone."""
+    return {
+        block.index
+        for block in blocks
+        if block.layer is not None and all(layer in layers for layer in range(block.layer, block.layer + block.depth))
+    }
 
 
 @torch.no_grad()

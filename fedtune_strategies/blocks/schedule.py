@@ -1,8 +1,8 @@
 """Which block is trained in which turn, by which node, for how many steps, at which learning rate.
 
 Pure functions of their arguments: a server that restarts, a test and an auditor all compute the same schedule.
-Turns count from 1. A cycle is as many turns as there are blocks to train. A turn structure needs no more than this:
-`parallel` takes several consecutive turns from one snapshot, `averaged` gives one turn to the first few of `nodes_for`.
+Turns count from 1. A cycle is as many turns as there are blocks to train. A round is one turn, or several that start
+from one snapshot.
 """
 
 from __future__ import annotations
@@ -82,6 +82,41 @@ def turn_at(
         raise ConfigError("there is no block to train: all are frozen")
     cycle, position = divmod(turn - 1, len(blocks))
     return Turn(turn, cycle, position, _cycle_order(cycle, blocks, order, seed, importance)[position])
+
+
+def rounds_in_cycle(blocks: int, width: int) -> int:
+    """Rounds that a cycle over `blocks` takes at `width` turns a round."""
+    return -(-blocks // width)
+
+
+def blocks_of_round(
+    round: int,
+    width: int,
+    blocks: Sequence[int],
+    order: str = "ascending",
+    seed: int = 0,
+    importance: Mapping[int, float] | None = None,
+) -> list[int]:
+    """Say which blocks a round trains: those of its turns, each once.
+
+    Parameters
+    ----------
+    round : int
+        From 1.
+    width : int
+        Turns in a round; the last round of a cycle may have fewer.
+    blocks, order, seed, importance
+        See `turn_at`.
+
+    Returns
+    -------
+    list of int
+        Indices of blocks, in the order of the turns.
+    """
+    cycle, part = divmod(round - 1, rounds_in_cycle(len(blocks), width))
+    first = cycle * len(blocks) + part * width + 1
+    end = min(first + width, (cycle + 1) * len(blocks) + 1)
+    return list(dict.fromkeys(turn_at(turn, blocks, order, seed, importance).block for turn in range(first, end)))
 
 
 def nodes_for(turn: int, nodes: Sequence[str], blocks: int) -> list[str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedtune_strategies.config.fedavg import FedAvgConfig
-from fedtune_strategies.config.fedcybgd import FedCyBGDConfig
+from fedtune_strategies.config.fedcybgd import FedCyBGDConfig, check_fedcybgd
 from fedtune_strategies.config.fedkseed import FedKSeedConfig, PrivacyConfig
 from fedtune_strategies.config.options import Scalar, accepted, as_toml_value, option, options, section
 from fedtune_strategies.config.sections import (
@@ -141,6 +141,8 @@ def as_toml() -> str:
 
 
 def _check_together(config: Config) -> None:
+    if config.method.name == "fedcybgd":
+        check_fedcybgd(config.fedcybgd, config.strategy)
     if config.strategy.min_replies > config.strategy.min_nodes and config.method.name != "fedcybgd":
         raise ConfigError(
             f"run config: 'strategy.min-replies' is {config.strategy.min_replies}, but must be at most "

@@ -77,12 +77,40 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> Langua
     _check_architecture(name, folder)
     needed = count_parameters(weight_files(folder)) * getattr(torch, dtype).itemsize
     _check_memory(name, needed, device)
-    tokenizer = _load_tokenizer(name, folder)
+    tokenizer = load_tokenizer(name)
     model = _load_weights(name, folder, dtype)
     _check_vocabulary(name, model, tokenizer)
-    _ensure_padding(name, tokenizer)
     model.to(torch.device(device))  # type: ignore[arg-type]  # transformers declares its wrapper without self
     return LanguageModel(model.eval(), tokenizer, name, folder)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model from disk.
+
+    Parameters
+    ----------
+    name : str
+        As for `load_model`.
+
+    Returns
+    -------
+    PreTrainedTokenizerBase
+        Has a padding token.
+
+    Raises
+    ------
+    ModelError
+        No such model, or no usable tokenizer.
+    """
+    folder = model_folder(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exception on a malformed file
+        raise ModelError(
+            f"{name}: no usable tokenizer in {folder} ({_brief(error)}); copy the tokenizer's files there"
+        ) from None
+    _ensure_padding(name, tokenizer)
+    return tokenizer
 
 
 def check_context(language: LanguageModel, seq_length: int) -> None:
@@ -199,15 +227,6 @@ def _load_weights(name: str, folder: Path, dtype: str) -> PreTrainedModel:
             f"such as {missing[0]}"
         )
     return model
-
-
-def _load_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises plain Exception on a malformed file
-        raise ModelError(
-            f"{name}: no usable tokenizer in {folder} ({_brief(error)}); copy the tokenizer's files there"
-        ) from None
 
 
 def _check_vocabulary(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -71,7 +71,8 @@ class SeedTask:
     since : int
         The round whose theta the node must hold from its last task; 0 for the base model, theta = 0.
     change : Tensor
-        uint8, packed whole numbers [K]: what was added to theta since then, in units; see `protocol.packing`.
+        uint8, packed whole numbers [pools, K]: what was added since then to theta of the pool that was in use, and of
+        every later one, in units; see `protocol.packing`.
     unit : float
         Unit of theta, a power of two.
     levels : Tensor
@@ -149,13 +150,19 @@ class BlockTask:
     versions : Tensor
         int64 [D], version of every block after the parts are applied.
     exact : dict of str to Tensor
-        float32 parameters of blocks that go down as they are: the block to train, where the node lacks it.
+        float32 parameters of the block to train, where the node lacks it; in a part, of the one that it trains next.
     rest : dict of str to Tensor
         Coded parameters of frozen blocks that the node lacks.
     lr : float
         Learning rate of this turn.
     steps : int
         Local steps, 0 for the node's own rule.
+    absent : Tensor
+        int64, decoder layers that are left out in this turn.
+    committed : int
+        The last turn of this node that was committed, 0 for none.
+    norms : dict of str to Tensor
+        float32 norms of inputs by which weights are pruned, where the codec needs them and the node lacks them.
     """
 
     kind: typing.ClassVar[str] = "block-task"
@@ -166,6 +173,9 @@ class BlockTask:
     rest: _Tensors
     lr: float
     steps: int
+    absent: Tensor
+    committed: int
+    norms: _Tensors
 
 
 @dataclass(frozen=True)
@@ -183,9 +193,13 @@ class BlockReply:
     base_version : int
         Version of the block from which the node started.
     delta : dict of str to Tensor
-        float32 change of each parameter of the block.
+        Change of each parameter of the block, coded as ``fedcybgd.upload`` says.
     loss : float
         Mean training loss over the finite steps, nats a token.
+    decrease : float
+        Mean loss of the first half of them less that of the second.
+    grad_norm : float
+        Mean norm of the block's gradient.
     steps : int
         Optimiser steps that counted.
     skipped : int
@@ -207,6 +221,8 @@ class BlockReply:
     base_version: int
     delta: _Tensors
     loss: float
+    decrease: float
+    grad_norm: float
     steps: int
     skipped: int
     fingerprint: str

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor, nn
 
 from fedtune_strategies.blocks.find import find_blocks
+from fedtune_strategies.blocks.rest import Calibration, calibrate
 from fedtune_strategies.config import METHODS, Config
+from fedtune_strategies.language.data import read_rows
+from fedtune_strategies.language.examples import batches, tokenise
+from fedtune_strategies.language.loss import response_loss
+from fedtune_strategies.language.model import load_tokenizer
 from fedtune_strategies.method import load_method
 from fedtune_strategies.seed_space import tuned_parameters
 from fedtune_strategies.strategies.arrays import ArraysStrategy
@@ -16,6 +22,8 @@ from fedtune_strategies.strategies.fedcybgd import FedCyBGD
 from fedtune_strategies.strategies.fedit import FedIT
 from fedtune_strategies.strategies.fedkseed import FedKSeed
 from fedtune_strategies.strategies.fedkseed_pro import FedKSeedPro
+
+CALIBRATION_ROWS = 128
 
 
 def build_strategy(config: Config, model: nn.Module, base: Mapping[str, Tensor]) -> TuningStrategy:
@@ -38,9 +46,7 @@ def build_strategy(config: Config, model: nn.Module, base: Mapping[str, Tensor])
     if config.method.name not in METHODS:
         return load_method(config.method.name).strategy(config, model, base)
     if config.method.name == "fedcybgd":
-        settings = config.fedcybgd
-        blocks = find_blocks(model, settings.layers_per_block, train_embeddings=settings.train_embeddings)
-        return FedCyBGD(config, base, blocks)
+        return _fedcybgd(config, model, base)
     if config.method.name == "fedit":
         return FedIT(config, model, base)
     if config.method.name in ("fedavg", "fedzo"):
@@ -48,3 +54,17 @@ def build_strategy(config: Config, model: nn.Module, base: Mapping[str, Tensor])
     if config.fedkseed.tune:
         base = {name: base[name] for name in tuned_parameters(model, config.fedkseed.tune)}
     return {"fedkseed": FedKSeed, "fedkseed-pro": FedKSeedPro}[config.method.name](config, base)
+
+
+def _fedcybgd(config: Config, model: nn.Module, base: Mapping[str, Tensor]) -> FedCyBGD:
+    own = config.fedcybgd
+    blocks = find_blocks(model, own.layers_per_block, own.split, train_embeddings=own.train_embeddings)
+
+    def measure() -> Calibration:
+        rows = read_rows(Path(own.calibration).expanduser(), "auto")[:CALIBRATION_ROWS]
+        examples = tokenise(rows, load_tokenizer(config.model.name), config.train.seq_length)
+        count = -(-len(examples) // config.train.batch_size)
+        chosen = list(batches(examples, config.train.batch_size, count, ("calibration",)))
+        return calibrate(model, chosen, response_loss)
+
+    return FedCyBGD(config, base, blocks, measure)

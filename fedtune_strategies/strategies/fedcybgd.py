@@ -1,24 +1,33 @@
 """FedCyBGD (arXiv 2406.11187, algorithm 1): nodes train one block of the model in turn.
 
-The server holds every block in float32 under a version number. A round is one turn: the schedule names a block and a
-node; the node receives that block exactly and, of the frozen rest, the coded form of what it does not hold yet; it
-sends back the block's change, and the block's version grows by one.
+The server holds every block in float32 under a version number. A round is one turn, or several from one snapshot: the
+schedule names blocks and nodes; a node receives its block exactly and, of the frozen rest, the coded form of what it
+does not hold yet; it sends back the block's change, and the block's version grows by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, MetricRecordValues
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedtune_strategies.blocks.codecs import encode, parse_codec
-from fedtune_strategies.blocks.exchange import frozen_form, turn_fingerprint
+from fedtune_strategies.blocks.codecs import decode, encoded_size
 from fedtune_strategies.blocks.find import Block
-from fedtune_strategies.blocks.schedule import nodes_for, turn_at
-from fedtune_strategies.blocks.train import apply_delta
+from fedtune_strategies.blocks.holdings import Holdings
+from fedtune_strategies.blocks.master import Master
+from fedtune_strategies.blocks.notation import parse_codec
+from fedtune_strategies.blocks.rest import Calibration
+from fedtune_strategies.blocks.schedule import (
+    block_importance,
+    blocks_of_round,
+    learning_rate,
+    nodes_for,
+    rounds_in_cycle,
+)
+from fedtune_strategies.blocks.train import mean_delta
 from fedtune_strategies.config import Config
 from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.fleet import Fleet, decoded, task
@@ -31,7 +40,7 @@ PART_BYTES = 64 * 2**20
 
 
 class FedCyBGD(TuningStrategy):
-    """Cycle through the blocks of the model, one node and one block a turn.
+    """Cycle through the blocks of the model.
 
     Parameters
     ----------
@@ -41,166 +50,220 @@ class FedCyBGD(TuningStrategy):
         W_0 by canonical parameter name.
     blocks : sequence of Block
         The blocks of the model, see `fedtune_strategies.blocks.find_blocks`.
+    measure : callable
+        Makes the `Calibration` by which codecs with wanda or drop choose.
     """
 
-    def __init__(self, config: Config, base: Mapping[str, Tensor], blocks: Sequence[Block]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        base: Mapping[str, Tensor],
+        blocks: Sequence[Block],
+        measure: Callable[[], Calibration] = Calibration,
+    ) -> None:
         self.config = config
-        self.blocks = blocks
-        self.codec = parse_codec(config.fedcybgd.rest)
-        self.dtype = getattr(torch, config.model.dtype)
+        self.settings = config.fedcybgd
         self.trained = [block.index for block in blocks if not block.frozen]
-        self.master = [{name: base[name].to(torch.float32) for name in block.parameters} for block in blocks]
-        self.versions = torch.zeros(len(blocks), dtype=torch.int64)
-        self.held: dict[str, Tensor] = {}
-        self.exact: dict[str, tuple[int, int]] = {}
-        self.expected = ""
-        self.current: int | None = None
-        self._changed: int | None = None
-        self._frozen_prints = [self._frozen_print(block.index) for block in blocks]
+        codec, dtype = parse_codec(self.settings.rest), getattr(torch, config.model.dtype)
+        self.master = Master(base, blocks, codec, dtype, measure)
+        self.holdings = Holdings(len(blocks))
+        self.width = self.settings.nodes_per_round if self.settings.structure == "parallel" else 1
+        self.plan: dict[str, int] = {}
+        self.expected: dict[int, str] = {}
+        self.owed: list[int] = []
+        self.past: list[tuple[int, int, float]] = []
+        self._changed: list[int] = []
 
     def summary(self) -> None:
         """Log the blocks and their schedule."""
-        settings = self.config.fedcybgd
+        own = self.settings
         log.info(
-            "FedCyBGD: %d blocks, %d trained in %s order, AdamW at %g, frozen rest as %s",
-            len(self.blocks), len(self.trained), settings.order, settings.lr, settings.rest,
+            "FedCyBGD: %d blocks, %d trained in %s order, %s with %d nodes a round, AdamW at %g, frozen rest as %s, "
+            "changes as %s",
+            len(self.master.blocks), len(self.trained), own.order, own.structure, own.nodes_per_round, own.lr,
+            own.rest, own.upload,
         )  # fmt: skip
 
     def initial_arrays(self) -> ArrayRecord:
         """Return the versions of the blocks: all zero, the base model."""
-        return arrays_of(versions=torch.zeros(len(self.blocks), dtype=torch.int64))
+        return arrays_of(versions=self.master.versions)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Give the turn's block to the turn's node, with whatever that node lacks."""
+        """Give the round's nodes their blocks, with whatever they lack; and the next round's, as far as it is there."""
         assert isinstance(grid, Fleet)
-        settings = self.config.fedcybgd
-        block = turn_at(server_round, self.trained, settings.order, self.config.train.seed).block
-        name = nodes_for(server_round, list(grid.nodes), len(self.trained))[0]
-        self.current = block
-        self.expected = self._turn_print(block)
-        parts = self._parts(name, block)
-        train = protocol.BlockTask(
-            server_round,
-            block,
-            self.versions,
-            self._exact_part(name, block),
-            parts.pop(),
-            settings.lr,
-            settings.local_steps,
-        )
-        keep = [protocol.BlockTask(server_round, -1, self.versions, {}, part, 0.0, 0) for part in parts]
-        return [task(grid.nodes[name], message, server_round) for message in [*keep, train]]
+        self.plan = self._plan(server_round, list(grid.nodes))
+        self.expected = {block: self.master.turn_fingerprint(block) for block in self.plan.values()}
+        for name, block in self.plan.items():
+            for message in self._turn(server_round, name, block):
+                yield task(grid.nodes[name], message, server_round)
+        if self.settings.prefetch and server_round < self.config.num_server_rounds:
+            for name, block in self._plan(server_round + 1, list(grid.nodes)).items():
+                if name not in self.plan:
+                    for message in self._ahead(server_round, name, block):
+                        yield task(grid.nodes[name], message, server_round)
 
     def accept(self, round: int, reply: protocol.Message) -> bool:
         """Check round, block, version, shapes and starting weights of a reply."""
         if isinstance(reply, protocol.Kept):
+            self.holdings.kept(reply.node)
             return False
         if isinstance(reply, protocol.Lacking):
-            self._forget(reply.node)
+            log.info("%s holds the base model alone (its worker was restarted): sending it again", reply.node)
+            self.holdings.forget(reply.node)
             return False
         if not isinstance(reply, protocol.BlockReply):
             raise ProtocolError(f"a node answered a block task with a '{reply.kind}'.")
-        check_origin(reply, round, self.expected)
-        if reply.block != self.current or reply.base_version != int(self.versions[reply.block]):
+        planned = self.plan.get(reply.node)
+        check_origin(reply, round, reply.fingerprint if planned is None else self.expected[planned])
+        if reply.block != planned or reply.base_version != int(self.master.versions[reply.block]):
             raise ProtocolError(
                 f"{reply.node} trained version {reply.base_version} of block {reply.block}, not the one in turn: "
                 "the reply is left out."
             )
-        expected = {name: value.shape for name, value in self.master[reply.block].items()}
-        if {name: value.shape for name, value in reply.delta.items()} != expected:
+        delta = decode(reply.delta)
+        expected = {name: value.shape for name, value in self.master.weights[reply.block].items()}
+        if {name: value.shape for name, value in delta.items()} != expected:
             raise ProtocolError(f"{reply.node} sent other tensors than block {reply.block} has: the reply is left out.")
-        if reply.steps < 1 or not all(v.is_floating_point() and v.isfinite().all() for v in reply.delta.values()):
+        if reply.steps < 1 or not all(value.isfinite().all() for value in delta.values()):
             raise ProtocolError(f"{reply.node} sent an update that is not finite: the reply is left out.")
         return True
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Commit the change of the turn's block: version + 1."""
-        answer = next((decoded(reply.content, protocol.BlockReply) for reply in replies), None)
-        if answer is None:
+        """Commit the changes of the round's blocks, each the mean of those that came: version + 1."""
+        answers = sorted((decoded(reply.content, protocol.BlockReply) for reply in replies), key=lambda own: own.node)
+        if not answers:
             return None, None
-        block = answer.block
-        self.master[block] = apply_delta(self.master[block], answer.delta, self.config.fedcybgd.gamma)
-        self.versions = self.versions.clone()
-        self.versions[block] += 1
-        self._frozen_prints[block] = self._frozen_print(block)
-        # The node makes the new version from its own change, so it holds every block as of now.
-        self.held[answer.node] = self.versions.clone()
-        self.exact[answer.node] = (block, int(self.versions[block]))
-        self._changed = block
-        metrics: dict[str, MetricRecordValues] = {
-            "train/loss": answer.loss,
-            "train/skipped": answer.skipped,
-            "block": block,
-            "steps": answer.steps,
-        }
-        return arrays_of(versions=self.versions), MetricRecord(metrics)
+        snapshot = self.master.versions
+        self._changed = sorted({answer.block for answer in answers})
+        self.owed = [block for block in dict.fromkeys(self.plan.values()) if block not in self._changed]
+        for block in self._changed:
+            group = [answer for answer in answers if answer.block == block]
+            self.master.commit(block, self._mean(group), self.settings.gamma)
+            for answer in group:
+                own = self.holdings.trained(answer.node, server_round, snapshot, self.master.absent_blocks(block))
+                if len(group) == 1:
+                    # The node makes the new version from its own change.
+                    own.exact = (block, int(self.master.versions[block]))
+                    own.versions[block] = self.master.versions[block]
+            values = [a.decrease if self.settings.importance == "loss" else a.grad_norm for a in group]
+            self.past.append((server_round, block, sum(values) / len(values)))
+        return arrays_of(versions=self.master.versions), self._metrics(answers)
 
     def materialise(self, arrays: ArrayRecord, parameters: Mapping[str, Tensor]) -> str:
         """Copy the newest version of every block into the model."""
         with torch.no_grad():
-            for block in self.master:
+            for block in self.master.weights:
                 for name, value in block.items():
                     parameters[name].copy_(value)
         return fingerprint(parameters)
 
     def state(self) -> State:
-        """Return the versions, what each node holds, and the block of the turn."""
-        held = {f"held/{node}": versions for node, versions in self.held.items()}
-        exact = {f"exact/{node}": torch.tensor(pair) for node, pair in self.exact.items()}
-        files = {} if self._changed is None else {_label(self._changed): self.master[self._changed]}
-        return State({"versions": self.versions} | held | exact, files)
+        """Return versions, holdings, history and what is owed; of the blocks those that changed."""
+        tensors = {
+            "versions": self.master.versions,
+            "owed": torch.tensor(self.owed, dtype=torch.int64),
+            "past": torch.tensor(self.past, dtype=torch.float64).view(-1, 3),
+        }
+        return State(tensors | self.holdings.state(), self.master.state(self._changed))
 
     def restore(self, tensors: dict[str, Tensor], load: Callable[[str], dict[str, Tensor] | None]) -> ArrayRecord:
-        """Take up versions, holdings and the newest file of every block."""
-        self.versions = tensors["versions"]
-        self.held = {key.removeprefix("held/"): value for key, value in tensors.items() if key.startswith("held/")}
-        pairs = {key.removeprefix("exact/"): value for key, value in tensors.items() if key.startswith("exact/")}
-        self.exact = {node: (int(pair[0]), int(pair[1])) for node, pair in pairs.items()}
-        for index in range(len(self.blocks)):
-            stored = load(_label(index))
-            if stored is not None:
-                self.master[index] = stored
-                self._frozen_prints[index] = self._frozen_print(index)
-        return arrays_of(versions=self.versions)
+        """Take up what `state` returned, with the newest file of every block."""
+        self.master.restore(tensors["versions"], load)
+        self.holdings.restore(tensors)
+        self.owed = tensors["owed"].tolist()
+        self.past = [(int(round), int(block), value) for round, block, value in tensors["past"].tolist()]
+        return arrays_of(versions=self.master.versions)
 
-    def _exact_part(self, node: str, block: int) -> dict[str, Tensor]:
-        version = int(self.versions[block])
-        return {} if version == 0 or self.exact.get(node) == (block, version) else self.master[block]
+    def _plan(self, round: int, nodes: Sequence[str]) -> dict[str, int]:
+        """Say which block each node of a round trains."""
+        own, length = self.settings, rounds_in_cycle(len(self.trained), self.width)
+        cycle_start = (round - 1) // length * length
+        values = [(block, value) for at, block, value in self.past if at <= cycle_start]
+        blocks = blocks_of_round(
+            round, self.width, self.trained, own.order, self.config.train.seed, block_importance(values, self.trained)
+        )
+        order = nodes_for(round, nodes, length)
+        if own.structure == "averaged":
+            return dict.fromkeys(order[: own.nodes_per_round], blocks[0])
+        # What a lost node left undone goes to nodes that would be idle.
+        return dict(zip(order, [*blocks, *(block for block in self.owed if block not in blocks)], strict=False))
 
-    def _parts(self, node: str, trained: int) -> list[dict[str, Tensor]]:
-        """Code the frozen blocks that the node lacks, cut into parts; the last one goes with the task."""
-        held = self.held.get(node, torch.zeros_like(self.versions))
-        parts: list[dict[str, Tensor]] = [{}]
-        for index in range(len(self.blocks)):
-            if index == trained or held[index] == self.versions[index]:
+    def _turn(self, round: int, node: str, block: int) -> Iterator[protocol.BlockTask]:
+        """Make the messages that let a node train a block."""
+        version = int(self.master.versions[block])
+        exact = {} if version == 0 or self.holdings.of(node).exact == (block, version) else self.master.weights[block]
+        parts = self._parts(node, block, {block})
+        last = parts.pop()
+        yield from self._offer(round, node, parts)
+        own = self.settings
+        lr = learning_rate((round - 0.5) / self.config.num_server_rounds, own.lr, own.lr_schedule, own.warmup)
+        norms = {} if self.holdings.of(node).norms or parts else dict(self.master.norms)
+        yield protocol.BlockTask(
+            round, block, self.master.versions, exact, self._coded(last), lr, own.local_steps,
+            torch.tensor(self.master.absent_layers(block), dtype=torch.int64), self.holdings.of(node).committed, norms,
+        )  # fmt: skip
+
+    def _ahead(self, round: int, node: str, block: int) -> Iterator[protocol.BlockTask]:
+        """Make the messages that bring a node what it lacks for the next round, but for what is being trained now."""
+        busy = set(self.plan.values())
+        version = int(self.master.versions[block])
+        exact = None if block in busy or version == 0 or self.holdings.of(node).exact == (block, version) else block
+        parts = [part for part in self._parts(node, block, busy | {block}) if part]
+        yield from self._offer(round, node, parts, exact)
+
+    def _offer(
+        self, round: int, node: str, parts: Sequence[Sequence[int]], exact: int | None = None
+    ) -> Iterator[protocol.BlockTask]:
+        holding = self.holdings.of(node)
+        holding.offered.clear()
+        for index, part in enumerate([*parts, *([] if exact is None else [[]])]):
+            last = index == len(parts)
+            pair = (exact, int(self.master.versions[exact])) if last and exact is not None else None
+            holding.offered.append(([(block, int(self.master.versions[block])) for block in part], pair))
+            norms = {} if holding.norms or index else dict(self.master.norms)
+            weights = {} if pair is None else self.master.weights[pair[0]]
+            yield protocol.BlockTask(
+                round, -1, self.master.versions, weights, self._coded(part), 0.0, 0,
+                torch.empty(0, dtype=torch.int64), holding.committed, norms,
+            )  # fmt: skip
+
+    def _parts(self, node: str, trained: int, without: set[int]) -> list[list[int]]:
+        """Group the frozen blocks that a node lacks into messages of bounded size; at least one, maybe empty."""
+        held, versions = self.holdings.of(node).versions, self.master.versions
+        left_out = without | self.master.absent_blocks(trained)
+        parts: list[list[int]] = [[]]
+        size = 0
+        for block in range(len(versions)):
+            if block in left_out or held[block] == versions[block]:
                 continue
-            coded = encode(self.master[index], self.codec)
-            if parts[-1] and _bytes(parts[-1]) + _bytes(coded) > PART_BYTES:
-                parts.append({})
-            parts[-1] |= coded
+            coded = encoded_size(self.master.coded(block))
+            if parts[-1] and size + coded > PART_BYTES:
+                parts.append([])
+                size = 0
+            parts[-1].append(block)
+            size += coded
         return parts
 
-    def _forget(self, node: str) -> None:
-        log.info("%s holds the base model alone (its worker was restarted): sending what it lacks again", node)
-        self.held.pop(node, None)
-        self.exact.pop(node, None)
+    def _coded(self, blocks: Iterable[int]) -> dict[str, Tensor]:
+        return {key: part for block in blocks for key, part in self.master.coded(block).items()}
 
-    def _turn_print(self, block: int) -> str:
-        prints = list(self._frozen_prints)
-        prints[block] = fingerprint(self.master[block])
-        return turn_fingerprint(prints)
+    def _mean(self, group: Sequence[protocol.BlockReply]) -> Mapping[str, Tensor]:
+        deltas = [decode(answer.delta) for answer in group]
+        if len(deltas) == 1:
+            return deltas[0]
+        weights = [answer.num_examples if self.config.strategy.weighting == "examples" else 1 for answer in group]
+        return mean_delta(deltas, weights)
 
-    def _frozen_print(self, block: int) -> str:
-        return fingerprint(frozen_form(self.master[block], self.codec, self.dtype))
-
-
-def _label(block: int) -> str:
-    return f"block-{block}"
-
-
-def _bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
+    def _metrics(self, answers: Sequence[protocol.BlockReply]) -> MetricRecord:
+        weight = sum(answer.num_examples for answer in answers)
+        metrics: dict[str, MetricRecordValues] = {
+            "train/loss": sum(answer.loss * answer.num_examples for answer in answers) / weight,
+            "train/skipped": sum(answer.skipped for answer in answers),
+            "blocks": self._changed,
+            "steps": sum(answer.steps for answer in answers),
+        }
+        return MetricRecord(metrics)

@@ -8,13 +8,12 @@ from safetensors.torch import load, save
 
 from fedtune_strategies.blocks.codecs import (
     NF4_VALUES,
-    Codec,
     decode,
     encode,
     encode_with_feedback,
     encoded_size,
-    parse_codec,
 )
+from fedtune_strategies.blocks.notation import Codec, parse_codec
 from fedtune_strategies.errors import ConfigError, ModelError, ProtocolError
 
 from .models import quick

@@ -5,9 +5,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fedtune_strategies.blocks.codecs import Codec, decode, encode
+from fedtune_strategies.blocks.codecs import decode, encode
 from fedtune_strategies.blocks.find import find_blocks
 from fedtune_strategies.blocks.held import coded_loader, empty_model, empty_parameters, held_outside
+from fedtune_strategies.blocks.notation import Codec
 from fedtune_strategies.blocks.train import train_block
 
 from .models import ARCHITECTURES, lm_loss, tiny_batches, tiny_model

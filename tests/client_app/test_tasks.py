@@ -28,6 +28,10 @@ NONE = np.empty(0, dtype=np.int32)
 UNIT = 2.0**-24
 
 
+def block_task(*fields):
+    return protocol.BlockTask(*fields, absent=torch.empty(0, dtype=torch.int64), committed=0, norms={})
+
+
 def seed_task(units=0, *, round=1, since=0, count=64, levels=NONE, odds=NONE):
     change = np.broadcast_to(np.int32(units), count)
     packed = pack(levels) if levels.size else torch.empty(0, dtype=torch.uint8)
@@ -91,29 +95,29 @@ def test_a_task_that_does_not_fit_is_refused_and_the_node_stays(node, task):
 @pytest.mark.parametrize(
     "task",
     [
-        protocol.BlockTask(1, 0, torch.zeros(2, dtype=torch.int64), {}, {}, 1e-3, 1),
-        protocol.BlockTask(1, 99, torch.zeros(5, dtype=torch.int64), {}, {}, 1e-3, 1),
-        protocol.BlockTask(1, 0, torch.zeros(5, dtype=torch.int64), {"foreign": torch.zeros(2)}, {}, 1e-3, 1),
-        protocol.BlockTask(1, 0, torch.zeros(5, dtype=torch.int64), {}, {"foreign:int8": torch.zeros(2)}, 1e-3, 1),
+        block_task(1, 0, torch.zeros(2, dtype=torch.int64), {}, {}, 1e-3, 1),
+        block_task(1, 99, torch.zeros(5, dtype=torch.int64), {}, {}, 1e-3, 1),
+        block_task(1, 0, torch.zeros(5, dtype=torch.int64), {"foreign": torch.zeros(2)}, {}, 1e-3, 1),
+        block_task(1, 0, torch.zeros(5, dtype=torch.int64), {}, {"foreign:int8": torch.zeros(2)}, 1e-3, 1),
     ],
 )
 def test_a_turn_that_does_not_fit_is_refused_and_the_node_stays(block_node, task):
     failure = ask(block_node, task)
     assert isinstance(failure, protocol.Failure) and failure.exit_code == ProtocolError.exit_code, failure
-    right = protocol.BlockTask(1, 0, torch.zeros(5, dtype=torch.int64), {}, {}, 1e-3, 1)
+    right = block_task(1, 0, torch.zeros(5, dtype=torch.int64), {}, {}, 1e-3, 1)
     assert isinstance(ask(block_node, right), protocol.BlockReply)
 
 
 def test_a_block_of_wrong_shape_is_a_failure_not_a_crash(block_node):
     name = find_blocks(block_node.language.model)[0].parameters[0]
-    task = protocol.BlockTask(1, 0, torch.ones(5, dtype=torch.int64), {name: torch.zeros(2)}, {}, 1e-3, 1)
+    task = block_task(1, 0, torch.ones(5, dtype=torch.int64), {name: torch.zeros(2)}, {}, 1e-3, 1)
     assert isinstance(ask(block_node, task), protocol.Failure)
-    right = protocol.BlockTask(1, 0, torch.zeros(5, dtype=torch.int64), {}, {}, 1e-3, 1)
+    right = block_task(1, 0, torch.zeros(5, dtype=torch.int64), {}, {}, 1e-3, 1)
     assert isinstance(ask(block_node, right), protocol.BlockReply)
 
 
 def test_a_node_without_the_versions_that_a_turn_counts_on_says_so(block_node):
-    task = protocol.BlockTask(3, 0, torch.tensor([0, 1, 0, 0, 0]), {}, {}, 1e-3, 1)
+    task = block_task(3, 0, torch.tensor([0, 1, 0, 0, 0]), {}, {}, 1e-3, 1)
     assert isinstance(ask(block_node, task), protocol.Lacking)
 
 

@@ -1,0 +1,78 @@
+"""How a codec is written: ``"int8"``, ``"prune:0.5+nf4"``, ``"drop:2+int8"``. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fedtune_strategies.errors import ConfigError
+
+QUANTISATIONS = ("none", "bf16", "int8", "nf4")
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How tensors are coded.
+
+    Attributes
+    ----------
+    quantisation : {"none", "bf16", "int8", "nf4"}
+        What is kept of each value. ``"none"`` keeps the tensor's own dtype and bits.
+    prune : float
+        Share of each row's elements, those with the lowest scores, that is set to zero and not sent.
+    wanda : bool
+        Whether the score of an element is |w|·‖x‖ (Wanda, arXiv 2306.11695, equation 1) or its magnitude |w|.
+    drop : int
+        Decoder layers that are left out altogether. `encode` does not act on it: whoever chooses the layers
+        (`rest.dropped_layers`) leaves their tensors out.
+    """
+
+    quantisation: str = "none"
+    prune: float = 0.0
+    wanda: bool = False
+    drop: int = 0
+
+
+def parse_codec(text: str) -> Codec:
+    """Read a codec as written in a configuration.
+
+    Parameters
+    ----------
+    text : str
+        Parts joined by ``+``: at most one of ``none``, ``bf16``, ``int8``, ``nf4``; ``prune:s`` or ``wanda:s`` with
+        0 < s < 1; ``drop:n`` with n ≥ 1.
+
+    Returns
+    -------
+    Codec
+        The codec.
+
+    Raises
+    ------
+    ConfigError
+        If a part is unknown, repeated or out of range.
+    """
+    fields: dict[str, Any] = {}
+    for part in text.split("+"):
+        found = _parse_part(text, part.strip())
+        if not fields.keys().isdisjoint(found):
+            raise ConfigError(f"codec {text!r} names its {next(iter(found))} twice; name it once")
+        fields |= found
+    return Codec(**fields)
+
+
+def _parse_part(text: str, part: str) -> dict[str, Any]:
+    name, _, value = part.partition(":")
+    try:
+        if part in QUANTISATIONS:
+            return {"quantisation": part}
+        if name in ("prune", "wanda") and 0.0 < float(value) < 1.0:
+            return {"prune": float(value), "wanda": name == "wanda"}
+        if name == "drop" and int(value) >= 1:
+            return {"drop": int(value)}
+    except ValueError:
+        pass
+    raise ConfigError(
+        f"codec {text!r}: {part!r} is not one of {', '.join(QUANTISATIONS)}, prune:S or wanda:S with 0 < S < 1, "
+        "drop:N with N >= 1; join several with +, such as wanda:0.5+int8"
+    )
