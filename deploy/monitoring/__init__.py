@@ -1,0 +1,1 @@
+"""Monitoring: what Prometheus asks of a server and of a node, and the dashboard that shows it."""

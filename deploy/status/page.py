@@ -1,0 +1,85 @@
+"""The page: one HTML file with its style, its script and, as a file, its data. It loads nothing from anywhere."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import time
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from deploy.status.view import newest_runs, report
+from fedtune_strategies.errors import LedgerError
+
+
+def write_page(folder: Path, path: Path) -> None:
+    """Write a page that shows a run, or all runs of a folder, as a single file.
+
+    Parameters
+    ----------
+    folder : Path
+        A run's folder, or a folder of runs; finished or not.
+    path : Path
+        The HTML file; replaced where it exists.
+
+    Raises
+    ------
+    LedgerError
+        There is no run in the folder, or one cannot be read.
+    """
+    runs = [report(run) for run in newest_runs(folder)]
+    if not runs:
+        raise LedgerError(f"no run in {folder}: name a run's folder ('run.dir'), or a folder that holds some.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render(document(runs)), encoding="utf-8")
+
+
+def document(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Put reports together as the page takes them."""
+    return {"generated": time.time(), "runs": runs}
+
+
+def render(data: dict[str, Any] | None) -> str:
+    """Return the page's HTML.
+
+    Parameters
+    ----------
+    data : dict or None
+        From `document`; None for a page that fetches ``report.json`` from its server.
+    """
+    # Inside a script element, only "<" could end the data.
+    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    page = _part("page.html")
+    # The data comes last: what a node has named itself is never taken for a place to fill.
+    for name, value in {"policy": policy(), "style": _style(), "script": _script(), "data": text}.items():
+        page = page.replace(f"@{name}@", value, 1)
+    return page
+
+
+@cache
+def policy() -> str:
+    """Return the Content-Security-Policy: this style, this script, the own server, nothing else."""
+    return (
+        f"default-src 'none'; script-src '{_hash(_script())}'; style-src '{_hash(_style())}'; img-src data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _style() -> str:
+    return _part("page.css")
+
+
+def _script() -> str:
+    return _part("charts.js") + _part("page.js")
+
+
+@cache
+def _part(name: str) -> str:
+    return (files("deploy.status") / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,377 @@
+"""From a run's ledger to the one JSON document that the page, the metrics and ``fedtune status`` show.
+
+Nothing is asked of the run: the ledger is read while the run writes it, and every figure below is a fold over its rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from deploy.status.seeds import seed_odds
+from fedtune_strategies.config import defaults
+from server_app.ledger import Ledger, Record
+
+FORMAT = 1
+# A document stays small however long a run is and however many nodes it has.
+MAX_POINTS = 400  # rounds in a chart; of longer runs every n-th
+MAX_NODES = 200
+MAX_TURNS = 60  # rounds in the timeline, the newest,
+MAX_CELLS = 1500  # and fewer of a large fleet
+MAX_ANSWERS = 8
+MAX_NOTES = 40
+
+ALIVE = ("working", "present")
+
+
+def report(folder: Path) -> dict[str, Any]:
+    """Read a run, finished or going on.
+
+    Parameters
+    ----------
+    folder : Path
+        The run's folder, ``run.dir``.
+
+    Returns
+    -------
+    dict
+        Ready for JSON: ``run`` (method, model, state, round, times), ``totals``, ``rounds``, ``evaluations``,
+        ``nodes``, ``turns`` (what each node did in the newest rounds), ``seeds`` (FedKSeed-Pro alone), ``answers``
+        (before and after) and ``notes`` (refusals and losses). Bytes are payload, without Flower's envelope; times
+        are seconds since the epoch, durations seconds.
+
+    Raises
+    ------
+    LedgerError
+        There is no ledger, or it cannot be read.
+    """
+    view = RunView(folder)
+    view.update()
+    return view.report()
+
+
+class RunView:
+    """A run's ledger, folded row by row; following a run reads only what is new.
+
+    Parameters
+    ----------
+    folder : Path
+        The run's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._clear()
+
+    def update(self) -> bool:
+        """Take up what was written since; returns whether there was anything.
+
+        Raises
+        ------
+        LedgerError
+            There is no ledger, or it cannot be read.
+        """
+        with contextlib.closing(Ledger.read(self.folder)) as ledger:
+            records = ledger.records(after=max(0, self.seq - 1))
+            if self.seq and getattr(next(records, None), "time", None) != self._last:
+                # The ledger was cut back and went on differently.
+                self._clear()
+                records = ledger.records()
+            before = self.seq
+            for record in records:
+                self._take(record)
+            return self.seq != before
+
+    def report(self) -> dict[str, Any]:
+        """Return the document, see `report`."""
+        evaluations = list(self.evaluations.values())
+        rounds = [*self.summaries, *(self._round(number) for number in sorted(self.rounds))]
+        return _finite(
+            {
+                "format": FORMAT,
+                "run": self._run(rounds),
+                "totals": self._totals(rounds),
+                "rounds": _thinned(rounds),
+                "evaluations": _thinned([{k: v for k, v in one.items() if k != "answers"} for one in evaluations]),
+                "nodes": self._node_rows(),
+                "turns": self._turns(),
+                "seeds": seed_odds(self.config, self._state) if self._state else None,
+                "answers": _answers(evaluations),
+                "notes": self.notes[-MAX_NOTES:][::-1],
+            }
+        )
+
+    # The fold
+
+    def _clear(self) -> None:
+        self.seq = 0
+        self._last: float | None = None
+        self._state = b""
+        self.config: dict[str, Any] = {}
+        self.starts: list[dict[str, Any]] = []
+        self.end: Record | None = None
+        self.rounds: dict[int, dict[str, Any]] = {}
+        self.summaries: list[dict[str, Any]] = []
+        self.evaluations: dict[int, dict[str, Any]] = {}
+        self.nodes: dict[str, dict[str, Any]] = {}
+        self.notes: list[dict[str, Any]] = []
+
+    def _take(self, record: Record) -> None:
+        body = record.body
+        match record.kind:
+            case "start":
+                self.config, self.end = body.get("config", {}), None
+                self.starts.append({"time": record.time, **{k: v for k, v in body.items() if k != "config"}})
+            case "asked":
+                one = self._open_round(record)
+                one["asked"] |= {name: record.time for name in body["nodes"] if name not in one["asked"]}
+            case "reply":
+                self._reply(record)
+            case "round":
+                self._open_round(record).update(committed=record.time, metrics=body.get("metrics", {}))
+                self._forget_details(record.round - MAX_TURNS)
+                if self.config.get("method.name") == "fedkseed-pro":
+                    self._state = record.blob
+            case "evaluation":
+                self.evaluations[record.round] = _evaluation(record)
+            case "joined" | "lost" | "refused" | "late" | "cut":
+                self._note(record)
+            case "finished" | "failed":
+                self.end = record
+        self.seq, self._last = record.seq, record.time
+
+    def _open_round(self, record: Record) -> dict[str, Any]:
+        new = {"began": record.time, "asked": {}, "replies": {}, "refused": {}, "committed": None, "metrics": {}}
+        return self.rounds.setdefault(record.round, new)
+
+    def _forget_details(self, number: int) -> None:
+        """Of a round that the timeline no longer shows, keep the sums alone: runs may be long and fleets large."""
+        if number in self.rounds:
+            self.summaries.append(self._round(number))
+            del self.rounds[number]
+
+    def _node(self, record: Record) -> dict[str, Any]:
+        totals = {"replies": 0, "refused": 0, "examples": 0, "bytes_up": 0, "bytes_down": 0, "seconds": 0.0}
+        newest = {"loss": None, "peak_memory": 0, "fingerprint": "", "last_seen": record.time}
+        node = self.nodes.setdefault(record.node, {"name": record.node, **totals, **newest})
+        node["event"] = record.kind
+        if record.kind != "lost":
+            node["last_seen"] = record.time
+        return node
+
+    def _reply(self, record: Record) -> None:
+        body = record.body
+        self._open_round(record)["replies"][record.node] = {"time": record.time, **body}
+        node = self._node(record)
+        node["replies"] += 1
+        node["examples"] = body.get("num_examples", node["examples"])
+        for key in ("bytes_up", "bytes_down", "seconds"):
+            node[key] += body.get(key, 0)
+        node["peak_memory"] = max(node["peak_memory"], body.get("peak_memory", 0))
+        node |= {key: body[key] for key in ("loss", "fingerprint") if key in body}
+
+    def _note(self, record: Record) -> None:
+        reason = record.body.get("reason", "")
+        if record.node:
+            node = self._node(record)
+            if record.kind == "refused":
+                node["refused"] += 1
+                if record.round:
+                    self._open_round(record)["refused"][record.node] = reason
+        if record.kind != "joined":
+            facts = {"time": record.time, "kind": record.kind, "round": record.round, "node": record.node}
+            self.notes.append(facts | {"reason": reason})
+
+    # The document
+
+    def _run(self, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+        standard, start = defaults(), self.starts[-1] if self.starts else {}
+        total = self.config.get("num-server-rounds", 0)
+        committed = [one["committed"] for one in rounds if one["committed"]]
+        end = self.end
+        return {
+            "name": self.folder.resolve().name,
+            "method": self.config.get("method.name", ""),
+            "model": self.config.get("model.name", ""),
+            "version": start.get("version", ""),
+            "run_id": start.get("run_id", ""),
+            "state": end.kind if end else "running",
+            "message": end.body.get("message", "") if end else "",
+            "exit_code": end.body.get("exit_code") if end else None,
+            "exported": end.body.get("model", "") if end else "",
+            "round": len(committed),
+            "rounds": total,
+            "started": self.starts[0]["time"] if self.starts else None,
+            "restarts": max(0, len(self.starts) - 1),
+            "updated": self._last,
+            "seconds_left": None if end else self._seconds_left(committed, total),
+            "settings": {k: v for k, v in sorted(self.config.items()) if standard.get(k) != v},
+        }
+
+    def _seconds_left(self, committed: list[float], total: int) -> float | None:
+        """Estimate from the pace of the newest rounds of this start; None before the second."""
+        began = self.starts[-1]["time"] if self.starts else 0.0
+        times = [at for at in committed if at > began][-20:]
+        if len(times) < 2:
+            return None
+        return (total - len(committed)) * (times[-1] - times[0]) / (len(times) - 1)
+
+    def _totals(self, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+        names = ("waiting", "aggregation", "evaluation")
+        states = [node["state"] for node in self._states()]
+        return {
+            "bytes_up": sum(node["bytes_up"] for node in self.nodes.values()),
+            "bytes_down": sum(node["bytes_down"] for node in self.nodes.values()),
+            "replies": sum(node["replies"] for node in self.nodes.values()),
+            "refused": sum(node["refused"] for node in self.nodes.values()),
+            "nodes": len(self.nodes),
+            "nodes_alive": sum(state in ALIVE for state in states),
+            "peak_memory": max((node["peak_memory"] for node in self.nodes.values()), default=0),
+            "seconds": {name: sum(one["seconds"][name] or 0.0 for one in rounds) for name in names},
+        }
+
+    def _round(self, number: int) -> dict[str, Any]:
+        one, replies = self.rounds[number], list(self.rounds[number]["replies"].values())
+        return {
+            "round": number,
+            "began": one["began"],
+            "committed": one["committed"],
+            "train_loss": one["metrics"].get("train/loss"),
+            "metrics": one["metrics"],
+            "asked": len(one["asked"]),
+            "replies": len(replies),
+            "refused": len(one["refused"]),
+            "bytes_up": sum(reply.get("bytes_up", 0) for reply in replies),
+            "bytes_down": sum(reply.get("bytes_down", 0) for reply in replies),
+            "slowest": max((reply.get("seconds", 0.0) for reply in replies), default=None),
+            "seconds": self._phases(number),
+            "fingerprints": sorted({reply["fingerprint"] for reply in replies if "fingerprint" in reply}),
+        }
+
+    def _phases(self, number: int) -> dict[str, float | None]:
+        """Split a round: until its last reply, until it was committed, and the evaluation that followed."""
+        one = self.rounds[number]
+        answered = max((reply["time"] for reply in one["replies"].values()), default=None)
+        aggregation = None
+        # A server that was stopped between the two committed later: that is no work.
+        if answered and one["committed"] and not self._restarted(answered, one["committed"]):
+            aggregation = one["committed"] - answered
+        return {
+            "waiting": answered - one["began"] if answered else None,
+            "aggregation": aggregation,
+            "evaluation": self.evaluations.get(number, {}).get("seconds"),
+        }
+
+    def _restarted(self, after: float, before: float) -> bool:
+        return any(after < start["time"] < before for start in self.starts)
+
+    def _node_rows(self) -> list[dict[str, Any]]:
+        rows = sorted(self._states(), key=lambda node: node["name"])[:MAX_NODES]
+        return [{key: value for key, value in row.items() if key != "event"} for row in rows]
+
+    def _states(self) -> list[dict[str, Any]]:
+        newest = self.rounds[max(self.rounds)] if self.rounds else None
+        return [node | {"state": _state(node, newest)} for node in self.nodes.values()]
+
+    def _turns(self) -> list[dict[str, Any]]:
+        turns: list[dict[str, Any]] = []
+        for number in sorted(self.rounds, reverse=True)[:MAX_TURNS]:
+            if turns and len(turns) + len(self.rounds[number]["asked"]) > MAX_CELLS:
+                break
+            turns = _round_turns(number, self.rounds[number]) + turns
+        return turns
+
+
+def _state(node: dict[str, Any], newest: dict[str, Any] | None) -> str:
+    """Say how a node stands: lost, refused, working, silent (asked and never answered) or present."""
+    name = node["name"]
+    if node["event"] in ("lost", "refused"):
+        return str(node["event"])
+    if newest and name in newest["asked"] and name not in newest["replies"]:
+        return "silent" if newest["committed"] else "working"
+    return "present"
+
+
+def _round_turns(number: int, one: dict[str, Any]) -> list[dict[str, Any]]:
+    turns = []
+    for name, began in one["asked"].items():
+        reply = one["replies"].get(name, {})
+        state = "replied" if reply else "refused" if name in one["refused"] else "none"
+        if state == "none" and not one["committed"]:
+            state = "working"
+        facts = {key: reply[key] for key in ("block", "loss") if key in reply}
+        seconds = {"seconds": round(reply["time"] - began, 2)} if reply else {}
+        turns.append({"round": number, "node": name, "state": state} | seconds | facts)
+    return turns
+
+
+def _evaluation(record: Record) -> dict[str, Any]:
+    body = record.body
+    return {
+        "round": record.round,
+        "time": record.time,
+        "loss": body.get("eval/loss"),
+        "perplexity": body.get("eval/perplexity"),
+        "rouge_l": body.get("eval/rougeL"),
+        "seconds": body.get("seconds"),
+        "fingerprint": body.get("fingerprint", ""),
+        "answers": body.get("answers", []),
+    }
+
+
+def _answers(evaluations: list[dict[str, Any]]) -> list[dict[str, str | None]]:
+    answered = [one for one in evaluations if one["answers"]]
+    if not answered:
+        return []
+    first, last = answered[0], answered[-1]
+    after = {one["prompt"]: one["answer"] for one in last["answers"]} if last is not first else {}
+    return [
+        {
+            "prompt": one["prompt"],
+            "expected": one["reference"].strip(),
+            "before": one["answer"],
+            "after": after.get(one["prompt"]),
+        }
+        for one in first["answers"][:MAX_ANSWERS]
+    ]
+
+
+def _thinned(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Keep at most `MAX_POINTS`, evenly, the newest among them."""
+    stride = math.ceil(len(points) / MAX_POINTS) or 1
+    return points[::-1][::stride][::-1]
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON has no number for by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, list) else value
+
+
+def newest_runs(folder: Path, count: int = 12) -> list[Path]:
+    """List the runs in a folder, the newest first; a run's own folder is its only run.
+
+    Parameters
+    ----------
+    folder : Path
+        A run, or a folder of runs.
+    count : int
+        Most runs to list.
+    """
+    if (folder / "ledger.sqlite").exists():
+        return [folder]
+    ledgers = sorted(folder.glob("*/ledger.sqlite"), key=_touched, reverse=True)
+    return [ledger.parent for ledger in ledgers[:count]]
+
+
+def _touched(ledger: Path) -> float:
+    times = [time.time()]
+    with contextlib.suppress(OSError):
+        times = [path.stat().st_mtime for path in (ledger, ledger.with_name("ledger.sqlite-wal")) if path.exists()]
+    return max(times, default=0.0)

@@ -1,0 +1,153 @@
+import gzip
+import json
+import socket
+import ssl
+import time
+import urllib.error
+import urllib.request
+from urllib.parse import urlsplit
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from deploy.certificates import server_files
+from deploy.status import server as server_module
+from deploy.status.server import serve_page
+from fedtune_strategies.errors import ConfigError, PortError
+from tests.deploy.status.runs import begin, finished_run, play
+
+
+def get(url, path="", headers=None, context=None):
+    request = urllib.request.Request(url.partition("#")[0] + path, headers=headers or {})
+    try:
+        with urllib.request.urlopen(request, timeout=10, context=context) as answer:
+            return answer.status, answer.headers, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers, error.read()
+
+
+def test_a_run_is_followed_and_sent_only_when_it_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_module, "FRESH_SECONDS", 0.0)
+    ledger = begin(tmp_path / "run")
+    with serve_page(tmp_path) as url:
+        status, headers, body = get(url, "report.json")
+        assert status == 200 and json.loads(body)["runs"][0]["run"]["round"] == 0
+        assert get(url, "report.json", {"If-None-Match": headers["ETag"]})[0] == 304
+        play(ledger, 1)
+        status, changed, body = get(url, "report.json", {"If-None-Match": headers["ETag"], "Accept-Encoding": "gzip"})
+        assert status == 200 and json.loads(gzip.decompress(body))["runs"][0]["run"]["round"] == 1
+        assert changed["ETag"] != headers["ETag"]
+        finished_run(tmp_path / "another")
+        assert len(json.loads(get(url, "report.json")[2])["runs"]) == 2
+    ledger.close()
+
+
+def test_a_folder_without_runs_waits_for_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_module, "FRESH_SECONDS", 0.0)
+    with serve_page(tmp_path) as url:
+        assert json.loads(get(url, "report.json")[2])["runs"] == []
+        finished_run(tmp_path / "run")
+        assert len(json.loads(get(url, "report.json")[2])["runs"]) == 1
+
+
+def test_who_has_no_token_sees_no_run(tmp_path):
+    finished_run(tmp_path / "run")
+    with serve_page(tmp_path, token="sesame") as url:
+        assert url.endswith("/#token=sesame")
+        for path in ("report.json", "metrics"):
+            for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer "}, {"Cookie": "sesame"}):
+                status, _, body = get(url, path, headers)
+                assert status == 401 and b"run" not in body
+            assert get(url, f"{path}?token=sesame")[0] == 401, "a token in an address ends in logs"
+            assert get(url, path, {"Authorization": "Bearer sesame"})[0] == 200
+        assert get(url)[0] == get(url, "healthz")[0] == 200
+        assert b"alice" not in get(url)[2]
+
+
+def test_a_token_is_needed_beyond_loopback(tmp_path):
+    with pytest.raises(ConfigError, match="token"), serve_page(tmp_path, host="0.0.0.0"):
+        pass
+    with serve_page(tmp_path, host="0.0.0.0", token="sesame") as url:
+        local = f"http://127.0.0.1:{urlsplit(url).port}/"
+        assert get(local, "healthz", {"Host": "status.example"})[0] == 200
+
+
+def test_a_foreign_page_whose_name_leads_here_reads_nothing(tmp_path):
+    finished_run(tmp_path / "run")
+    with serve_page(tmp_path) as url:
+        assert get(url, "report.json", {"Host": "evil.example"})[0] == 421
+        assert get(url, "report.json", {"Host": "localhost:1"})[0] == 200
+
+
+def test_nothing_can_be_written_or_reached_beside_the_run(tmp_path):
+    finished_run(tmp_path / "run")
+    with serve_page(tmp_path / "run") as url:
+        for path in ("ledger.sqlite", "../run/ledger.sqlite", "%2e%2e/", "report.json/..", "healthz/x"):
+            assert get(url, path)[0] == 404
+        for method in ("POST", "PUT", "DELETE", "OPTIONS"):
+            request = urllib.request.Request(url + "report.json", method=method, data=b"x")
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(request, timeout=10)
+            assert caught.value.code == 501
+        headers = get(url)[1]
+        assert "default-src 'none'" in headers["Content-Security-Policy"]
+        assert headers["X-Content-Type-Options"] == "nosniff" and headers["Cache-Control"] == "no-store"
+
+
+def test_whoever_holds_the_line_is_cut_off_and_others_are_served(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_module, "REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr(server_module, "MAX_REQUESTS", 2)
+    with serve_page(tmp_path) as url:
+        address = ("127.0.0.1", urlsplit(url).port)
+        idle = [socket.create_connection(address, timeout=10) for _ in range(2)]
+        for one in idle:
+            one.sendall(b"GET /healthz HTTP/1.1\r\n")
+        time.sleep(0.2)
+        third = socket.create_connection(address, timeout=10)
+        assert third.recv(100) == b"", "all slots are taken"
+        assert all(one.recv(100) == b"" for one in idle), "they were cut off"
+        for one in (*idle, third):
+            one.close()
+        assert get(url, "healthz")[0] == 200
+
+
+def test_over_tls_and_a_port_that_is_taken(tmp_path):
+    files = server_files(tmp_path / "keys")
+    trusted = ssl.create_default_context(cafile=files.authority)
+    with serve_page(tmp_path, "127.0.0.1", 0, "t", certificate=files.certificate, key=files.key) as url:
+        address = f"https://localhost:{urlsplit(url).port}/"
+        assert get(address, "healthz", context=trusted)[0] == 200
+        with pytest.raises(PortError, match="cannot listen"), serve_page(tmp_path, port=urlsplit(url).port):
+            pass
+    broken = {"certificate": files.certificate, "key": files.authority}
+    with pytest.raises(ConfigError, match="certificate"), serve_page(tmp_path, **broken):
+        pass
+
+
+def test_metrics_are_those_of_the_ledger(tmp_path):
+    finished_run(tmp_path / "run", "fedcybgd", block=3)
+    with serve_page(tmp_path) as url:
+        _, headers, body = get(url, "metrics")
+    assert headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    samples = {
+        (one.name, *(one.labels[key] for key in sorted(one.labels) if key != "run")): one.value
+        for family in text_string_to_metric_families(body.decode())
+        for one in family.samples
+    }
+    assert samples["fedtune_rounds_total",] == 3
+    assert samples["fedtune_eval_loss",] == 1.0
+    assert samples["fedtune_payload_bytes_total", "down"] == 9000
+    assert samples["fedtune_node_payload_bytes_total", "up", "bob"] == 300
+    assert samples["fedtune_phase_seconds_total", "evaluation"] == 4.5
+    assert samples["fedtune_run_state", "finished"] == 1 and samples["fedtune_run_state", "running"] == 0
+    assert samples["fedtune_node_state", "alice", "present"] == 1
+    assert samples["fedtune_node_peak_memory_bytes", "carol"] == 10**8
+
+
+def test_a_ledger_that_cannot_be_read_is_unhealthy(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/ledger.sqlite").write_bytes(b"no database at all" * 100)
+    with serve_page(tmp_path, token="sesame") as url:
+        status, _, body = get(url, "healthz")
+        assert status == 503 and str(tmp_path).encode() not in body
+        assert str(tmp_path).encode() in get(url, "report.json", {"Authorization": "Bearer sesame"})[2]

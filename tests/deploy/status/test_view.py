@@ -1,0 +1,145 @@
+import json
+import sqlite3
+
+import pytest
+
+from deploy.status import view as view_module
+from deploy.status.view import RunView, newest_runs, report
+from fedtune_strategies.errors import LedgerError
+from server_app.ledger import Ledger
+from tests.deploy.status.runs import NODES, begin, finished_run, play, pro_state, reply
+from tests.federations import run
+
+
+def test_a_real_run_is_told_as_its_ledger_has_it(settings, data_files):
+    ledger = run(settings | {"method.name": "fedkseed-pro"}, data_files)
+    shown = json.loads(json.dumps(report(ledger.folder), allow_nan=False))
+    replies = list(ledger.records("reply"))
+    assert (shown["run"]["state"], shown["run"]["round"], shown["run"]["rounds"]) == ("finished", 3, 3)
+    assert shown["totals"]["bytes_up"] == sum(one.body["bytes_up"] for one in replies)
+    assert [one["round"] for one in shown["rounds"]] == [1, 2, 3]
+    assert [one["loss"] for one in shown["evaluations"]] == [
+        one.body["eval/loss"] for one in ledger.records("evaluation")
+    ]
+    # Every node worked on the weights that the server had after the round before.
+    after = {one["round"]: one["fingerprint"] for one in shown["evaluations"]}
+    assert all(one["fingerprints"] == [after[one["round"] - 1]] for one in shown["rounds"])
+    assert {node["name"] for node in shown["nodes"]} == set(data_files)
+    assert sum(level["seeds"] for level in shown["seeds"]["levels"]) == 64
+    assert len(shown["answers"]) == 2 and all(answer["after"] for answer in shown["answers"])
+
+
+def test_what_each_node_does_and_did(tmp_path):
+    ledger = begin(tmp_path)
+    play(ledger, 1, answering=("alice", "bob"))
+    ledger.append("lost", node="bob", body={"reason": "is no longer connected"})
+    ledger.append("asked", round=2, body={"nodes": ["alice", "carol"]})
+    ledger.append("reply", round=2, node="alice", body=reply(2, "alice"))
+    shown = report(tmp_path)
+    assert {node["name"]: node["state"] for node in shown["nodes"]} == {
+        "alice": "present", "bob": "lost", "carol": "working",
+    }  # fmt: skip
+    assert shown["totals"]["nodes_alive"] == 2
+    states = {(turn["round"], turn["node"]): turn["state"] for turn in shown["turns"]}
+    assert states == {
+        (1, "alice"): "replied", (1, "bob"): "replied", (1, "carol"): "none",
+        (2, "alice"): "replied", (2, "carol"): "working",
+    }  # fmt: skip
+    ledger.append("round", round=2, body={"metrics": {}, "files": {}})
+    ledger.close()
+    assert {node["name"]: node["state"] for node in report(tmp_path)["nodes"]}["carol"] == "silent"
+
+
+def test_refusals_are_counted_and_told(tmp_path):
+    ledger = begin(tmp_path)
+    ledger.append("refused", node="node 0012", body={"reason": "holds another base model"})
+    ledger.append("asked", round=1, body={"nodes": list(NODES)})
+    ledger.append("refused", round=1, node="bob", body={"reason": "worked on other weights"})
+    ledger.close()
+    shown = report(tmp_path)
+    assert shown["totals"]["refused"] == 2
+    assert [note["reason"] for note in shown["notes"]] == ["worked on other weights", "holds another base model"]
+    assert next(turn for turn in shown["turns"] if turn["node"] == "bob")["state"] == "refused"
+
+
+def test_a_failed_run_shows_its_line_until_it_is_resumed(tmp_path):
+    ledger = begin(tmp_path)
+    ledger.append("failed", body={"exit_code": 14, "message": "too few nodes"})
+    failed = report(tmp_path)["run"]
+    assert (failed["state"], failed["message"], failed["exit_code"]) == ("failed", "too few nodes", 14)
+    ledger.append("start", body={"config": {"num-server-rounds": 5}, "version": "0.1.0"})
+    ledger.close()
+    resumed = report(tmp_path)["run"]
+    assert (resumed["state"], resumed["restarts"], resumed["rounds"]) == ("running", 1, 5)
+
+
+def test_turns_name_their_blocks_and_what_is_not_finite_is_nothing(tmp_path):
+    finished_run(tmp_path, "fedcybgd", asked=("bob",), block=4, loss=float("nan"))
+    shown = report(tmp_path)
+    assert [(turn["node"], turn["block"], turn["loss"]) for turn in shown["turns"]] == [("bob", 4, None)] * 3
+    json.dumps(shown, allow_nan=False)
+
+
+def test_odds_of_the_seeds(tmp_path):
+    ledger = begin(tmp_path, "fedkseed-pro", **{"fedkseed.seeds": 4})
+    play(ledger, 1, blob=pro_state([0.0, 10.0, 10.0, 0.0], [1, 1, 1, 0]))
+    ledger.close()
+    odds = report(tmp_path)["seeds"]
+    # Amplitudes 0, 10 and 10; the seed never drawn counts as average. The likeliest are e times the unlikeliest.
+    assert (odds["count"], odds["drawn"]) == (4, 3)
+    assert odds["ratio"] == pytest.approx(2.71828, rel=1e-3)
+    assert [level["seeds"] for level in odds["levels"]] == [1, 1, 2]
+    assert sum(level["times_uniform"] * level["seeds"] for level in odds["levels"]) == pytest.approx(4)
+
+
+def test_a_view_follows_a_run_row_by_row(tmp_path):
+    ledger = begin(tmp_path)
+    view = RunView(tmp_path)
+    assert view.update() and not view.update()
+    for round in (1, 2):
+        play(ledger, round)
+        assert view.update()
+        assert view.report() == report(tmp_path)
+    ledger.close()
+
+
+def test_a_view_notices_a_ledger_that_was_cut_back(tmp_path):
+    ledger = begin(tmp_path)
+    play(ledger, 1)
+    view = RunView(tmp_path)
+    view.update()
+    ledger.close()
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as db:
+        db.execute("DELETE FROM records WHERE seq > 5")
+    (tmp_path / "ledger.head").unlink(missing_ok=True)
+    ledger = Ledger(tmp_path)
+    play(ledger, 1, answering=("alice",))
+    ledger.close()
+    view.update()
+    assert view.report() == report(tmp_path)
+
+
+def test_a_long_run_of_a_large_fleet_stays_a_small_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(view_module, "MAX_TURNS", 5)
+    monkeypatch.setattr(view_module, "MAX_POINTS", 8)
+    monkeypatch.setattr(view_module, "MAX_CELLS", 9)
+    finished_run(tmp_path, rounds=30)
+    view = RunView(tmp_path)
+    view.update()
+    shown = view.report()
+    assert [one["round"] for one in shown["rounds"]] == [2, 6, 10, 14, 18, 22, 26, 30]
+    assert {turn["round"] for turn in shown["turns"]} == {28, 29, 30}
+    # Details of old rounds are not kept; their sums are.
+    assert len(view.rounds) == 5
+    assert (shown["run"]["round"], shown["totals"]["replies"]) == (30, 90)
+    assert shown["totals"]["seconds"]["evaluation"] == pytest.approx(45.0)
+
+
+def test_runs_of_a_folder_the_newest_first(tmp_path):
+    for name in ("old", "new"):
+        finished_run(tmp_path / name)
+    assert [path.name for path in newest_runs(tmp_path)] == ["new", "old"]
+    assert newest_runs(tmp_path / "old") == [tmp_path / "old"]
+    assert newest_runs(tmp_path / "nothing") == []
+    with pytest.raises(LedgerError):
+        report(tmp_path)
