@@ -31,6 +31,7 @@ log = logging.getLogger("fedtune")
 T = TypeVar("T", bound=protocol.Message)
 
 _REFUSED_FOR_S = 60.0
+_PIECE_S = 600.0
 # Loading a large model takes its time; after this the message is given up and the node greeted anew.
 _HELLO_S = 1800.0
 
@@ -77,6 +78,10 @@ class Received:
     bytes_up: int
 
 
+def _nothing_to_supply(wanted: protocol.ModelWanted) -> protocol.Message:
+    raise NodesError(f"{wanted.node} lacks the base model, and there is none to send.")
+
+
 class Fleet(Grid):
     """A Grid that knows its nodes.
 
@@ -89,9 +94,12 @@ class Fleet(Grid):
     poll_interval : float
         Seconds between two looks for replies.
     on_event : callable
-        Called with (kind, node name, line) for ``"joined"``, ``"refused"``, ``"lost"`` and ``"late"``.
+        Called with (kind, node name, line) for ``"joined"``, ``"refused"``, ``"lost"``, ``"late"`` and
+        ``"supplied"``.
     nodes : iterable of Node
         Nodes that are admitted already.
+    supply : callable
+        Answers a node that wants the base model.
     """
 
     def __init__(
@@ -101,6 +109,7 @@ class Fleet(Grid):
         poll_interval: float = 0.25,
         on_event: Callable[[str, str, str], None] = lambda kind, node, line: None,
         nodes: Iterable[Node] = (),
+        supply: Callable[[protocol.ModelWanted], protocol.Message] = _nothing_to_supply,
     ) -> None:
         self._grid = grid
         self._fingerprint = fingerprint
@@ -108,6 +117,8 @@ class Fleet(Grid):
         self._on_event = on_event
         self._nodes = {node.id: node for node in nodes}
         self._hellos: dict[str, int] = {}
+        self._supply = supply
+        self._supplied = 0.0
         self._refused: dict[int, tuple[float, FedTuneError]] = {}
         self._claims: dict[int, Node] = {}
         self._late: dict[str, tuple[Node, float]] = {}
@@ -143,7 +154,8 @@ class Fleet(Grid):
             self._greet()
             if len(self.nodes) >= count:
                 return
-            if time.monotonic() > limit or (self._refused and not self._hellos and self._all_refused()):
+            over = time.monotonic() > max(limit, self._supplied + wait)
+            if over or (self._refused and not self._hellos and self._all_refused()):
                 raise self._too_few(count, wait)
             time.sleep(self._poll_interval)
 
@@ -176,6 +188,8 @@ class Fleet(Grid):
                 if task is not None:
                     pending |= self._push_next(queues, [task.metadata.dst_node_id])
                     yield self._received(task, reply)
+            if self._supplied:
+                self._hear()
             if not replies:
                 time.sleep(self._poll_interval)
         waited = time.monotonic() - start
@@ -252,11 +266,15 @@ class Fleet(Grid):
         strangers = present - {*self._nodes, *self._hellos.values(), *self._refused, *self._claims}
         self._hellos = {key: node_id for key, node_id in self._hellos.items() if node_id in present}
         if strangers:
-            payload = protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION))
+            payload = protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION, self._fingerprint))
             ids = sorted(strangers)
             record = to_record(protocol.Hello.kind, payload)
             hellos = [Message(record, i, MessageType.QUERY, ttl=_HELLO_S) for i in ids]
             self._hellos |= dict(zip(self._grid.push_messages(hellos), ids, strict=True))
+        self._hear()
+
+    def _hear(self) -> None:
+        """Take what greeted nodes answered."""
         if self._hellos:
             for reply in self._grid.pull_messages(list(self._hellos)):
                 self._admit(self._hellos.pop(reply.metadata.reply_to_message_id), reply)
@@ -264,6 +282,9 @@ class Fleet(Grid):
     def _admit(self, node_id: int, reply: Message) -> None:
         try:
             hello = _decoded(reply)
+            if isinstance(hello, protocol.ModelWanted):
+                self._send_model(node_id, hello)
+                return
             if not isinstance(hello, protocol.HelloReply):
                 raise ProtocolError(f"answered a hello with a '{hello.kind}'.")
             if hello.protocol != protocol.PROTOCOL_VERSION:
@@ -287,6 +308,15 @@ class Fleet(Grid):
             self._event("refused", _label(node_id), f"{_taken(node)} or wait until that one is gone.")
             return
         self._join(node)
+
+    def _send_model(self, node_id: int, wanted: protocol.ModelWanted) -> None:
+        if wanted.piece < 0:
+            self._event("supplied", wanted.node, "lacks the base model: sending it")
+        answer = self._supply(wanted)
+        record = to_record(answer.kind, protocol.encode(answer))
+        message = Message(record, node_id, MessageType.QUERY, ttl=_PIECE_S)
+        self._hellos |= dict.fromkeys(self._grid.push_messages([message]), node_id)
+        self._supplied = time.monotonic()
 
     def _join(self, node: Node) -> None:
         self._nodes[node.id] = node
@@ -324,7 +354,7 @@ class Fleet(Grid):
         )
 
     def _event(self, kind: str, node: str, line: str) -> None:
-        log.info("%s %s", node, line)
+        log.info("%s %s", node, line, extra={"node": node})
         self._on_event(kind, node, line)
 
     def _received(self, task: Message, reply: Message) -> Received:

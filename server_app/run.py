@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,15 @@ from fedtune_strategies.config import Config, defaults, parse
 from fedtune_strategies.errors import FedTuneError, LedgerError
 from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.language.model import base_tensors, check_context, load_model
+from fedtune_strategies.logs import about
+from fedtune_strategies.provision import ModelSource
 from fedtune_strategies.seed_space import fingerprint, tuned_parameters
 from fedtune_strategies.strategies.build import build_strategy
 from server_app.drive import run_rounds
 from server_app.evaluation import evaluate, load_held_out
 from server_app.export import export_model
 from server_app.ledger import Ledger
+from server_app.tracking import tracking
 
 log = logging.getLogger("fedtune")
 
@@ -54,7 +57,8 @@ def execute(grid: Grid, flat: Mapping[str, Any], run_id: int) -> Path:
     config = parse(flat)
     ledger = _open_ledger(config, flat, run_id)
     try:
-        return _execute(grid, config, ledger)
+        with about(run=ledger.folder.name), tracking(config, ledger, defaults() | dict(flat)) as report:
+            return _execute(grid, config, ledger, report)
     except FedTuneError as error:
         ledger.append("failed", body={"exit_code": error.exit_code, "message": str(error)})
         raise
@@ -70,17 +74,26 @@ def run_folder(config: Config, run_id: int) -> Path:
     return Path(home).expanduser() / "runs" / str(run_id)
 
 
-def _execute(grid: Grid, config: Config, ledger: Ledger) -> Path:
+def _execute(grid: Grid, config: Config, ledger: Ledger, report: Callable[[], None]) -> Path:
     language = load_model(config.model.name, config.model.dtype)
     check_context(language, config.train.seq_length)
     held_out = load_held_out(config, language)
     base = base_tensors(language)
     parameters = tuned_parameters(language.model)
     strategy = build_strategy(config, language.model, base)
-    fleet = Fleet(grid, fingerprint(base), on_event=lambda kind, node, line: _note(ledger, kind, node, line))
+    fleet = Fleet(
+        grid,
+        fingerprint(base),
+        on_event=lambda kind, node, line: _note(ledger, kind, node, line),
+        supply=ModelSource(language.folder).answer,
+    )
 
     def evaluate_round(number: int, arrays: ArrayRecord) -> None:
         print_of_weights = strategy.materialise(arrays, parameters)
+        evaluate_weights(number, print_of_weights)
+        report()
+
+    def evaluate_weights(number: int, print_of_weights: str) -> None:
         last = number == config.num_server_rounds
         if held_out is None or not (last or number % config.eval.every == 0) or _has_evaluation(ledger, number):
             return

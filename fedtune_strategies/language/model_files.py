@@ -49,6 +49,15 @@ def model_folder(name: str) -> Path:
     return folder
 
 
+def is_here(name: str) -> bool:
+    """Say whether `model_folder` would find a model."""
+    try:
+        model_folder(name)
+    except ModelError:
+        return False
+    return True
+
+
 def weight_files(folder: Path) -> list[Path]:
     """List the safetensors files of a model folder, each checked to be whole.
 

@@ -28,10 +28,19 @@ _Tensors: TypeAlias = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Hello:
-    """Asks a node who it is; the node loads its model and data to answer."""
+    """Asks a node who it is; the node loads its model and data to answer.
+
+    Attributes
+    ----------
+    protocol : int
+        `PROTOCOL_VERSION` of the server.
+    fingerprint : str
+        Fingerprint of the run's base model W_0.
+    """
 
     kind: typing.ClassVar[str] = "hello"
     protocol: int
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,48 @@ class HelloReply:
     num_examples: int
     fingerprint: str
     peak_memory: int
+
+
+@dataclass(frozen=True)
+class ModelWanted:
+    """A node without the run's base model asks for it; see `fedtune_strategies.provision`.
+
+    Attributes
+    ----------
+    node : str
+        Name of the node.
+    piece : int
+        Number of a piece; -1 for the manifest.
+    """
+
+    kind: typing.ClassVar[str] = "model-wanted"
+    node: str
+    piece: int
+
+
+@dataclass(frozen=True)
+class ModelManifest:
+    """Answers a `ModelWanted`: all pieces of the model folder, as JSON."""
+
+    kind: typing.ClassVar[str] = "model-manifest"
+    pieces: str
+
+
+@dataclass(frozen=True)
+class ModelPiece:
+    """Answers a `ModelWanted`: one piece.
+
+    Attributes
+    ----------
+    piece : int
+        Its number.
+    data : Tensor
+        uint8, its bytes.
+    """
+
+    kind: typing.ClassVar[str] = "model-piece"
+    piece: int
+    data: Tensor
 
 
 @dataclass(frozen=True)
@@ -321,6 +372,9 @@ class Failure:
 Message: TypeAlias = (
     Hello
     | HelloReply
+    | ModelWanted
+    | ModelManifest
+    | ModelPiece
     | SeedTask
     | SeedReply
     | BlockTask

@@ -18,7 +18,7 @@ from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.packing import pack
 from tests.conftest import write_rows
 
-HELLO = ("hello", protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION)))
+HELLO = ("hello", protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION, "abcd")))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from fedtune_strategies.protocol.records import INLINE_BYTES, from_record, to_re
 
 BYTES = torch.tensor([0, 3, 255], dtype=torch.uint8)
 EXAMPLES = [
-    protocol.Hello(1),
+    protocol.Hello(1, "abcd"),
     protocol.HelloReply("node-0", 1, 5, "abcd", 10),
     protocol.SeedTask(3, 1, BYTES, 2.0**-20, BYTES.clone(), torch.arange(1, 17, dtype=torch.int16), 1e-4, math.inf),
     protocol.SeedTask(3, 0, BYTES, 2.0**-20, BYTES[:0], torch.empty(0, dtype=torch.int16), 1e-4, math.inf),
@@ -33,6 +33,9 @@ EXAMPLES = [
     protocol.BlockReply("n", 2, 1, 3, {"a": torch.ones(2, dtype=torch.bfloat16)}, 2.0, 0.1, 0.5, 5, 1, "f", 5, 1.0, 10),
     protocol.ArraysTask(1, {"a.weight": torch.randn(2, 3)}),
     protocol.ArraysReply("n", 1, {"a.weight": torch.randn(2, 3)}, 2.0, "f", 5, 1.0, 10),
+    protocol.ModelWanted("n", -1),
+    protocol.ModelManifest("[]"),
+    protocol.ModelPiece(3, torch.ones(4, dtype=torch.uint8)),
     protocol.Kept("n", 1),
     protocol.Lacking("n", 1),
     protocol.Failure(11, "no such file"),
