@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numba
@@ -31,11 +32,13 @@ from fedtune_strategies.seed_space.philox import (
     WEYL,
     stream,
 )
+from fedtune_strategies.seed_space.reference import Moves
 
 TILE = 2048  # elements that are worked on at once: fits the first-level cache
 M0, M1 = map(np.uint64, MULTIPLIERS)
 W0, W1 = map(np.uint32, WEYL)
 HIGH = np.uint64(32)
+PLACES = np.array([0xAAAAAAAA, 0xCCCCCCCC, 0xF0F0F0F0, 0xFF00FF00, 0xFFFF0000], np.uint32)  # bit by bit of 0 … 31
 I32, U32, F32 = np.int32, np.uint32, np.float32
 ONE, TWO, HALF, UNIT = F32(1), F32(2), F32(0.5), F32(2.0**-24)
 LOG2, QUARTER_TURN = F32(math.log(2.0)), F32(math.pi / 2)
@@ -45,11 +48,12 @@ C10, C8, C6, C4, C2 = F32(-1 / 3628800), F32(1 / 40320), F32(-1 / 720), F32(1 / 
 
 
 def walsh_add(
-    out: Tensor, weight: Tensor, k: int, c: float, key: int, name: str, columns: int, block: int, start: int = 0
+    out: Tensor, weight: Tensor, moves: Moves, key: int, name: str, columns: int, block: int, start: int = 0
 ) -> None:
     """As `reference.walsh_add`; `start` a multiple of 128 and of `columns`."""
     signs = _pair(key), _stream(name, ELEMENT_SIGNS), _stream(name, SEED_SIGNS)
-    _walsh_add(out.numpy(), weight.numpy(), k, F32(c), *signs, columns, block, start)
+    seeds, factors = np.array([k for k, _ in moves], np.int64), np.array([c for _, c in moves], F32)
+    _walsh_add(out.numpy(), weight.numpy(), out is weight, seeds, factors, *signs, columns, block, start)
 
 
 def walsh_rebuild(
@@ -57,7 +61,7 @@ def walsh_rebuild(
 ) -> None:
     """As `reference.walsh_rebuild`; `start` a multiple of 128 and of `columns`."""
     signs = _pair(key), _stream(name, ELEMENT_SIGNS), _stream(name, SEED_SIGNS)
-    _walsh_rebuild(out.numpy(), base.numpy(), theta.numpy(), *signs, block, start)
+    _walsh_rebuild(out.numpy(), base.numpy(), out is base, theta.numpy(), *signs, block, start)
 
 
 def gaussian_rebuild(
@@ -72,6 +76,7 @@ def _pair(key: int) -> np.ndarray:
     return np.array([key & MASK, key >> 32], U32)
 
 
+@lru_cache(maxsize=1 << 14)
 def _stream(name: str, domain: int) -> np.ndarray:
     return np.array(stream(name, domain), U32)
 
@@ -82,6 +87,11 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
         return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:
         return numba.njit(nogil=True, error_model="numpy")(function)
+
+
+def _inline(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile into each caller: LLVM turns no loop into vector instructions that calls a function."""
+    return numba.njit(error_model="numpy", forceinline=True)(function)
 
 
 @intrinsic
@@ -100,14 +110,14 @@ def _as_bits(context, value):
     )
 
 
-@_compile
+@_inline
 def _round(x0, x1, x2, x3, key0, key1):
     product0, product1 = M0 * np.uint64(x0), M1 * np.uint64(x2)
     high0, high1 = U32(product0 >> HIGH), U32(product1 >> HIGH)
     return U32(high1 ^ x1 ^ key0), U32(product1), U32(high0 ^ x3 ^ key1), U32(product0)
 
 
-@_compile
+@_inline
 def _philox(x0, x1, x2, x3, key0, key1):
     # Written out: LLVM turns a loop over counters into vector instructions only if it contains no other loop.
     x0, x1, x2, x3 = _round(x0, x1, x2, x3, U32(key0 + U32(0) * W0), U32(key1 + U32(0) * W1))
@@ -141,6 +151,12 @@ def _random_bit(number, keys, stream):
 
 
 @_compile
+def _copy(out, x):
+    for i in range(len(x)):
+        out[i] = x[i]
+
+
+@_compile
 def _add_signed(out, base, x, words):
     """``out[i] = base[i] - x[i]`` where bit i is set, else ``base[i] + x[i]``."""
     n = len(out)
@@ -153,15 +169,27 @@ def _add_signed(out, base, x, words):
 
 
 @_compile
-def _add_constant(out, weight, c, words):
-    """``out[i] = weight[i] - c`` where bit i is set, else ``weight[i] + c``."""
+def _add_signed_in_place(out, x, words):
+    """As `_add_signed` with ``base = out``: LLVM makes no vector instructions of two names for one memory."""
     n = len(out)
     for w in range(n // 32):
         word = words[w]
         for i in range(32 * w, 32 * w + 32):
-            out[i] = weight[i] + (-c if (word >> U32(i & 31)) & U32(1) else c)
+            out[i] += -x[i] if (word >> U32(i & 31)) & U32(1) else x[i]
     for i in range(n // 32 * 32, n):
-        out[i] = weight[i] + (-c if (words[i >> 5] >> U32(i & 31)) & U32(1) else c)
+        out[i] += -x[i] if (words[i >> 5] >> U32(i & 31)) & U32(1) else x[i]
+
+
+@_compile
+def _add_constant(x, c, words):
+    """Add -c to ``x[i]`` where bit i is set, else c."""
+    n = len(x)
+    for w in range(n // 32):
+        word = words[w]
+        for i in range(32 * w, 32 * w + 32):
+            x[i] += -c if (word >> U32(i & 31)) & U32(1) else c
+    for i in range(n // 32 * 32, n):
+        x[i] += -c if (words[i >> 5] >> U32(i & 31)) & U32(1) else c
 
 
 @_compile
@@ -215,7 +243,7 @@ def _seed_sums(sums, theta, x, y, words, e, keys, seed_signs, block):
 
 
 @_compile
-def _walsh_rebuild(out, base, theta, keys, element_signs, seed_signs, block, start):
+def _walsh_rebuild(out, base, in_place, theta, keys, element_signs, seed_signs, block, start):
     tile = max(len(theta), BITS)
     signs, words = np.empty(tile // 32, U32), np.empty(tile // 32, U32)
     x, y, sums = np.empty(tile, F32), np.empty(tile, F32), np.empty(tile, F32)
@@ -226,19 +254,21 @@ def _walsh_rebuild(out, base, theta, keys, element_signs, seed_signs, block, sta
             sums = _seed_sums(sums, theta, x, y, words, e, keys, seed_signs, block)
             known = e // block
         _random_words(signs, e // BITS, keys, element_signs)
-        _add_signed(out[low : low + n], base[low : low + n], sums, signs)
+        if in_place:
+            _add_signed_in_place(out[low : low + n], sums, signs)
+        else:
+            _add_signed(out[low : low + n], base[low : low + n], sums, signs)
 
 
-@_compile
-def _column_word(first, k):
-    """Bits ``parity(j & k)`` of 32 neighbours j from `first` on."""
-    word = U32(0)
-    for i in range(32):
-        x = (first + i) & k
-        for shift in (32, 16, 8, 4, 2, 1):
-            x ^= x >> shift
-        word |= U32(x & 1) << U32(i)
-    return word
+@_inline
+def _parity(x):
+    """Whether the number of set bits is odd, as a word of 32 equal bits."""
+    x ^= x >> U32(16)
+    x ^= x >> U32(8)
+    x ^= x >> U32(4)
+    x ^= x >> U32(2)
+    x ^= x >> U32(1)
+    return U32(0) - (x & U32(1))
 
 
 @_compile
@@ -253,19 +283,36 @@ def _seed_word(e, k, columns, block, keys, seed_signs):
 
 
 @_compile
-def _walsh_add(out, weight, k, c, keys, element_signs, seed_signs, columns, block, start):
-    words = np.empty(TILE // 32, U32)
-    column = np.array([_column_word(32 * w, k) for w in range(max(1, columns // 32))])
-    segment = min(TILE // 32, len(column))
+def _add_column(words, signs, same, low, k):
+    """``words = signs ^ same ^ parity(j & k)``, j the number of each word's first element: from `low` on."""
+    for w in range(len(words)):  # k < columns: an element's number may stand for its place in the row
+        words[w] = signs[w] ^ same ^ _parity(U32(low + U32(w << 5)) & k)
+
+
+@_compile
+def _direction_words(words, signs, e, k, columns, block, keys, seed_signs):
+    """Sign bits of z_k from element e on: element signs times seed signs times column k."""
+    pattern = U32(0)  # parity(i & k) for the 32 places i of a word
+    for bit in range(5):
+        pattern ^= PLACES[bit] * (U32(k >> bit) & U32(1))
+    low, column = U32(e), U32(k)
+    segment = min(len(words), max(1, columns // 32))
+    for first in range(0, len(words), segment):
+        same = _seed_word(e + 32 * first, k, columns, block, keys, seed_signs) ^ pattern
+        _add_column(words[first : first + segment], signs[first : first + segment], same, low + U32(32 * first), column)
+
+
+@_compile
+def _walsh_add(out, weight, in_place, seeds, factors, keys, element_signs, seed_signs, columns, block, start):
+    signs, words = np.empty(TILE // 32, U32), np.empty(TILE // 32, U32)
     for low in range(0, len(weight), TILE):
-        n = min(TILE, len(weight) - low)
-        _random_words(words, (start + low) // BITS, keys, element_signs)
-        for first in range(0, TILE // 32, segment):
-            e = start + low + 32 * first
-            seed_word, at = _seed_word(e, k, columns, block, keys, seed_signs), e // 32 & (len(column) - 1)
-            for w in range(segment):
-                words[first + w] ^= column[at + w] ^ seed_word
-        _add_constant(out[low : low + n], weight[low : low + n], c, words)
+        x = out[low : low + TILE]
+        if not in_place:
+            _copy(x, weight[low : low + TILE])
+        _random_words(signs, (start + low) // BITS, keys, element_signs)
+        for t in range(len(seeds)):
+            _direction_words(words, signs, start + low, seeds[t], columns, block, keys, seed_signs)
+            _add_constant(x, factors[t], words)
 
 
 @_compile

@@ -14,25 +14,47 @@ from torch import Tensor
 
 from fedtune_strategies.seed_space import reference
 from fedtune_strategies.seed_space.philox import BITS, ELEMENT_SIGNS, MASK, NORMALS, SEED_SIGNS, stream
+from fedtune_strategies.seed_space.reference import Moves
 
 LARGEST = 16384  # columns whose transform fits the registers of one program
 TILE = 1024  # elements of one program where there is no transform
 ROWS = 8  # rows of a block that share one transform
 
 # Scalars whose value must not be compiled in: each round or tensor brings others.
-SCALARS = ["n", "k", "c", "key0", "key1", "d2", "d3", "e2", "e3", "word2", "word3", "start", "first", "count"]
+SCALARS = [
+    "n",
+    "k",
+    "c",
+    "k2",
+    "c2",
+    "key0",
+    "key1",
+    "d2",
+    "d3",
+    "e2",
+    "e3",
+    "word2",
+    "word3",
+    "start",
+    "first",
+    "count",
+]
 
 
 def walsh_add(
-    out: Tensor, weight: Tensor, k: int, c: float, key: int, name: str, columns: int, block: int, start: int = 0
+    out: Tensor, weight: Tensor, moves: Moves, key: int, name: str, columns: int, block: int, start: int = 0
 ) -> None:
     """As `reference.walsh_add`; `start` a multiple of 128."""
     if columns < BITS:
-        reference.walsh_add(out, weight, k, c, key, name, columns, block, start)
+        reference.walsh_add(out, weight, moves, key, name, columns, block, start)
         return
     signs = key & MASK, key >> 32, *stream(name, ELEMENT_SIGNS), *stream(name, SEED_SIGNS)
     programs = (triton.cdiv(len(weight), TILE),)
-    _walsh_add[programs](out, weight, len(weight), k, c, *signs, start, columns, block, TILE, enable_fp_fusion=False)
+    for i in range(0, len(moves), 2):  # two in one pass over memory: a step's way back and the next step's way out
+        (k, c), (k2, c2) = moves[i], moves[min(i + 1, len(moves) - 1)]
+        sizes = start, columns, block, i + 1 < len(moves), TILE
+        _walsh_add[programs](out, weight, len(weight), k, c, k2, c2, *signs, *sizes, enable_fp_fusion=False)
+        weight = out
 
 
 def walsh_rebuild(
@@ -104,28 +126,37 @@ def _flip(x, bits):
     return (x.to(tl.uint32, bitcast=True) ^ (bits.to(tl.uint32) << 31)).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=SCALARS)
-def _walsh_add(
-    out, weight, n, k, c, key0, key1, d2, d3, e2, e3, start, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-    SIZE: tl.constexpr,
-):  # fmt: skip
-    low = tl.program_id(0).to(tl.int64) * SIZE
-    e = start + low + tl.arange(0, SIZE)
-    parity = (e & (COLUMNS - 1) & k).to(tl.uint32)
+@triton.jit
+def _direction_bits(
+    first, k, signs, key0, key1, e2, e3, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr
+):
+    """Sign bits of z_k from element `first` on: element signs times seed signs times column k."""
+    parity = ((first + tl.arange(0, SIZE)) & k).to(tl.uint32)  # k < COLUMNS
     for shift in tl.static_range(5):
         parity ^= parity >> (16 >> shift)
     # Rows are at least 128 elements long: one seed sign for each 128 neighbours.
-    number = (start + low + 128 * tl.arange(0, SIZE // 128)) // BLOCK * COLUMNS + k
-    a, b, c_, d = _words(number // 128, number * 0, e2, e3, key0, key1)
+    number = (first + 128 * tl.arange(0, SIZE // 128)) // BLOCK * COLUMNS + k
+    a, b, c, d = _words(number // 128, number * 0, e2, e3, key0, key1)
     quarter = number // 32 % 4
-    word = tl.where(quarter == 0, a, tl.where(quarter == 1, b, tl.where(quarter == 2, c_, d)))
+    word = tl.where(quarter == 0, a, tl.where(quarter == 1, b, tl.where(quarter == 2, c, d)))
     seed = tl.reshape((word >> (number % 32).to(tl.uint32)) & 1, (SIZE // 128, 1))
-    seed = tl.reshape(tl.broadcast_to(seed, (SIZE // 128, 128)), (SIZE,))
-    bits = _bits(start + low, d2, d3, key0, key1, SIZE) ^ seed ^ (parity & 1)
-    inside = low + tl.arange(0, SIZE) < n
+    return signs ^ tl.reshape(tl.broadcast_to(seed, (SIZE // 128, 128)), (SIZE,)) ^ (parity & 1)
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def _walsh_add(
+    out, weight, n, k, c, k2, c2, key0, key1, d2, d3, e2, e3, start, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    TWO: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    low = tl.program_id(0).to(tl.int64) * SIZE
     at = low + tl.arange(0, SIZE)
-    factor = tl.zeros((SIZE,), tl.float32) + c
-    tl.store(out + at, tl.load(weight + at, mask=inside) + _flip(factor, bits), mask=inside)
+    first, zero = start + low, tl.zeros((SIZE,), tl.float32)
+    signs = _bits(first, d2, d3, key0, key1, SIZE)
+    x = tl.load(weight + at, mask=at < n)
+    x += _flip(zero + c, _direction_bits(first, k, signs, key0, key1, e2, e3, COLUMNS, BLOCK, SIZE))
+    if TWO:
+        x += _flip(zero + c2, _direction_bits(first, k2, signs, key0, key1, e2, e3, COLUMNS, BLOCK, SIZE))
+    tl.store(out + at, x, mask=at < n)
 
 
 @triton.jit(do_not_specialize=SCALARS)

@@ -6,10 +6,12 @@ the dtype, the thread count, the shard or the order of tensors. Mathematics: doc
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch import Tensor
 from fedtune_strategies.errors import ConfigError
 from fedtune_strategies.seed_space import reference
 from fedtune_strategies.seed_space.kernels import kernels, thread_count
+from fedtune_strategies.seed_space.reference import Moves
 
 CHUNK = 1 << 15  # elements of 16-bit weights that are held in float32 at once
 SHARE = 1 << 18  # elements that are worth a thread
@@ -42,7 +45,7 @@ class Pool(ABC):
         return CHUNK
 
     @abstractmethod
-    def _add(self, name: str, out: Tensor, weight: Tensor, k: int, c: float, start: int) -> None: ...
+    def _move(self, name: str, out: Tensor, weight: Tensor, moves: Moves, start: int) -> None: ...
 
     @abstractmethod
     def _rebuild(self, name: str, out: Tensor, base: Tensor, theta: Tensor, start: int) -> None: ...
@@ -106,7 +109,7 @@ class Pool(ABC):
         """
         return self.move(name, weight, [(k, c)], out)
 
-    def move(self, name: str, weight: Tensor, moves: Sequence[tuple[int, float]], out: Tensor | None = None) -> Tensor:
+    def move(self, name: str, weight: Tensor, moves: Moves, out: Tensor | None = None) -> Tensor:
         """``weight + c_1 * z_{k_1} + c_2 * z_{k_2} + …``, in that order, in one pass over memory.
 
         Parameters
@@ -116,7 +119,7 @@ class Pool(ABC):
         weight : Tensor
             float32, bfloat16 or float16; sums are float32, rounded to its dtype once at the end.
         moves : sequence of (int, float)
-            Seeds and factors.
+            Seeds and factors, rounded to float32.
         out : Tensor, optional
             As in `perturb`.
 
@@ -135,12 +138,9 @@ class Pool(ABC):
                 raise ConfigError(f"seed {k} is not in a pool of {self.size}: seeds are 0 to {self.size - 1}")
 
         def kernel(result: Tensor, source: Tensor, start: int) -> None:
-            for k, c in moves:
-                self._add(name, result, source, int(k), float(c), start)
-                source = result
+            self._move(name, result, source, moves, start)
 
-        # Several moves go chunk by chunk, so that all but the first find the weights in the cache.
-        return _sweep(kernel, weight, out, self._chunk, whole=len(moves) == 1)
+        return _sweep(kernel, weight, out, self._chunk)
 
     def rebuild(self, name: str, base: Tensor, theta: Tensor, out: Tensor | None = None) -> Tensor:
         """``base + sum_k theta_k * z_k``: float32 sums, one rounding at the end.
@@ -262,8 +262,8 @@ class WalshPool(Pool):
     def _chunk(self) -> int:
         return max(CHUNK, self.columns)
 
-    def _add(self, name: str, out: Tensor, weight: Tensor, k: int, c: float, start: int) -> None:
-        kernels(out.device).walsh_add(out, weight, k, c, self.key, name, self.columns, self.block, start)
+    def _move(self, name: str, out: Tensor, weight: Tensor, moves: Moves, start: int) -> None:
+        kernels(out.device).walsh_add(out, weight, moves, self.key, name, self.columns, self.block, start)
 
     def _rebuild(self, name: str, out: Tensor, base: Tensor, theta: Tensor, start: int) -> None:
         kernels(out.device).walsh_rebuild(out, base, theta, self.key, name, self.columns, self.block, start)
@@ -280,9 +280,11 @@ class WalshPool(Pool):
 class GaussianPool(Pool):
     """Independent standard normal directions, as in the FedKSeed paper (arXiv 2312.06353). Rebuilding costs O(K)."""
 
-    def _add(self, name: str, out: Tensor, weight: Tensor, k: int, c: float, start: int) -> None:
-        seed, factor = torch.tensor([k]), torch.tensor([c], dtype=torch.float32, device=out.device)
-        kernels(out.device).gaussian_rebuild(out, weight, seed, factor, self.key, name, start)
+    def _move(self, name: str, out: Tensor, weight: Tensor, moves: Moves, start: int) -> None:
+        for k, c in moves:
+            seed, factor = torch.tensor([k]), torch.tensor([c], dtype=torch.float32, device=out.device)
+            kernels(out.device).gaussian_rebuild(out, weight, seed, factor, self.key, name, start)
+            weight = out
 
     def _rebuild(self, name: str, out: Tensor, base: Tensor, theta: Tensor, start: int) -> None:
         seeds = torch.nonzero(theta).flatten()
@@ -331,27 +333,27 @@ def make_pool(kind: str, key: int, size: int, transform: int | None = None) -> P
     return WalshPool(key, size, block)
 
 
-def _sweep(
-    kernel: Callable[[Tensor, Tensor, int], None], source: Tensor, out: Tensor | None, chunk: int, whole: bool = True
-) -> Tensor:
+def _sweep(kernel: Callable[[Tensor, Tensor, int], None], source: Tensor, out: Tensor | None, chunk: int) -> Tensor:
     """Apply a flat float32 kernel to a tensor of any dtype, over all threads that torch may use."""
     source = source.detach()
     out = torch.empty_like(source, memory_format=torch.contiguous_format) if out is None else out
     if not out.is_contiguous():
-        return out.copy_(_sweep(kernel, source, None, chunk, whole))
+        return out.copy_(_sweep(kernel, source, None, chunk))
     flat, result = source.reshape(-1), out.detach().view(-1)
+    if source.data_ptr() == out.data_ptr():
+        flat = result
     direct = flat.dtype == result.dtype == torch.float32
 
     def run(low: int, high: int) -> None:
-        step = high - low if whole and direct else chunk
-        for start in range(low, high, step):
-            stop = min(start + step, high)
-            if direct:
-                kernel(result[start:stop], flat[start:stop], start)
-            else:  # 16 bits: through a small float32 scratch
-                scratch = flat[start:stop].to(torch.float32)
-                kernel(scratch, scratch, start)
-                result[start:stop] = scratch
+        if direct:
+            target = result[low:high]
+            kernel(target, target if flat is result else flat[low:high], low)
+            return
+        for start in range(low, high, chunk):  # 16 bits: through a small float32 scratch
+            stop = min(start + chunk, high)
+            scratch = flat[start:stop].to(torch.float32)
+            kernel(scratch, scratch, start)
+            result[start:stop] = scratch
 
     n = len(flat)
     threads = min(thread_count(flat.device), -(-n // SHARE))
@@ -359,6 +361,11 @@ def _sweep(
         run(0, n)
         return out
     share = -(-n // (threads * chunk)) * chunk
-    with ThreadPoolExecutor(threads) as executor:
-        list(executor.map(lambda low: run(low, min(low + share, n)), range(0, n, share)))
+    list(_executor(threads, os.getpid()).map(lambda low: run(low, min(low + share, n)), range(0, n, share)))
     return out
+
+
+@cache
+def _executor(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads that stay: starting them takes longer than a small tensor. A forked process has none of its parent's."""
+    return ThreadPoolExecutor(threads)

@@ -7,6 +7,7 @@ Every function works on a flat float32 run of one parameter: elements `start`, `
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from fedtune_strategies.seed_space.philox import (
     signs_at,
     stream,
 )
+
+Moves = Sequence[tuple[int, float]]
+"""Seeds and factors."""
 
 TILE = 1 << 18  # elements that are worked on at once: bounds the scratch memory
 
@@ -72,18 +76,16 @@ def walsh_column(k: int, n: int, device: torch.device | str) -> Tensor:
 
 
 def walsh_add(
-    out: Tensor, weight: Tensor, k: int, c: float, key: int, name: str, columns: int, block: int, start: int = 0
+    out: Tensor, weight: Tensor, moves: Moves, key: int, name: str, columns: int, block: int, start: int = 0
 ) -> None:
-    """Write ``weight + c * z_k`` into `out`: one float32 addition per element.
+    """Write ``weight + c_1 * z_{k_1} + c_2 * z_{k_2} + …`` into `out`: float32 additions in that order.
 
     Parameters
     ----------
     out, weight : Tensor
         float32, shape (n,).
-    k : int
-        Seed.
-    c : float
-        Factor, rounded to float32.
+    moves : sequence of (int, float)
+        Seeds k and factors c, at least one; factors are rounded to float32.
     key : int
         64-bit key of the pool.
     name : str
@@ -95,15 +97,17 @@ def walsh_add(
     """
     device = weight.device
     element_signs, seed_signs = stream(name, ELEMENT_SIGNS), stream(name, SEED_SIGNS)
-    column = walsh_column(k, columns, device) * torch.tensor(c, dtype=torch.float32, device=device)
     tile = max(TILE, columns)
     for low in range(0, len(weight), tile):
         n = min(tile, len(weight) - low)
-        first = (start + low) // columns
-        rows = torch.arange(first, first + -(-n // columns), device=device)
-        seed = signs_at(key, seed_signs, rows * columns // block * columns + k)
-        z = (seed[:, None] * column).reshape(-1)[:n] * signs(key, element_signs, start + low, n, device)
-        torch.add(weight[low : low + n], z, out=out[low : low + n])
+        rows = torch.arange((start + low) // columns, -(-(start + low + n) // columns), device=device)
+        element = signs(key, element_signs, start + low, n, device)
+        source = weight[low : low + n]
+        for k, c in moves:
+            column = walsh_column(k, columns, device) * torch.tensor(c, dtype=torch.float32, device=device)
+            seed = signs_at(key, seed_signs, rows * columns // block * columns + k)
+            z = (seed[:, None] * column).reshape(-1)[:n] * element
+            source = torch.add(source, z, out=out[low : low + n])
 
 
 def walsh_rebuild(

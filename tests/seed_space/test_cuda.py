@@ -29,8 +29,8 @@ def test_walsh_has_the_bits_of_the_reference(n, columns, block):
     theta = torch.randn(columns, device=DEVICE)
     for start in (0, 3 * max(128, columns)):
         assert same("walsh_rebuild", n, (columns, block, start), theta)
-        for k in (1, columns - 1):
-            assert same("walsh_add", n, (columns, block, start), k, 0.3)
+        for moves in ([(1, 0.3)], [(columns - 1, 0.3), (2, -1e-3)], [(0, 1.0), (3, 0.1), (3, -0.7)]):
+            assert same("walsh_add", n, (columns, block, start), moves)
 
 
 @pytest.mark.parametrize("n", [1, 1200])

@@ -22,10 +22,15 @@ def test_walsh_on_the_cpu_is_the_reference(n, bits, wider, key, data):
     reference.walsh_rebuild(expected, weight, theta, key, "w", columns, block, start)
     cpu.walsh_rebuild(found, weight, theta, key, "w", columns, block, start)
     assert torch.equal(expected, found)
-    k = data.draw(st.integers(0, columns - 1))
-    reference.walsh_add(expected, weight, k, 0.3, key, "w", columns, block, start)
-    cpu.walsh_add(found, weight, k, 0.3, key, "w", columns, block, start)
+    seeds = st.integers(0, columns - 1)
+    moves = [
+        (k, c) for k, c in zip(data.draw(st.lists(seeds, min_size=1, max_size=3)), (0.3, -1.7, 1e-3), strict=False)
+    ]
+    reference.walsh_add(expected, weight, moves, key, "w", columns, block, start)
+    cpu.walsh_add(found, weight, moves, key, "w", columns, block, start)
     assert torch.equal(expected, found)
+    cpu.walsh_add(weight, weight, moves, key, "w", columns, block, start)
+    assert torch.equal(expected, weight)
 
 
 @given(n=LENGTHS, key=KEYS, start=st.integers(0, 10**6), seeds=st.lists(st.integers(0, 2**32 - 1), max_size=3))
