@@ -24,6 +24,7 @@ import psutil
 from client_app.link import GRPC_OPTIONS, METHOD, WorkerSpec, running_worker
 from client_app.tasks import Node
 from fedtune_strategies.errors import FedTuneError
+from fedtune_strategies.logs import json_handler
 from fedtune_strategies.protocol import messages as protocol
 
 log = logging.getLogger("fedtune")
@@ -127,5 +128,7 @@ class _Handler(grpc.GenericRpcHandler):
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    as_json = json_handler(sys.stderr)
+    format = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(level=logging.INFO, format=format, handlers=[as_json] if as_json else None)
     serve(Path(sys.argv[1]), int(sys.argv[2]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -12,10 +13,14 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run `server_app.run.execute`; a user's mistake fails the run with one line in Flower's log and run list."""
+    """Run `server_app.run.execute`; a user's mistake fails the run with one line in Flower's log and run list.
+
+    With ``FEDTUNE_LOG=json`` our lines go to standard output, of which Flower makes `flwr log` too.
+    """
+    from fedtune_strategies.logs import json_handler
     from server_app.run import execute
 
-    logging.getLogger("fedtune").addHandler(_flower_handler())
+    logging.getLogger("fedtune").addHandler(json_handler(sys.stdout) or _flower_handler())
     logging.getLogger("fedtune").setLevel(logging.INFO)
     logging.getLogger("flwr").addFilter(_without_trace)
     execute(grid, context.run_config, context.run_id)

@@ -18,6 +18,7 @@ from torch import Tensor
 from fedtune_strategies.config import Config
 from fedtune_strategies.errors import FedTuneError, NodesError, ProtocolError
 from fedtune_strategies.fleet import Fleet, Received
+from fedtune_strategies.logs import about
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.records import from_record, to_record
 from fedtune_strategies.strategies.base import TuningStrategy
@@ -64,8 +65,9 @@ def run_rounds(
     strategy.summary()
     evaluate(done, arrays)
     for number in range(done + 1, config.num_server_rounds + 1):
-        arrays = _round(number, strategy, arrays, fleet, ledger, config)
-        evaluate(number, arrays)
+        with about(round=number):
+            arrays = _round(number, strategy, arrays, fleet, ledger, config)
+            evaluate(number, arrays)
     return arrays
 
 
@@ -182,10 +184,11 @@ def _ask(
             if isinstance(received.message, protocol.Lacking):
                 lacking.add(received.node.name)
         except FedTuneError as error:
-            log.warning("round %d: %s: %s", number, received.node.name, error)
+            name = received.node.name
+            log.warning("round %d: %s: %s", number, name, error, extra={"node": name})
             ledger.append("refused", round=number, node=received.node.name, body={"reason": str(error)})
     for name in sorted(failed):
-        log.warning("round %d: no usable reply from %s", number, name)
+        log.warning("round %d: no usable reply from %s", number, name, extra={"node": name})
     if lacking and not again:
         # Restarted nodes take part in this round too: the strategy now sends them all they need.
         failed |= _ask(number, strategy, arrays, fleet, ledger, config, lacking, again=True)

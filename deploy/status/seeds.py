@@ -28,13 +28,13 @@ def seed_odds(config: dict[str, Any], state: bytes) -> dict[str, Any] | None:
         ``count`` (K), ``drawn`` (seeds drawn at least once), ``effective`` (exp of the entropy of the odds: as many
         equally likely seeds would be as varied), ``ratio`` (likeliest to unlikeliest), and ``levels``: for every odds
         that occur, how many times as likely as under uniform draws, and how many seeds have them. None where the
-        configuration is of another release.
+        run is of another release.
     """
     try:
         strategy = FedKSeedPro(parse(config), {})
-    except FedTuneError:
+        strategy.restore(safetensors.torch.load(state), lambda label: None)
+    except (FedTuneError, KeyError):
         return None
-    strategy.restore(safetensors.torch.load(state), lambda label: None)
     odds = strategy.odds()
     if not odds.size:
         return None

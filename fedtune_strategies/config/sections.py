@@ -114,3 +114,8 @@ class RunDirConfig:
         "What to do with a ledger that is there: go on with it, insist on one, or refuse.",
         choices=("auto", "always", "never"),
     )
+    report_to: str = option(
+        "none",
+        "Experiment tracker on the server, by transformers' name for it.",
+        choices=("none", "tensorboard", "wandb", "mlflow", "trackio"),
+    )

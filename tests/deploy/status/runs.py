@@ -1,9 +1,10 @@
 """Ledgers as runs write them, made by hand."""
 
+import numpy as np
 import safetensors.torch
-import torch
 
-from fedtune_strategies.config import defaults
+from fedtune_strategies.config import defaults, parse
+from fedtune_strategies.strategies.fedkseed_pro import FedKSeedPro
 from server_app.ledger import Ledger
 
 NODES = ("alice", "bob", "carol")
@@ -33,10 +34,12 @@ def begin(folder, method="fedkseed", rounds=3, **settings):
 
 def play(ledger, round, asked=NODES, answering=None, blob=b"", **facts):
     """Write a round."""
-    ledger.append("asked", round=round, body={"nodes": list(asked)})
-    for node in asked if answering is None else answering:
+    answering = asked if answering is None else answering
+    ledger.append("asked", round=round, body={"nodes": dict.fromkeys(asked, 10)})
+    for node in answering:
         ledger.append("reply", round=round, node=node, body=reply(round, node, **facts))
-    ledger.append("round", round=round, body={"metrics": {"train/loss": 3.0 / round}, "files": {}}, blob=blob)
+    body = {"metrics": {"train/loss": 3.0 / round}, "files": {}, "replies": list(answering)}
+    ledger.append("round", round=round, body=body, blob=blob)
     ledger.append("evaluation", round=round, body=evaluation(round, "right"))
 
 
@@ -49,9 +52,8 @@ def finished_run(folder, method="fedkseed", rounds=3, **facts):
     return folder
 
 
-def pro_state(sums, count):
-    """What FedKSeed-Pro stores after a round."""
-    seeds = len(count)
-    theta = {"theta": torch.zeros(seeds), "carry": torch.zeros(seeds), "amplitude": torch.tensor(1.0)}
-    history = {"sums": torch.tensor(sums, dtype=torch.float64), "count": torch.tensor(count)}
-    return safetensors.torch.save(theta | history)
+def pro_state(settings, sums, count):
+    """What FedKSeed-Pro stores after a round with this history of its seeds."""
+    strategy = FedKSeedPro(parse({"method.name": "fedkseed-pro"} | settings), {})
+    strategy.sums, strategy.count = np.array(sums), np.array(count)
+    return safetensors.torch.save(strategy.state().tensors)

@@ -81,8 +81,9 @@ def test_turns_name_their_blocks_and_what_is_not_finite_is_nothing(tmp_path):
 
 
 def test_odds_of_the_seeds(tmp_path):
-    ledger = begin(tmp_path, "fedkseed-pro", **{"fedkseed.seeds": 4})
-    play(ledger, 1, blob=pro_state([0.0, 10.0, 10.0, 0.0], [1, 1, 1, 0]))
+    settings = {"fedkseed.seeds": 4}
+    ledger = begin(tmp_path, "fedkseed-pro", **settings)
+    play(ledger, 1, blob=pro_state(settings, [0.0, 10.0, 10.0, 0.0], [1, 1, 1, 0]))
     ledger.close()
     odds = report(tmp_path)["seeds"]
     # Amplitudes 0, 10 and 10; the seed never drawn counts as average. The likeliest are e times the unlikeliest.
