@@ -33,7 +33,8 @@ SETTINGS = {
     "train.seq-length": 128,
     "train.batch-size": 8,
     "strategy.min-nodes": NODES,
-    "eval.answers": 0,
+    "eval.answers": 16,
+    "eval.max-new-tokens": 1,
     "eval.max-examples": HELD_OUT,
     "eval.every": 1000,
 }

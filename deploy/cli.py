@@ -13,12 +13,14 @@ import typer
 from typer.core import TyperGroup
 
 from deploy.commands import ledger
+from deploy.commands.blocks import blocks
 from deploy.commands.configuration import config
 from deploy.commands.demo import demo
 from deploy.commands.join import join, leave
 from deploy.commands.keys import keys
 from deploy.commands.machine import version
 from deploy.commands.models import export
+from deploy.commands.runs import resume, run, status, stop
 from deploy.commands.serve import nodes_app, serve
 from fedtune_strategies.errors import FedTuneError, ResourceError
 
@@ -47,6 +49,8 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
+    # Rich traces show local variables, and one of them may be a token.
+    pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Tune **all** parameters of a language model on data that stays where it is.\n\n"
@@ -56,7 +60,7 @@ app = typer.Typer(
 # The panels of `fedtune --help`, in the order in which they are shown.
 PANELS: dict[str, list[Callable[..., None]]] = {
     "Try it": [demo],
-    "Operators": [serve, export, keys],
+    "Operators": [serve, run, status, stop, resume, export, blocks, keys],
     "Device owners": [join, leave],
     "Everybody": [config, version],
 }

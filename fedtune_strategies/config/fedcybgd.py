@@ -93,6 +93,11 @@ def check_fedcybgd(settings: FedCyBGDConfig, nodes: StrategyConfig) -> None:
             f"run config: 'fedcybgd.nodes-per-round' is {settings.nodes_per_round}, but must be 1 "
             "where 'fedcybgd.structure' is 'sequential'."
         )
+    if settings.structure == "parallel" and nodes.min_replies > 1:
+        raise ConfigError(
+            f"run config: 'strategy.min-replies' is {nodes.min_replies}, but must be 1 where 'fedcybgd.structure' is "
+            "'parallel': blocks that did not come are trained in the next round."
+        )
     if not nodes.min_replies <= settings.nodes_per_round <= nodes.min_nodes:
         raise ConfigError(
             f"run config: 'fedcybgd.nodes-per-round' is {settings.nodes_per_round}, but must be at least "

@@ -69,6 +69,8 @@ class FedCyBGD(TuningStrategy):
         self.holdings = Holdings(len(blocks))
         self.width = self.settings.nodes_per_round if self.settings.structure == "parallel" else 1
         self.plan: dict[str, int] = {}
+        self._round = 0
+        self._accepted: list[int] = []
         self.expected: dict[int, str] = {}
         self.owed: list[int] = []
         self.past: list[tuple[int, int, float]] = []
@@ -93,13 +95,16 @@ class FedCyBGD(TuningStrategy):
     ) -> Iterable[Message]:
         """Give the round's nodes their blocks, with whatever they lack; and the next round's, as far as it is there."""
         assert isinstance(grid, Fleet)
-        self.plan = self._plan(server_round, list(grid.nodes))
+        nodes = list(grid.nodes)
+        if server_round != self._round:
+            self._round, self.plan, self._accepted = server_round, {}, []
+        self.plan = self._plan(server_round, nodes, self.plan, self._accepted)
         self.expected = {block: self.master.turn_fingerprint(block) for block in self.plan.values()}
         for name, block in self.plan.items():
             for message in self._turn(server_round, name, block):
                 yield task(grid.nodes[name], message, server_round)
         if self.settings.prefetch and server_round < self.config.num_server_rounds:
-            for name, block in self._plan(server_round + 1, list(grid.nodes)).items():
+            for name, block in self._plan(server_round + 1, nodes).items():
                 if name not in self.plan:
                     for message in self._ahead(server_round, name, block):
                         yield task(grid.nodes[name], message, server_round)
@@ -128,6 +133,7 @@ class FedCyBGD(TuningStrategy):
             raise ProtocolError(f"{reply.node} sent other tensors than block {reply.block} has: the reply is left out.")
         if reply.steps < 1 or not all(value.isfinite().all() for value in delta.values()):
             raise ProtocolError(f"{reply.node} sent an update that is not finite: the reply is left out.")
+        self._accepted.append(reply.block)
         return True
 
     def aggregate_train(
@@ -139,7 +145,7 @@ class FedCyBGD(TuningStrategy):
             return None, None
         snapshot = self.master.versions
         self._changed = sorted({answer.block for answer in answers})
-        self.owed = [block for block in dict.fromkeys(self.plan.values()) if block not in self._changed]
+        self.owed = [block for block in dict.fromkeys(self._due(server_round)) if block not in self._changed]
         for block in self._changed:
             group = [answer for answer in answers if answer.block == block]
             self.master.commit(block, self._mean(group), self.settings.gamma)
@@ -178,19 +184,32 @@ class FedCyBGD(TuningStrategy):
         self.past = [(int(round), int(block), value) for round, block, value in tensors["past"].tolist()]
         return arrays_of(versions=self.master.versions)
 
-    def _plan(self, round: int, nodes: Sequence[str]) -> dict[str, int]:
-        """Say which block each node of a round trains."""
+    def _plan(
+        self, round: int, nodes: Sequence[str], before: Mapping[str, int] | None = None, done: Sequence[int] = ()
+    ) -> dict[str, int]:
+        """Say which block each node of a round trains.
+
+        Where the round has begun, nodes keep their blocks; those of lost nodes go to idle ones.
+        """
+        kept = {name: block for name, block in (before or {}).items() if name in nodes}
+        due = self._due(round)
+        for block in [*kept.values(), *done]:
+            if block in due:
+                due.remove(block)
+        order = nodes_for(round, nodes, rounds_in_cycle(len(self.trained), self.width))
+        return kept | dict(zip((name for name in order if name not in kept), due, strict=False))
+
+    def _due(self, round: int) -> list[int]:
+        """Return the blocks of a round, once for each node that trains them; then what lost nodes left undone."""
         own, length = self.settings, rounds_in_cycle(len(self.trained), self.width)
         cycle_start = (round - 1) // length * length
         values = [(block, value) for at, block, value in self.past if at <= cycle_start]
         blocks = blocks_of_round(
             round, self.width, self.trained, own.order, self.config.train.seed, block_importance(values, self.trained)
         )
-        order = nodes_for(round, nodes, length)
         if own.structure == "averaged":
-            return dict.fromkeys(order[: own.nodes_per_round], blocks[0])
-        # What a lost node left undone goes to nodes that would be idle.
-        return dict(zip(order, [*blocks, *(block for block in self.owed if block not in blocks)], strict=False))
+            return blocks * own.nodes_per_round
+        return [*blocks, *(block for block in self.owed if block not in blocks)]
 
     def _turn(self, round: int, node: str, block: int) -> Iterator[protocol.BlockTask]:
         """Make the messages that let a node train a block."""

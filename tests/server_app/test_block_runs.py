@@ -200,6 +200,20 @@ def test_what_a_lost_node_left_undone_goes_to_an_idle_one(settings, data_files):
     assert rounds == [[0], [1, 2, 3]]
 
 
+def test_an_idle_node_takes_over_in_the_same_round(settings, data_files):
+    settings |= {"fedcybgd.structure": "averaged", "fedcybgd.nodes-per-round": 2, "strategy.min-replies": 2}
+    nodes = make_nodes(settings, data_files)
+
+    def lost(kind, payload):
+        if kind == "block-task":
+            raise RuntimeError("power cut")
+        return nodes[2].handle(kind, payload)
+
+    execute(InMemoryGrid({1: nodes[1].handle, 2: lost, 3: nodes[3].handle}), settings, run_id=1)
+    ledger = Ledger.read(Path(settings["run.dir"]))
+    assert [sorted(record.body["replies"]) for record in ledger.records("round")] == [["node-0", "node-2"]] * 3
+
+
 def test_several_nodes_on_one_block_are_averaged(settings, data_files):
     settings |= {"fedcybgd.structure": "averaged", "fedcybgd.nodes-per-round": 3, "num-server-rounds": 2}
     ledger = run(settings, data_files)
@@ -248,6 +262,10 @@ def test_the_learning_rate_runs_over_the_rounds(settings, data_files):
         ({"fedcybgd.structure": "parallel", "fedcybgd.nodes-per-round": 4}, "min-nodes"),
         ({"fedcybgd.split": "attention-mlp", "fedcybgd.layers-per-block": 2}, "layers-per-block"),
         ({"strategy.min-replies": 2}, "min-replies"),
+        (
+            {"fedcybgd.structure": "parallel", "fedcybgd.nodes-per-round": 2, "strategy.min-replies": 2},
+            "must be 1 where",
+        ),
     ],
 )
 def test_keys_that_do_not_go_together(settings, change, words):
