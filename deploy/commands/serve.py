@@ -33,6 +33,13 @@ def serve(
         bool, typer.Option("--approval", help="Let each joining node wait for `fedtune nodes approve`.")
     ] = False,
     hours: HoursOption = 48.0,
+    status: Annotated[
+        str,
+        typer.Option(
+            help="Where the status page and `/metrics` listen, as host:port; port 0 takes a free one. Beyond loopback "
+            "they have TLS and a token."
+        ),
+    ] = "127.0.0.1:0",
     changes: SetOption = None,
     folder: FolderOption = None,
     form: FormatOption = Format.text,
@@ -47,11 +54,15 @@ def serve(
     it anew.
     """
     from deploy.serve import announce, own_host, serving
+    from deploy.status.operator import operators_page
 
     folder = folder or server_folder()
     place = address if ":" in address else f"{address or own_host()}:9092"
     log = event_line(Console(stderr=True, highlight=False, soft_wrap=True))
-    with serving(folder, address=place, listen=listen, approval=approval, on_event=log) as server:
+    with (
+        serving(folder, address=place, listen=listen, approval=approval, on_event=log) as server,
+        operators_page(folder, status) as page,
+    ):
         if changes:
             from fedtune_strategies.config import parse
 
@@ -59,7 +70,7 @@ def serve(
             parse(announced)
             announce(folder, announced)
         tokens = {name: server.invite(name, hours * 3600) for name in _uninvited(server.members, node or [])}
-        facts = {"address": place, "folder": str(folder), "tokens": tokens}
+        facts = {"address": place, "folder": str(folder), "status": page, "tokens": tokens}
         show(facts, form, lambda: _print_server(facts, hours))
         log("serving; Ctrl-C stops it")
         while True:
@@ -161,7 +172,8 @@ def _uninvited(members: Any, names: list[str]) -> list[str]:
 
 def _print_server(facts: dict[str, Any], hours: float) -> None:
     console.print(f"[bold]FedTune serves at {facts['address']}[/bold]: nodes must reach it there (else: --address)")
-    console.print(f"State: {facts['folder']}. No other port is open to other machines.")
+    console.print(f"State: {facts['folder']}. Nothing else is open to other machines, unless --status is.")
+    console.print(f"Status page: {facts['status']}", markup=False)
     if facts["tokens"]:
         _print_tokens(facts["tokens"], hours)
     console.print("\nIn another terminal: `fedtune nodes`, `fedtune run`, `fedtune status`.", markup=False)

@@ -105,7 +105,7 @@ def serve_page(
     PortError
         The address cannot be bound.
     """
-    if not token and not _is_loopback(host):
+    if not token and not is_loopback(host):
         raise ConfigError(f"the status page on {host} needs a token: give it one, or let it listen on 127.0.0.1.")
     tls = _tls(certificate, key) if certificate and key else None
     try:
@@ -241,7 +241,8 @@ _SECURITY = {
 }
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Say whether an address can be reached from this machine alone."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"

@@ -1,0 +1,66 @@
+"""The status page of ``fedtune serve``: all runs of the operator, under the server's own certificate."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from deploy.certificates import server_files
+from deploy.home import runs_folder, write_private
+from deploy.serve import own_host
+from deploy.status.server import is_loopback, serve_page
+from fedtune_strategies.errors import ConfigError
+
+
+@contextlib.contextmanager
+def operators_page(folder: Path, where: str) -> Iterator[str]:
+    """Serve the page of the operator's runs until left.
+
+    Parameters
+    ----------
+    folder : Path
+        The server's state. Beyond loopback its certificate is used, and the token in ``status.token``, which is made
+        where absent and stays the same.
+    where : str
+        ``host:port``; port 0 takes a free one.
+
+    Yields
+    ------
+    str
+        The address to open.
+
+    Raises
+    ------
+    ConfigError
+        ``where`` is no address.
+    PortError
+        The address cannot be bound.
+    """
+    host, found, port = where.rpartition(":")
+    host = host.strip("[]")
+    if not found or not port.isdigit() or int(port) > 65535 or not host:
+        raise ConfigError(f"--status {where!r}: write it as host:port, such as 127.0.0.1:9096")
+    if is_loopback(host):
+        with serve_page(runs_folder(), host, int(port)) as url:
+            yield url
+        return
+    files, token = server_files(folder / "keys"), _token(folder / "status.token")
+    with serve_page(runs_folder(), host, int(port), token, certificate=files.certificate, key=files.key) as url:
+        yield url.replace(urlsplit(url).netloc, f"{_reachable(host)}:{urlsplit(url).port}")
+
+
+def _token(file: Path) -> str:
+    if not file.exists():
+        write_private(file, secrets.token_urlsafe(24).encode())
+    return file.read_text().strip()
+
+
+def _reachable(host: str) -> str:
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(host).is_unspecified:
+            return own_host()
+    return f"[{host}]" if ":" in host else host
