@@ -14,7 +14,9 @@ from torch import Tensor
 
 from fedtune_strategies.seed_space import reference
 from fedtune_strategies.seed_space.philox import BITS, ELEMENT_SIGNS, MASK, NORMALS, SEED_SIGNS, stream
-from fedtune_strategies.seed_space.reference import Moves
+from fedtune_strategies.seed_space.reference import Moves, gaussian_project, walsh_project
+
+__all__ = ["gaussian_project", "gaussian_rebuild", "walsh_add", "walsh_project", "walsh_rebuild"]
 
 LARGEST = 16384  # columns whose transform fits the registers of one program
 TILE = 1024  # elements of one program where there is no transform

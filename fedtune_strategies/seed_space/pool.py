@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from fedtune_strategies.errors import ConfigError
-from fedtune_strategies.seed_space import reference
 from fedtune_strategies.seed_space.kernels import kernels, thread_count
 from fedtune_strategies.seed_space.reference import Moves
 
 CHUNK = 1 << 15  # elements of 16-bit weights that are held in float32 at once
 SHARE = 1 << 18  # elements that are worth a thread
+PART = 1 << 20  # elements that are projected at once; the same for any number of threads, since sums depend on it
 
 
 @dataclass(frozen=True)
@@ -208,8 +208,17 @@ class Pool(ABC):
         Tensor
             float64, shape (K,), on the device of `delta`.
         """
-        flat = delta.detach().reshape(-1).to(torch.float32)
-        return self._project(name, flat, 0)[: self.size]
+        flat, part = delta.detach().reshape(-1), max(PART, self._chunk)
+
+        def run(low: int) -> Tensor:
+            return self._project(name, flat[low : low + part].to(torch.float32), low)
+
+        starts = range(0, len(flat), part)
+        threads = min(thread_count(flat.device), len(starts))
+        total = torch.zeros(self.size, dtype=torch.float64, device=flat.device)
+        for found in map(run, starts) if threads <= 1 else _executor(threads, os.getpid()).map(run, starts):
+            total += found[: self.size]
+        return total
 
     def project_model(self, deltas: Mapping[str, Tensor]) -> Tensor:
         """The point whose directions best express a change of the whole model: ``<delta, z_k> / n`` for all k.
@@ -269,7 +278,7 @@ class WalshPool(Pool):
         kernels(out.device).walsh_rebuild(out, base, theta, self.key, name, self.columns, self.block, start)
 
     def _project(self, name: str, delta: Tensor, start: int) -> Tensor:
-        return reference.walsh_project(delta, self.key, name, self.columns, self.block, start)
+        return kernels(delta.device).walsh_project(delta, self.key, name, self.columns, self.block, start)
 
     def _point(self, theta: Tensor, device: torch.device) -> Tensor:
         point = super()._point(theta, device)
@@ -291,7 +300,7 @@ class GaussianPool(Pool):
         kernels(out.device).gaussian_rebuild(out, base, seeds, theta[seeds], self.key, name, start)
 
     def _project(self, name: str, delta: Tensor, start: int) -> Tensor:
-        return reference.gaussian_project(delta, self.size, self.key, name, start)
+        return kernels(delta.device).gaussian_project(delta, self.size, self.key, name, start)
 
 
 def make_pool(kind: str, key: int, size: int, transform: int | None = None) -> Pool:

@@ -43,18 +43,32 @@ def test_gaussian_on_the_cpu_is_the_reference(n, key, start, seeds):
     assert torch.equal(expected, found)
 
 
+@given(n=LENGTHS, bits=st.integers(5, 12), wider=st.integers(0, 4), key=KEYS, rows=st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_projections_on_the_cpu_are_the_reference_ones(n, bits, wider, key, rows):
+    columns, block, delta = 1 << bits, 1 << bits + wider, torch.randn(n)
+    start = max(128, columns) * rows
+    expected = reference.walsh_project(delta, key, "w", columns, block, start)
+    found = cpu.walsh_project(delta, key, "w", columns, block, start)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
+    expected = reference.gaussian_project(delta, 3, key, "w", start)
+    torch.testing.assert_close(cpu.gaussian_project(delta, 3, key, "w", start), expected, rtol=1e-5, atol=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["walsh", "gaussian"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads_do_not_reach_the_bits(kind, dtype, monkeypatch):
     monkeypatch.setattr("fedtune_strategies.seed_space.pool.SHARE", 1 << 15)
+    monkeypatch.setattr("fedtune_strategies.seed_space.pool.PART", 1 << 15)
     pool, theta = make_pool(kind, 4, 32), torch.randn(32)
     base, results = torch.randn(200_001).to(dtype), []
     for threads in (1, 2, 3):
         monkeypatch.setattr("fedtune_strategies.seed_space.pool.thread_count", lambda device, t=threads: t)
         results.append(pool.rebuild("w", base, theta))
         results.append(pool.perturb("w", base, 7, 0.5, out=base.clone()))
-    assert torch.equal(results[0], results[2]) and torch.equal(results[0], results[4])
-    assert torch.equal(results[1], results[3]) and torch.equal(results[1], results[5])
+        results.append(pool.project("w", base))
+    for one, two, three in zip(results[:3], results[3:6], results[6:], strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
 
 
 def test_sweep_covers_every_element_once(monkeypatch):
