@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -143,6 +144,7 @@ def _ensure_worker(folder: Path, spec: WorkerSpec) -> Path:
     if running is not None and running[1] == spec.key() and _ready(socket, 5.0):
         return socket
     _stop(folder)
+    _sweep(folder.parent)
     spec_file = folder / "spec.json"
     spec_file.write_text(json.dumps(asdict(spec)))
     host_pid = folder.name.partition("-")[0]
@@ -162,6 +164,19 @@ def _ensure_worker(folder: Path, spec: WorkerSpec) -> Path:
             return socket
     worker.kill()
     raise LinkError(f"the worker did not start within {_START_SECONDS:.0f} s: see the SuperNode's log.")
+
+
+def _sweep(root: Path) -> None:
+    """Remove the folders of SuperNodes that are gone: a worker that was ended together with its node left its own."""
+    for folder in root.iterdir():
+        pid, _, created = folder.name.partition("-")
+        if pid.isdigit() and created.isdigit():
+            try:
+                alive = int(psutil.Process(int(pid)).create_time()) == int(created)
+            except psutil.NoSuchProcess:
+                alive = False
+            if not alive:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _ready(socket: Path, seconds: float) -> bool:

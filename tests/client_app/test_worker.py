@@ -60,8 +60,12 @@ def worker_of(host):
 
 
 def test_life_of_a_worker(host, spec, tmp_path):
+    stale = runtime_folder(psutil.Process(host.pid)).parent / "999999999-1234567890"
+    stale.mkdir()
+    (stale / "spec.json").write_text("{}")
     reply = ask(spec)
     assert (reply.node, reply.num_examples) == ("node-0", 9)
+    assert not stale.exists(), "what a SuperNode that is gone left behind stays for ever"
     first = worker_of(host)
     folder = runtime_folder(psutil.Process(host.pid))
     assert folder.stat().st_mode & 0o777 == 0o700
@@ -86,7 +90,7 @@ def test_life_of_a_worker(host, spec, tmp_path):
     endless = replace(other, run_config=other.run_config | {"fedkseed.local-steps": 100_000})
     nothing = torch.empty(0, dtype=torch.uint8)
     change = pack(np.zeros(64, dtype=np.int32))
-    task = protocol.SeedTask(1, 0, change, 2.0**-20, nothing, nothing.to(torch.int16), 1e-3, np.inf)
+    task = protocol.SeedTask(1, 0, change, 2.0**-20, nothing, nothing.to(torch.int16), 1e-3, 1e-3, np.inf)
     ask(endless)
     third = worker_of(host)
     with pytest.raises(LinkError, match=r"round\.deadline"):
