@@ -84,9 +84,8 @@ def supernode_command(membership: Membership, port: int) -> list[str]:
 
 
 def _run_once(command: list[str], environment: dict[str, str], log: Path, on_event: Callable[[str], None]) -> int:
-    start = log.stat().st_size if log.exists() else 0
     process: subprocess.Popen[bytes] = processes.start(command, environment, log)
-    last, tasks = "", 0
+    last, tasks, start = "", 0, 0
     while True:
         code = process.poll()
         text, start = _grown(log, start)

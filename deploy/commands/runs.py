@@ -1,0 +1,192 @@
+"""``fedtune run``, ``status``, ``resume`` and ``stop``: an operator's runs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from deploy.commands.output import Format, FormatOption, SetOption, console, setting, show
+from deploy.commands.serve import FolderOption, event_line
+from deploy.home import server_folder
+from fedtune_strategies.config import Scalar
+
+RunArgument = Annotated[
+    Path | None, typer.Argument(help="The run's folder, or its name below `~/.fedtune/runs`. Default: the newest run.")
+]
+DetachOption = Annotated[bool, typer.Option("--detach", help="Submit and return; `fedtune status` shows the rest.")]
+
+
+def run(
+    method: Annotated[str, typer.Option(help="fedkseed, fedkseed-pro, fedcybgd, or one of an installed package.")] = "",
+    model: Annotated[str, typer.Option(help="Base model: folder, Hub id, or the embedded `fedtune-tiny`.")] = "",
+    held_out: Annotated[
+        Path | None, typer.Option("--eval", help="Your held-out examples, in any format that nodes may use.")
+    ] = None,
+    data_format: Annotated[str, typer.Option("--data-format", help="Format of the held-out file.")] = "auto",
+    rounds: Annotated[int | None, typer.Option(min=1, help="Number of rounds.")] = None,
+    min_nodes: Annotated[int | None, typer.Option(min=1, help="Nodes that must be there before a round.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A TOML file with keys of the run configuration.", exists=True)
+    ] = None,
+    changes: SetOption = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder. Default: a new one in `~/.fedtune/runs`.")] = None,
+    detach: DetachOption = False,
+    folder: FolderOption = None,
+    form: FormatOption = Format.text,
+) -> None:
+    """Tune a model over the nodes that have joined: check first, submit, follow to the end.
+
+    A run that dies is submitted again and goes on from its record. Ctrl-C stops following, not the run:
+    `fedtune status` shows it, `fedtune stop` stops it, `fedtune resume` goes on with it.
+    """
+    from deploy.runs import new_folder
+    from deploy.serve import running
+
+    control, _ = running(folder or server_folder())
+    given: dict[str, Scalar | None] = {
+        "method.name": method or None,
+        "model.name": _model(model) or None,
+        "eval.data": str(held_out.expanduser().resolve()) if held_out else None,
+        "eval.format": data_format if held_out else None,
+        "num-server-rounds": rounds,
+        "strategy.min-nodes": min_nodes,
+        "run.dir": str(out.expanduser().resolve()) if out else None,
+    }
+    settings: dict[str, Scalar] = _from_file(config) | dict(map(setting, changes or []))
+    settings |= {key: value for key, value in given.items() if value is not None}
+    settings.setdefault("run.dir", str(new_folder(str(settings.get("method.name", "fedkseed")))))
+    _preflight(control, settings)
+    _tune(control, settings, detach, form)
+
+
+def resume(
+    run: RunArgument = None, detach: DetachOption = False, folder: FolderOption = None, form: FormatOption = Format.text
+) -> None:
+    """Go on with a run where it was, to the same result: it was stopped, it died, or its server was away."""
+    from deploy.runs import find_run, settings_of
+    from deploy.serve import running
+
+    control, _ = running(folder or server_folder())
+    found = find_run(run)
+    _tune(control, settings_of(found) | {"run.dir": str(found.resolve())}, detach, form)
+
+
+def stop(run: RunArgument = None, folder: FolderOption = None) -> None:
+    """Stop a run. What it has done is kept; `fedtune resume` goes on with it."""
+    from deploy.runs import find_run
+    from deploy.runs import stop as stop_run
+    from deploy.serve import running
+
+    control, _ = running(folder or server_folder())
+    found = find_run(run)
+    stop_run(control, found)
+    console.print(f"Stopped {found}; `fedtune resume {found}` goes on with it", markup=False)
+
+
+def status(
+    run: RunArgument = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Stay, and show it as it changes, until Ctrl-C.")
+    ] = False,
+    form: FormatOption = Format.text,
+) -> None:
+    """Show how a run stands: rounds, losses, who is alive, bytes, what went wrong, how long it will take.
+
+    Reads the run's record alone; needs no server, disturbs no run.
+    """
+    from deploy.runs import find_run
+    from deploy.status.view import RunView
+    from deploy.watch import Screen
+
+    view = RunView(find_run(run))
+    view.update()
+    if not watch:
+        show(view.report(), form, lambda: console.print(Screen(view)))
+        return
+    with Live(Screen(view), console=console, auto_refresh=False) as live:
+        while view.end is None:
+            time.sleep(0.5)
+            view.update()
+            live.update(Screen(view), refresh=True)
+
+
+def _tune(control: Any, settings: dict[str, Scalar], detach: bool, form: Format) -> None:
+    from deploy.runs import submit, tune
+    from deploy.status.view import RunView
+    from deploy.watch import Lines, Screen
+    from fedtune_strategies.errors import LedgerError
+
+    folder = settings["run.dir"]
+    if detach:
+        facts = {"run_id": submit(control, settings), "folder": folder}
+        show(facts, form, lambda: console.print(f"Submitted; its record: {folder}. See `fedtune status`", markup=False))
+        return
+    log = event_line(Console(stderr=True, highlight=False, soft_wrap=True))
+    view = RunView(Path(str(folder)))
+    if form is Format.text and console.is_terminal:
+        with Live(console=console, auto_refresh=False) as live:
+            model = tune(control, settings, view, lambda view: live.update(Screen(view), refresh=True), log)
+    else:
+        news = Lines()
+        with contextlib.suppress(LedgerError):  # of a run that is resumed, what happened before is no news
+            view.update()
+            news(view)
+        model = tune(control, settings, view, lambda view: [log(text) for text in news(view)], log)
+    show(view.report(), form, lambda: console.print(f"The tuned model: {model}", markup=False))
+
+
+def _preflight(control: Any, settings: dict[str, Scalar]) -> None:
+    """Check what can be checked here before anybody is asked to work; raises the first error."""
+    from deploy.checks import show_checks
+    from fedtune_strategies.errors import error_from_code
+
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    if failed := show_checks(_checks(control, settings), errors):
+        raise error_from_code(failed[0].exit_code, f"{failed[0].label}: {failed[0].detail}")
+
+
+def _checks(control: Any, settings: dict[str, Scalar]) -> Iterator[Any]:
+    from deploy.checks import check
+    from deploy.preflight import held_out_data, room, run_model, who_is_there, with_config
+
+    config = check("settings", lambda: with_config(settings))
+    yield config
+    if config.ok:
+        yield check("model", lambda: run_model(settings))
+        yield check("held-out", lambda: held_out_data(settings))
+        yield check("disk", lambda: room(settings))
+    yield check("nodes", lambda: who_is_there(control, settings))
+
+
+def _model(name: str) -> str:
+    """Make a folder's path absolute: the ServerApp starts elsewhere."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if name and folder.is_dir() else name
+
+
+def _from_file(file: Path | None) -> dict[str, Scalar]:
+    import tomllib
+
+    from fedtune_strategies.errors import ConfigError
+
+    if file is None:
+        return {}
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not TOML ({error})") from None
+    return _flat(table)
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Scalar]:
+    pairs: dict[str, Scalar] = {}
+    for key, value in table.items():
+        pairs |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return pairs
