@@ -12,8 +12,9 @@ from torch import Tensor
 
 from client_app.remainders import Remainders
 from fedtune_strategies.blocks.codecs import decode, encode, encode_with_feedback
+from fedtune_strategies.blocks.cut import cut_model
 from fedtune_strategies.blocks.exchange import UPLOADS, turn_fingerprint
-from fedtune_strategies.blocks.find import Block, find_blocks
+from fedtune_strategies.blocks.find import Block
 from fedtune_strategies.blocks.frozen import FrozenRest
 from fedtune_strategies.blocks.layers import without_layers
 from fedtune_strategies.blocks.notation import Codec, parse_codec
@@ -58,16 +59,17 @@ class BlockTurns:
     """
 
     def __init__(self, context: NodeContext) -> None:
-        self._config, self._model, self._base = context.config, context.model, context.base
+        self._config, self._model = context.config, context.model
         self._name, self._examples = context.name, context.examples
         settings = self._config.fedcybgd
         self._codec = parse_codec(settings.rest)
         self._upload = UPLOADS[settings.upload]
         self._optimizer = adamw_8bit() if settings.optimizer == "adamw-8bit" else torch.optim.AdamW
-        self._blocks = find_blocks(
-            self._model, settings.layers_per_block, settings.split, train_embeddings=settings.train_embeddings
-        )
+        self._blocks = cut_model(self._model, self._config)
         names = [name for block in self._blocks for name in block.parameters]
+        self._base: Mapping[str, Tensor] = context.base
+        if settings.adapters:
+            self._base = {name: self._model.get_parameter(name).detach().clone() for name in names}
         self._rest = FrozenRest(self._model, names, settings.hold)
         self._norms: Mapping[str, Tensor] = {}
         self._versions: Tensor | None = None

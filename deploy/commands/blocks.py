@@ -20,15 +20,16 @@ def blocks(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from fedtune_strategies.blocks.find import block_sizes, blocks_table, find_blocks
+    from fedtune_strategies.blocks.cut import cut_model
+    from fedtune_strategies.blocks.find import block_sizes, blocks_table
     from fedtune_strategies.blocks.held import empty_model
     from fedtune_strategies.config import parse
     from fedtune_strategies.language.model_files import model_folder
 
-    own = parse(dict(setting(text) for text in set or [])).fedcybgd
+    run = parse(dict(setting(text) for text in set or []))
     config = AutoConfig.from_pretrained(model_folder(model), local_files_only=True, trust_remote_code=False)
     empty = empty_model(lambda: AutoModelForCausalLM.from_config(config))
-    found = find_blocks(empty, own.layers_per_block, own.split, train_embeddings=own.train_embeddings)
+    found = cut_model(empty, run)
     sizes = dict(block_sizes(empty, found))
     facts = [
         {"block": block.index, "name": block.name, "parameters": sizes[block.index], "frozen": block.frozen}

@@ -51,6 +51,9 @@ class FedCyBGDConfig:
     train_embeddings: bool = option(True, "Visit the embedding, final norm and head blocks too.")
     layers_per_block: int = option(1, "Transformer layers in one block.", low=1)
     split: str = option("none", "Cut each layer into two blocks.", choices=("none", "attention-mlp"))
+    adapters: bool = option(
+        False, "Train LoRA adapters alone; 'fedavg.rank', 'fedavg.alpha' and 'fedavg.targets' say which."
+    )
     hold: str = option(
         "decoded",
         "Frozen blocks on a node: as weights, coded in memory, or coded on disk; coded ones are decoded when used.",

@@ -38,7 +38,7 @@ def add_adapters(model: nn.Module, settings: FedAvgConfig, seed: int) -> dict[st
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise ConfigError("FedIT needs PEFT, here and on every node: pip install 'fedtune[lora]'") from None
+        raise ConfigError("adapters need PEFT, here and on every node: pip install 'fedtune[lora]'") from None
     lora = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, target_modules=settings.targets or None, task_type="CAUSAL_LM"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from fedtune_strategies.blocks.find import find_blocks
+from fedtune_strategies.blocks.cut import cut_model
 from fedtune_strategies.blocks.rest import Calibration, calibrate
 from fedtune_strategies.config import METHODS, Config
 from fedtune_strategies.language.data import read_rows
@@ -16,6 +16,7 @@ from fedtune_strategies.language.loss import response_loss
 from fedtune_strategies.language.model import load_tokenizer
 from fedtune_strategies.method import load_method
 from fedtune_strategies.seed_space import tuned_parameters
+from fedtune_strategies.strategies.adapter_blocks import AdapterBlocks
 from fedtune_strategies.strategies.arrays import ArraysStrategy
 from fedtune_strategies.strategies.base import TuningStrategy
 from fedtune_strategies.strategies.fedcybgd import FedCyBGD
@@ -57,14 +58,13 @@ def build_strategy(config: Config, model: nn.Module, base: Mapping[str, Tensor])
 
 
 def _fedcybgd(config: Config, model: nn.Module, base: Mapping[str, Tensor]) -> FedCyBGD:
-    own = config.fedcybgd
-    blocks = find_blocks(model, own.layers_per_block, own.split, train_embeddings=own.train_embeddings)
-
     def measure() -> Calibration:
-        rows = read_rows(Path(own.calibration).expanduser(), "auto")[:CALIBRATION_ROWS]
+        rows = read_rows(Path(config.fedcybgd.calibration).expanduser(), "auto")[:CALIBRATION_ROWS]
         examples = tokenise(rows, load_tokenizer(config.model.name), config.train.seq_length)
         count = -(-len(examples) // config.train.batch_size)
         chosen = list(batches(examples, config.train.batch_size, count, ("calibration",)))
         return calibrate(model, chosen, response_loss)
 
-    return FedCyBGD(config, base, blocks, measure)
+    if config.fedcybgd.adapters:
+        return AdapterBlocks(config, model, base, measure)
+    return FedCyBGD(config, base, cut_model(model, config), measure)

@@ -247,6 +247,24 @@ def test_a_coded_upload_carries_what_it_lost_into_the_next(settings, data_files,
     assert versioned(settings)[5] != versioned(without)[5]
 
 
+def test_adapters_alone_are_trained_and_merged(settings, data_files, tmp_path):
+    settings |= {"fedcybgd.adapters": True, "fedavg.targets": "all-linear", "num-server-rounds": 5}
+    ledger = run(settings | {"eval.data": str(write_rows(tmp_path / "held.jsonl", 12)), "eval.answers": 0}, data_files)
+    assert [record.body["metrics"]["blocks"] for record in ledger.records("round")] == [[0], [1], [0], [1], [0]]
+    assert all(
+        ".lora_" in name
+        for r in ledger.records("round")
+        for f in r.body["files"].values()
+        for name in ledger.get_file(f)
+    )
+    losses = [record.body["eval/loss"] for record in ledger.records("evaluation")]
+    assert losses[-1] < losses[0]
+    base = AutoModelForCausalLM.from_pretrained(settings["model.name"]).state_dict()
+    tuned = AutoModelForCausalLM.from_pretrained(ledger.last("finished").body["model"]).state_dict()
+    changed = {name for name, value in base.items() if not torch.equal(value, tuned[name])}
+    assert changed == {name for name, value in base.items() if value.dim() == 2 and "layers" in name}
+
+
 def test_the_learning_rate_runs_over_the_rounds(settings, data_files):
     settings |= {"num-server-rounds": 4, "fedcybgd.lr-schedule": "linear", "fedcybgd.warmup": 0.5}
     rates = [task.lr for _, task, _ in spied(settings, data_files) if task.block >= 0]
