@@ -1,6 +1,6 @@
 """What FedKSeed's options do to the held-out loss, in memory on the embedded model.
 
-    python benchmarks/fedkseed_options.py wire|attacks [--nodes 10] [--rounds 6] [--steps 20] [--seeds 2]
+    python benchmarks/fedkseed_options.py wire|attacks|pools|auto|pro [--nodes 10] [--rounds 6] [--steps 20] [--seeds 2]
 
 Each run seed has directions, draws and batches of its own. Appends a line for each run to
 benchmarks/results/fedkseed_options.jsonl, makes no run twice, and prints a Markdown table: held-out loss (nats a token)
@@ -44,11 +44,8 @@ ATTACKS: dict[str, Callable[[torch.Tensor, np.random.Generator], torch.Tensor]] 
     "wrong signs": lambda scalars, random: -scalars,
     "not finite": lambda scalars, random: torch.where(torch.arange(len(scalars)) % 2 == 0, torch.nan, torch.inf),
 }
-DEFENCES: dict[str, dict] = {
-    "no defence": {"fedkseed.clip": 0.0, "fedkseed.outlier": 0.0},
-    "default": {},
-    "fedmedian": {"strategy.aggregation": "fedmedian"},
-}
+UNGUARDED = {"fedkseed.clip": 0.0, "fedkseed.outlier": 0.0}
+MEDIAN = {"strategy.aggregation": "fedmedian"}
 # Variant: settings that differ. In "attacks" the variant's first part is what one node sends.
 STUDIES: dict[str, dict[str, dict]] = {
     "wire": {
@@ -58,7 +55,35 @@ STUDIES: dict[str, dict[str, dict]] = {
         "8-bit moves, float16 scalars": {"fedkseed.scalar-bits": 16},
         "8-bit moves, int8 scalars": {"fedkseed.scalar-bits": 8},
     },
-    "attacks": {f"{attack}, {defence}": DEFENCES[defence] for attack in ATTACKS for defence in DEFENCES},
+    "attacks": {
+        "its scalars, default": {},
+        "its scalars, fedmedian": MEDIAN,
+        "random scalars, no defence": UNGUARDED,
+        "random scalars, default": {},
+        "huge scalars, no defence": UNGUARDED,
+        "huge scalars, default": {},
+        "wrong signs, default": {},
+        "wrong signs, fedmedian": MEDIAN,
+        "not finite, default": {},
+    },
+    "pools": {
+        "K = 128, one pool": {"fedkseed.seeds": 128},
+        "K = 128, a fresh pool every 2 rounds": {"fedkseed.seeds": 128, "fedkseed.pool-every": 2},
+        "K = 1024, one pool": {},
+    },
+    "auto": {
+        "by hand (4e-4, 1e-3)": {},
+        "auto": {"fedkseed.lr": "auto", "fedkseed.eps": "auto"},
+    },
+    "pro": {
+        "K = 32, uniform": {"fedkseed.seeds": 32},
+        "K = 32, Pro counted": {"fedkseed.seeds": 32, "method.name": "fedkseed-pro"},
+        "K = 32, Pro counted, T = 0.3": {
+            "fedkseed.seeds": 32,
+            "method.name": "fedkseed-pro",
+            "fedkseed.pro-temperature": 0.3,
+        },
+    },
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 
@@ -17,9 +18,10 @@ from fedtune_strategies.memory import peak_memory
 from fedtune_strategies.method import NodeContext
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.packing import round_scalars, unpack
-from fedtune_strategies.seed_space import fingerprint, tuned_parameters
+from fedtune_strategies.seed_space import Pool, fingerprint, tuned_parameters
 from fedtune_strategies.subspace import nth_pool, pool_number, rebuild
 from fedtune_strategies.zeroth_order import LocalSteps, local_steps
+from fedtune_strategies.zeroth_order.calibrate import DIRECTIONS, Calibration, calibrate
 from fedtune_strategies.zeroth_order.estimators import Estimator
 from fedtune_strategies.zeroth_order.private import poisson_sample, private_two_sided
 from fedtune_strategies.zeroth_order.steps import Loss
@@ -51,7 +53,8 @@ class SeedRounds:
         start = time.monotonic()
         if not self.take(task):
             return protocol.Lacking(self._name, task.round)
-        steps, starting_print = self.train(task)
+        found = self.calibrate(task)
+        steps, starting_print = self.train(task, found)
         scalars, unit = round_scalars(steps.g, self._config.fedkseed.scalar_bits)
         finite = steps.loss[np.isfinite(steps.loss)]
         return protocol.SeedReply(
@@ -64,6 +67,9 @@ class SeedRounds:
             num_examples=len(self._examples),
             seconds=time.monotonic() - start,
             peak_memory=peak_memory(),
+            lr=found.lr,
+            eps=found.eps,
+            noise=found.noise,
         )
 
     def take(self, task: protocol.SeedTask) -> bool:
@@ -94,13 +100,45 @@ class SeedRounds:
         self._units, self._version = units, task.round - 1
         return True
 
-    def train(self, task: protocol.SeedTask) -> tuple[LocalSteps, str]:
-        """Take the round's local steps; `take` said that theta is there.
+    def calibrate(self, task: protocol.SeedTask) -> Calibration:
+        """Find what a task leaves open; in the first round, also say how noisy slopes are.
 
         Parameters
         ----------
         task : SeedTask
-            The task.
+            The task; `take` said that theta is there.
+
+        Returns
+        -------
+        Calibration
+            Step size, distance and noise; no noise where it was not measured.
+        """
+        settings, seed = self._config.fedkseed, self._config.train.seed
+        if task.round > 1 or self._config.privacy.clip:  # what is found here tells something about the data
+            return Calibration(task.lr, task.eps, math.nan)
+        self._rebuild(task)
+        found = calibrate(
+            self._model,
+            self._pool(),
+            loss_in_parts(settings.micro_batch),
+            next(batches(self._examples, self._config.train.batch_size, 1, (seed, 0, self._name))),
+            range(min(DIRECTIONS, settings.seeds)),
+            lr=task.lr,
+            eps=task.eps,
+            pattern=settings.tune or None,
+        )
+        exact = settings.estimator == "forward"
+        return Calibration(found.lr, found.eps, math.nan) if exact else found
+
+    def train(self, task: protocol.SeedTask, found: Calibration) -> tuple[LocalSteps, str]:
+        """Take the round's local steps.
+
+        Parameters
+        ----------
+        task : SeedTask
+            The task; `take` said that theta is there.
+        found : Calibration
+            Step size and distance.
 
         Returns
         -------
@@ -117,24 +155,29 @@ class SeedRounds:
         odds = self._odds(task)
         seeds = draw_seeds(key, settings.local_steps, settings.seeds, odds)
         weights = importance(odds)[seeds] if settings.pro_importance and odds.size else 1.0
-        theta = (self._units * task.unit).astype(np.float32)
-        rebuild(self._config, list(theta), self._parameters, self._base)
+        self._rebuild(task)
         starting_print = fingerprint(self._parameters)
         estimator, loss, data = self._plan(task)
         steps = local_steps(
             self._model,
-            nth_pool(self._config, len(theta) - 1),
+            self._pool(),
             loss,
             data,
             seeds,
-            eps=settings.eps,
-            lr=task.lr * weights,
+            eps=found.eps,
+            lr=found.lr * weights,
             limit=task.limit,
             pattern=settings.tune or None,
             estimator=estimator,
             directions=settings.directions,
         )
         return steps, starting_print
+
+    def _rebuild(self, task: protocol.SeedTask) -> None:
+        rebuild(self._config, list((self._units * task.unit).astype(np.float32)), self._parameters, self._base)
+
+    def _pool(self) -> Pool:
+        return nth_pool(self._config, len(self._units) - 1)
 
     def _plan(self, task: protocol.SeedTask) -> tuple[str | Estimator, Loss, Iterator[Batch]]:
         """Say how slopes are found, of which loss, on which batches."""

@@ -156,6 +156,11 @@ def _check_together(config: Config) -> None:
             "run config: 'privacy.clip' works with FedKSeed, 'fedkseed.estimator' = \"two-sided\" and "
             "'fedkseed.directions' = 1 alone: set these, or 'privacy.clip' to 0."
         )
+    if config.privacy.clip and not (seeds.lr and seeds.eps):
+        raise ConfigError(
+            "run config: 'fedkseed.lr' and 'fedkseed.eps' must be numbers where 'privacy.clip' is set: finding them "
+            "tells something about the data."
+        )
     try:
         re.compile(seeds.tune)
     except re.error as error:

@@ -18,7 +18,9 @@ class FedKSeedConfig:
     )
     tune: str = option("", "Regular expression: only parameters with a match in their name are tuned; empty for all.")
     local_steps: int = option(200, "tau, zeroth-order steps of a node in a round.", low=1, high=100_000)
-    lr: float = option(1e-4, "eta, step size along one direction.", above=0.0)
+    lr: float = option(
+        1e-4, "eta, step size along one direction; 'auto': the nodes find it in the first round.", above=0.0, auto=True
+    )
     estimator: str = option(
         "two-sided",
         "How a slope is found: by two losses, by one and a shared one, exactly by forward-mode derivatives (float32 "
@@ -31,7 +33,12 @@ class FedKSeedConfig:
         "constant", "Step size over the rounds, after the warm-up.", choices=("constant", "linear", "cosine")
     )
     warmup: int = option(0, "Rounds over which the step size grows to 'fedkseed.lr'.", low=0)
-    eps: float = option(1e-3, "epsilon, distance of the two loss evaluations from the weights.", above=0.0)
+    eps: float = option(
+        1e-3,
+        "epsilon, distance of the two loss evaluations from the weights; 'auto': the nodes find it in the first round.",
+        above=0.0,
+        auto=True,
+    )
     clip: float = option(
         10.0, "Scalars are clipped to so many running medians of their magnitude, on both sides; 0 for never.", low=0.0
     )

@@ -24,6 +24,7 @@ def option(
     low: float = -math.inf,
     high: float = math.inf,
     above: float = -math.inf,
+    auto: bool = False,
 ) -> Any:
     """Declare one key: its default, its help and the values that it accepts.
 
@@ -39,6 +40,8 @@ def option(
         Inclusive limits of a number.
     above : float
         Exclusive lower limit of a number.
+    auto : bool
+        Whether a number can be the text "auto" instead: its field is then 0.
 
     Returns
     -------
@@ -46,7 +49,7 @@ def option(
         A dataclass field.
     """
     known = choices if callable(choices) else lambda: choices
-    limits = {"help": help, "choices": known, "low": low, "high": high, "above": above}
+    limits = {"help": help, "choices": known, "low": low, "high": high, "above": above, "auto": auto}
     return field(default=default, metadata=limits)
 
 
@@ -112,9 +115,11 @@ def checked(name: str, value: Any, kind: type[Any], spec: dataclasses.Field) -> 
     ConfigError
         It has another type or is out of range.
     """
+    limits = spec.metadata
+    if limits["auto"] and value == "auto":
+        return 0.0
     if kind is float and type(value) is int:
         value = float(value)
-    limits = spec.metadata
     choices = limits["choices"]()
     if (
         type(value) is not kind
@@ -139,7 +144,7 @@ def accepted(kind: type, spec: dataclasses.Field) -> str:
         bounds.append(f"at least {limits['low']:g}")
     if limits["high"] < math.inf:
         bounds.append(f"at most {limits['high']:g}")
-    return " ".join([words, " and ".join(bounds)]).strip()
+    return " ".join([words, " and ".join(bounds)]).strip() + (", or 'auto'" if limits["auto"] else "")
 
 
 def as_toml_value(value: Scalar) -> str:

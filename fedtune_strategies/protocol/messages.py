@@ -131,7 +131,9 @@ class SeedTask:
     odds : Tensor
         int16, relative odds of drawing a seed, by level; empty for uniform draws.
     lr : float
-        Step size along one direction in this round.
+        Step size along one direction in this round; 0 where the node shall find one, in the first round.
+    eps : float
+        Distance of the losses from the weights; 0 as above.
     limit : float
         Largest magnitude of a scalar; larger ones are clipped. Infinite where nothing is known yet.
     """
@@ -144,6 +146,7 @@ class SeedTask:
     levels: Tensor
     odds: Tensor
     lr: float
+    eps: float
     limit: float
 
 
@@ -174,6 +177,10 @@ class SeedReply:
         Wall-clock time of the task on the node.
     peak_memory : int
         Peak resident memory of the worker so far, in bytes.
+    lr, eps : float
+        Step size and distance that the node took: its own where the task left them open.
+    noise : float
+        Share of error in its slopes, measured in the first round; otherwise not a number. See `calibrate`.
     """
 
     kind: typing.ClassVar[str] = "seed-reply"
@@ -186,6 +193,9 @@ class SeedReply:
     num_examples: int
     seconds: float
     peak_memory: int
+    lr: float
+    eps: float
+    noise: float
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,16 @@ def make_aggregator(settings: StrategyConfig) -> Strategy:
     return FedAvg()
 
 
-def prepare(inner: Strategy, lr: float, adaptivity: float) -> None:
-    """Fit a Flower strategy to a round: its ``configure_train`` shall take up theta, and ask nobody.
+def prepare(inner: Strategy) -> None:
+    """Fit a Flower strategy to a round: its ``configure_train`` shall take up theta, and ask nobody."""
+    if isinstance(inner, FedAvg):
+        inner.fraction_train = 0.0
+    if isinstance(inner, FedAvgM):
+        inner.current_arrays = None  # it would go on from its own result, not from what was made of that
+
+
+def set_step(inner: Strategy, lr: float, adaptivity: float) -> None:
+    """Tell an adaptive Flower strategy the step size of the round.
 
     Parameters
     ----------
@@ -53,12 +61,8 @@ def prepare(inner: Strategy, lr: float, adaptivity: float) -> None:
         Step size of the round. An adaptive strategy's own step is as long, and its tau `adaptivity` times as long:
         without a unit, Adam's "1" would mean nothing in seed space.
     """
-    if isinstance(inner, FedAvg):
-        inner.fraction_train = 0.0
     if isinstance(inner, FedAdam | FedYogi):
         inner.eta, inner.tau = lr, adaptivity * lr
-    if isinstance(inner, FedAvgM):
-        inner.current_arrays = None  # it would go on from its own result, not from what was made of that
 
 
 def moments(inner: Strategy) -> dict[str, Tensor]:

@@ -38,12 +38,16 @@ from fedtune_strategies.strategies.aggregation import (
     prepare,
     restore_moments,
     schedule,
+    set_step,
 )
 from fedtune_strategies.strategies.base import State, TuningStrategy, arrays_of, check_origin, log
 from fedtune_strategies.strategies.privacy import epsilon
 from fedtune_strategies.strategies.screening import amplitude, clipped, out_of_line, running_amplitude
 from fedtune_strategies.strategies.versions import LARGEST, Versions, round_move, unit_of
 from fedtune_strategies.subspace import pool_number, rebuild
+
+# Share of error in a node's slopes above which less than half of their mean square is signal.
+NOISE_LIMIT = 0.7
 
 
 class FedKSeed(TuningStrategy):
@@ -66,7 +70,7 @@ class FedKSeed(TuningStrategy):
         self.closed: list[NDArray[np.float32]] = []
         self.theta = np.zeros(config.fedkseed.seeds, dtype=np.float32)
         self.carry = np.zeros(config.fedkseed.seeds, dtype=np.float32)
-        self.unit = unit_of(config.fedkseed.lr)
+        self.eta, self.eps = config.fedkseed.lr, config.fedkseed.eps  # 0 until the first round has found them
         self.versions = Versions()
         self.amplitude = 0.0
         self.asked: dict[str, tuple[int, int]] = {}
@@ -78,8 +82,8 @@ class FedKSeed(TuningStrategy):
             epsilon(self.config, [])  # the accountant must be there before anything is spent
         settings = self.config.fedkseed
         log.info(
-            "FedKSeed: K = %d %s seeds, tau = %d, eta = %g (%s), epsilon = %g, aggregated by %s",
-            settings.seeds, settings.pool, settings.local_steps, settings.lr, settings.schedule, settings.eps,
+            "FedKSeed: K = %d %s seeds, tau = %d, eta = %g (%s), epsilon = %g (0: to be found), aggregated by %s",
+            settings.seeds, settings.pool, settings.local_steps, self.eta, settings.schedule, self.eps,
             type(self.inner).__name__,
         )  # fmt: skip
 
@@ -94,7 +98,7 @@ class FedKSeed(TuningStrategy):
         assert isinstance(grid, Fleet)
         nodes, settings = grid.nodes, self.config.strategy
         self.theta = arrays["theta"].numpy()
-        prepare(self.inner, self.lr(server_round), settings.adaptivity)
+        prepare(self.inner)
         self.inner.configure_train(server_round, arrays, config, grid)
         self.versions.add(
             server_round - 1, [np.rint(row / self.unit).astype(np.int32) for row in (*self.closed, self.theta)]
@@ -126,6 +130,8 @@ class FedKSeed(TuningStrategy):
                 f"{reply.node} sent {tuple(reply.scalars.shape)} scalars of {reply.scalars.dtype}, not "
                 f"{settings.local_steps} of {SCALAR_TYPES[settings.scalar_bits]}: the reply is left out."
             )
+        if not (0 < reply.lr < math.inf and 0 < reply.eps < math.inf):
+            raise ProtocolError(f"{reply.node} found no step size: its losses are not finite. The reply is left out.")
         scalars = read_scalars(reply.scalars, reply.unit)
         if not np.isfinite(scalars).any():
             raise ProtocolError(f"{reply.node} had no step with a finite loss: the reply is left out.")
@@ -144,6 +150,8 @@ class FedKSeed(TuningStrategy):
         answers = sorted((decoded(reply.content, protocol.SeedReply) for reply in replies), key=lambda one: one.node)
         if not answers:
             return None, None
+        self._calibrate(answers)
+        set_step(self.inner, self.lr(server_round), self.config.strategy.adaptivity)
         odds, received = self.odds(), [read_scalars(answer.scalars, answer.unit) for answer in answers]
         amplitudes = [amplitude(one) for one in received]
         limit = self._limit(float(np.median(amplitudes)))
@@ -175,6 +183,7 @@ class FedKSeed(TuningStrategy):
         Theta of a closed pool is a file: it will not change any more.
         """
         own = {"theta": self.theta, "carry": self.carry, "amplitude": np.float64(self.amplitude)}
+        own |= {"eta": np.float64(self.eta), "eps": np.float64(self.eps)}
         asked = {f"asked/{node}": np.array(counts) for node, counts in self.asked.items()}
         files = {f"pool-{len(self.closed) - 1}": {"theta": torch.from_numpy(row)} for row in self.closed[-1:]}
         return State({name: torch.tensor(value) for name, value in (own | asked).items()} | moments(self.inner), files)
@@ -186,14 +195,19 @@ class FedKSeed(TuningStrategy):
             self.closed.append(closed["theta"].numpy())
         self.theta, self.carry = tensors["theta"].numpy(), tensors["carry"].numpy()
         self.amplitude = float(tensors["amplitude"])
+        self.eta, self.eps = float(tensors["eta"]), float(tensors["eps"])
         counts = {key.removeprefix("asked/"): value for key, value in tensors.items() if key.startswith("asked/")}
         self.asked = {node: (int(pair[0]), int(pair[1])) for node, pair in counts.items()}
         return arrays_of(theta=tensors["theta"])
 
     def lr(self, round: int) -> float:
-        """Return the step size of a round: ``fedkseed.lr`` times its schedule."""
-        settings = self.config.fedkseed
-        return settings.lr * schedule(settings, round, self.config.num_server_rounds)
+        """Return the step size of a round: eta times its schedule."""
+        return self.eta * schedule(self.config.fedkseed, round, self.config.num_server_rounds)
+
+    @property
+    def unit(self) -> float:
+        """Unit of theta."""
+        return unit_of(self.eta) if self.eta else 1.0
 
     def levels(self) -> NDArray[np.int32]:
         """Return which of the odds each seed has, int32 [K]; empty for uniform draws."""
@@ -232,14 +246,29 @@ class FedKSeed(TuningStrategy):
             levels=pack(levels) if levels.size else torch.empty(0, dtype=torch.uint8),
             odds=torch.from_numpy(odds_of_levels(self.config.fedkseed.pro_temperature)[: levels.size]),
             lr=self.lr(round),
+            eps=self.eps,
             limit=self._limit(self.amplitude),
         )
+
+    def _calibrate(self, answers: list[protocol.SeedReply]) -> None:
+        """In the first round: take the medians of what the nodes found, and say where slopes are mostly error."""
+        noise = {answer.node: answer.noise for answer in answers if math.isfinite(answer.noise)}
+        for node in [node for node, share in noise.items() if share > NOISE_LIMIT]:
+            log.warning(
+                "%s: the signal in its scalars is below the noise: %.0f %% of their size is error; "
+                "set 'fedkseed.eps' to \"auto\", or 'model.dtype' to \"float32\"",
+                node, 100 * noise[node],
+            )  # fmt: skip
+        if not (self.eta and self.eps):
+            self.eta = self.eta or float(np.median([answer.lr for answer in answers]))
+            self.eps = self.eps or float(np.median([answer.eps for answer in answers]))
+            log.info("found by %d nodes: fedkseed.lr = %.3g, fedkseed.eps = %.3g", len(answers), self.eta, self.eps)
 
     def _move(self, aggregated: NDArray[np.float64], round: int) -> None:
         """Move theta by the server's step, less weight decay, both rounded; what rounding leaves moves next time."""
         settings = self.config.strategy
         theta = self.theta.astype(np.float64)
-        decay = settings.weight_decay * self.lr(round) / self.config.fedkseed.lr
+        decay = settings.weight_decay * self.lr(round) / self.eta
         move = settings.server_lr * (aggregated - theta) - decay * theta + self.carry
         steps = np.rint(theta / self.unit) + round_move(move / self.unit, self.config.fedkseed.theta_bits)
         self.theta = (np.clip(steps, -LARGEST, LARGEST) * self.unit).astype(np.float32)

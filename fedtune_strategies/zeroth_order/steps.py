@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,11 +109,9 @@ def local_steps(
         The estimator needs weights in place, or the model has operations that it cannot use.
     """
     if in_place is None:
-        parameters = tuned_parameters(model, pattern).values()
-        in_place = start is None and all(p.dtype == torch.float32 and not p.is_meta for p in parameters)
+        in_place = start is None and _moves_in_place(model, pattern)
     if estimator == "forward" and not in_place:
         raise ConfigError("'fedkseed.estimator' \"forward\" needs float32 weights in memory: choose another.")
-    trajectory = _in_place(model, pool, pattern) if in_place else _in_seed_space(model, pool, pattern, start)
     was_training = model.training
     model.eval()
     g, losses = np.full(len(seeds), np.nan, np.float32), np.full(len(seeds), np.nan, np.float32)
@@ -121,7 +119,7 @@ def local_steps(
     estimate = ESTIMATORS[estimator] if isinstance(estimator, str) else estimator
     pending: Moves = []
     groups = [slice(first, first + directions) for first in range(0, len(seeds), directions)]
-    with trajectory as apply:
+    with _in_place(model, pool, pattern) if in_place else _in_seed_space(model, pool, pattern, start) as apply:
         for group, batch in zip(groups, batches, strict=False):
             ks = [int(k) for k in seeds[group]]
             point = _point(model, pool, loss, batch, pattern, apply)
@@ -134,6 +132,34 @@ def local_steps(
         apply(pending)
     model.train(was_training)
     return LocalSteps(g, losses)
+
+
+def trajectory(
+    model: nn.Module, pool: Pool, pattern: str | None = None
+) -> AbstractContextManager[Callable[[Moves], None]]:
+    """Let a model be moved along directions, in the way that suits its weights; see `local_steps`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model; it ends where it was moved.
+    pool : Pool
+        The seed pool.
+    pattern : str, optional
+        Which parameters are tuned, as in `tuned_parameters`.
+
+    Returns
+    -------
+    context manager
+        Of a function that moves the model by (seed, factor) pairs.
+    """
+    if _moves_in_place(model, pattern):
+        return _in_place(model, pool, pattern)
+    return _in_seed_space(model, pool, pattern, None)
+
+
+def _moves_in_place(model: nn.Module, pattern: str | None) -> bool:
+    return all(p.dtype == torch.float32 and not p.is_meta for p in tuned_parameters(model, pattern).values())
 
 
 def _point(

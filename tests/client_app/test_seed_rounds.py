@@ -25,7 +25,7 @@ def make_node(**changes):
 
 def seed_task(round, since, change):
     empty = torch.empty(0)
-    return protocol.SeedTask(round, since, change, 1.0, empty, empty, 1.0, 1.0)
+    return protocol.SeedTask(round, since, change, 1.0, empty, empty, 1.0, 1.0, 1.0)
 
 
 @given(st.integers(0, 3), st.lists(st.sampled_from(["asked", "asked twice", "missed", "restarted"]), max_size=12))

@@ -36,7 +36,7 @@ def seed_task(units=0, *, round=1, since=0, count=64, levels=NONE, odds=NONE):
     change = np.broadcast_to(np.int32(units), count)
     packed = pack(levels) if levels.size else torch.empty(0, dtype=torch.uint8)
     return protocol.SeedTask(
-        round, since, pack(change), UNIT, packed, torch.tensor(odds, dtype=torch.int16), 1e-3, np.inf
+        round, since, pack(change), UNIT, packed, torch.tensor(odds, dtype=torch.int16), 1e-3, 1e-3, np.inf
     )
 
 

@@ -26,7 +26,7 @@ def make(cls=FedKSeed, **changes):
 
 def reply(name, scalars, examples=1, round=1):
     values = torch.tensor(scalars, dtype=torch.float32)
-    message = protocol.SeedReply(name, round, values, 1.0, 2.0, "", examples, 1.0, 1)
+    message = protocol.SeedReply(name, round, values, 1.0, 2.0, "", examples, 1.0, 1, 1e-4, 1e-3, 0.1)
     return task(Node(name, 1, examples), message, round)
 
 

@@ -82,6 +82,13 @@ def test_only_versions_that_some_node_holds_are_kept():
     assert len(versions._points) <= 2
 
 
+def long_reply(node, round, scalars, fingerprint=""):
+    """Make a reply whose numbers take many digits."""
+    facts = {"loss": 2.123456789, "num_examples": 999, "seconds": 12.345678, "peak_memory": 10**10}
+    found = {"lr": 1.23456789e-4, "eps": 1.23456789e-3, "noise": 0.123456789}
+    return protocol.SeedReply(node, round, scalars, 1.0, fingerprint=fingerprint, **facts, **found)
+
+
 def rounds(cls, nodes, count, **changes):
     """Play rounds of random scalars; yields {node: (bytes down, bytes up)} for each."""
 
@@ -101,7 +108,7 @@ def rounds(cls, nodes, count, **changes):
         replies = []
         for name in down:
             scalars = torch.from_numpy(random.standard_t(3, TAU).astype(np.float32) * 3)
-            replies.append(protocol.SeedReply(name, number, scalars, 1.0, 2.123456789, "", 999, 12.345678, 10**10))
+            replies.append(long_reply(name, number, scalars))
             strategy.accept(number, replies[-1])
         up = {reply.node: len(protocol.encode(reply)) for reply in replies}
         yield {name: (down[name], up[name]) for name in down}
@@ -127,7 +134,7 @@ def test_a_round_of_a_new_node_stays_under_18000_bytes():
     strategy.observe(np.arange(K), random.standard_t(3, K).astype(np.float32))
     strategy.versions.add(98, [random.integers(-LARGEST, LARGEST, K, dtype=np.int32)])  # the most that theta can need
     task = strategy._task(99, 0)
-    reply = protocol.SeedReply("node-0", 99, torch.randn(TAU), 1.0, 2.123456789, "0" * 16, 999, 12.345678, 10**10)
+    reply = long_reply("node-0", 99, torch.randn(TAU), "0" * 16)
     assert task.levels.numel() > 500
     assert len(protocol.encode(task)) + len(protocol.encode(reply)) < 18000
 
@@ -140,9 +147,7 @@ def test_what_rounding_leaves_is_never_lost():
     InMemoryGrid({})
     random = np.random.default_rng(0)
     for number in range(1, 30):
-        reply = protocol.SeedReply(
-            "n", number, torch.from_numpy(random.normal(size=8).astype(np.float32)), 1.0, 2.0, "", 1, 1.0, 1
-        )
+        reply = long_reply("n", number, torch.from_numpy(random.normal(size=8).astype(np.float32)))
         for strategy in (coarse, fine):
             strategy.aggregate_train(number, [_Content(to_record(reply.kind, protocol.encode(reply)))])
     np.testing.assert_allclose(coarse.theta + coarse.carry, fine.theta + fine.carry, atol=1e-9)
@@ -167,6 +172,6 @@ def test_the_worst_numbers_stay_under_8000_bytes():
     strategy.versions.hold("node-0", 97)
     strategy.versions.add(98, [before + random.integers(-127, 128, K, dtype=np.int32) * 64])
     task = strategy._task(99, 97)
-    reply = protocol.SeedReply("node-0", 99, torch.randn(TAU), 1.0, 2.123456789, "0" * 16, 999, 12.345678, 10**10)
+    reply = long_reply("node-0", 99, torch.randn(TAU), "0" * 16)
     assert task.since == 97
     assert len(protocol.encode(task)) + len(protocol.encode(reply)) < 8000
