@@ -7,6 +7,7 @@ same Flower programs, the same connections; only the byte counters stand between
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import subprocess
@@ -74,7 +75,12 @@ class Federation(Control):
 
 @contextlib.contextmanager
 def federation(
-    folder: Path, data: Mapping[str, Path], *, fleet_port: int = 0, threads: int = 1
+    folder: Path,
+    data: Mapping[str, Path],
+    *,
+    fleet_port: int = 0,
+    threads: int = 1,
+    bandwidth: float = math.inf,
 ) -> Iterator[Federation]:
     """Start a SuperLink and SuperNodes, wait until all are online, and stop everything when left.
 
@@ -91,6 +97,8 @@ def federation(
         Port for the nodes; 0 takes a free one.
     threads : int
         Threads of numerical libraries in each node's processes.
+    bandwidth : float
+        Bytes a second of each node's connection, in either direction.
 
     Yields
     ------
@@ -116,7 +124,7 @@ def federation(
         stack.callback(processes.sweep, token)
         superlink, control, fleet = _start_superlink(folder, server, environment, fleet_port)
         write_connection(folder, control, server.authority)
-        proxy = stack.enter_context(ByteProxy("127.0.0.1", fleet, list(data)))
+        proxy = stack.enter_context(ByteProxy("127.0.0.1", fleet, list(data), bandwidth))
         node_ids = _register(Control(folder, environment), list(data))
         nodes = _start_nodes(folder, data, server, environment, proxy)
         stack.callback(processes.stop, list(nodes.values()))

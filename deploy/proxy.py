@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import math
 import threading
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
@@ -41,11 +42,14 @@ class ByteProxy:
         Where the SuperLink's fleet API listens, or will: a node that comes earlier is hung up on and tries again.
     nodes : sequence of str
         Names of the nodes; each gets a free port on 127.0.0.1.
+    bandwidth : float
+        Bytes a second in either direction of a connection, for experiments.
     """
 
-    def __init__(self, host: str, port: int, nodes: Sequence[str]) -> None:
+    def __init__(self, host: str, port: int, nodes: Sequence[str], bandwidth: float = math.inf) -> None:
         self._target = (host, port)
         self._nodes = list(nodes)
+        self._bandwidth = bandwidth
         self._counts = {node: [0, 0] for node in nodes}  # up, down
         self._servers: dict[str, asyncio.Server] = {}
         self._connections: set[asyncio.Task[None]] = set()
@@ -96,16 +100,19 @@ class ByteProxy:
             upstream_reader, upstream_writer = await asyncio.open_connection(*self._target)
             with contextlib.closing(upstream_writer):
                 await asyncio.gather(
-                    relay(reader, upstream_writer, self._counts[node], 0),
-                    relay(upstream_reader, writer, self._counts[node], 1),
+                    relay(reader, upstream_writer, self._counts[node], 0, self._bandwidth),
+                    relay(upstream_reader, writer, self._counts[node], 1, self._bandwidth),
                 )
         self._connections.discard(connection)
 
 
-async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, counts: list[int], way: int) -> None:
+async def relay(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, counts: list[int], way: int, bandwidth: float = math.inf
+) -> None:
     """Pass on one direction of a connection until its end, and count its bytes in ``counts[way]``."""
     while data := await reader.read(CHUNK):
         counts[way] += len(data)
+        await asyncio.sleep(len(data) / bandwidth)
         writer.write(data)
         await writer.drain()
     writer.write_eof()
