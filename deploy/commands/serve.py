@@ -173,7 +173,9 @@ def _uninvited(members: Any, names: list[str]) -> list[str]:
 def _print_server(facts: dict[str, Any], hours: float) -> None:
     console.print(f"[bold]FedTune serves at {facts['address']}[/bold]: nodes must reach it there (else: --address)")
     console.print(f"State: {facts['folder']}. Nothing else is open to other machines, unless --status is.")
-    console.print(f"Status page: {facts['status']}", markup=False)
+    # A log is no place for a token: it stands in status.token too.
+    page = facts["status"] if console.is_terminal else facts["status"].partition("#")[0]
+    console.print(f"Status page: {page}", markup=False)
     if facts["tokens"]:
         _print_tokens(facts["tokens"], hours)
     console.print("\nIn another terminal: `fedtune nodes`, `fedtune run`, `fedtune status`.", markup=False)

@@ -1,0 +1,28 @@
+# The operator's server: SuperLink, desk, status page. Build from the root of the repository:
+#   docker build -f deploy/docker/server.Dockerfile -t fedtune-server .
+FROM python:3.11-slim-bookworm AS build
+WORKDIR /src
+COPY . .
+RUN python -m venv /opt/fedtune \
+ && /opt/fedtune/bin/pip install --no-cache-dir --constraint constraints.txt \
+      --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu \
+ && /opt/fedtune/bin/pip install --no-cache-dir --constraint constraints.txt ".[cpu,monitoring,privacy,tracking]"
+
+FROM python:3.11-slim-bookworm
+RUN apt-get update && apt-get install --yes --no-install-recommends tini \
+ && rm -rf /var/lib/apt/lists/* \
+ && useradd --uid 10001 --create-home --home-dir /var/lib/fedtune fedtune
+COPY --from=build /opt/fedtune /opt/fedtune
+COPY --chmod=755 deploy/docker/server-entry.sh deploy/docker/server-healthy.py /usr/local/bin/
+ENV PATH=/opt/fedtune/bin:$PATH \
+    FEDTUNE_HOME=/var/lib/fedtune \
+    FEDTUNE_LOG=json \
+    FLWR_DISABLE_UPDATE_CHECK=1 \
+    FLWR_TELEMETRY_ENABLED=0 \
+    PYTHONUNBUFFERED=1
+USER 10001
+WORKDIR /var/lib/fedtune
+VOLUME /var/lib/fedtune
+EXPOSE 9092 9096
+HEALTHCHECK --interval=30s --timeout=10s --start-period=90s CMD ["server-healthy.py"]
+ENTRYPOINT ["tini", "--", "server-entry.sh"]
