@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 KERNELS := .venv/kernels
 
-.PHONY: help demo test lint format config bench clean
+.PHONY: help demo test lint format config bench compare clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
@@ -29,6 +29,10 @@ config: $(INSTALLED) ## Write the run configuration's defaults into pyproject.to
 
 bench: $(INSTALLED) ## Run every benchmark.
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+compare: $(INSTALLED) ## Run every method and baseline side by side (PROTOCOL=tiny), and write table, plots and page.
+	$(BIN)/python benchmarks/compare.py run $(or $(PROTOCOL),tiny)
+	$(BIN)/python benchmarks/compare.py report $(or $(PROTOCOL),tiny)
 
 clean: ## Remove the environment, caches and builds. Runs and results in runs/ and out/ stay.
 	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

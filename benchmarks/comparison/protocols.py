@@ -1,0 +1,253 @@
+"""Who is compared, on what: the papers' protocols, scaled down to what a CPU does in minutes.
+
+The settings that all methods share stand in configs/small/<protocol>.toml. A budget is a number of local steps, the
+same for every method; in one step a method takes either two forward passes or one forward and one backward pass.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedtune_strategies.language.partition import partition_file
+from fedtune_strategies.tiny.tasks import write_federation
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT.parent / "shared" / "data"
+"""Data that is not part of the project; see docs/comparison.md for what is expected there."""
+STORIES = DATA / "models" / "stories260K-hf"
+
+LONGEST = 300  # characters of a row: what about fits in 96 tokens of a vocabulary of 512
+ROWS = 1500  # of Dolly, on all nodes together
+
+
+@dataclass(frozen=True)
+class Files:
+    """Data of a protocol: one file a node, all of them in one, and held-out files for search and report."""
+
+    nodes: list[Path]
+    pooled: Path
+    validation: Path
+    test: Path
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One line of the table.
+
+    Attributes
+    ----------
+    name : str
+        As shown.
+    settings : dict
+        What it sets beside the protocol's own settings.
+    lr : str
+        Key of its step size.
+    start : float
+        Where the search of its step size begins.
+    central : bool
+        One node with all data: no federation, the same code.
+    tuned_as : str
+        Entrant whose step size it takes over, where it has no search of its own.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    lr: str
+    start: float
+    central: bool = False
+    tuned_as: str = ""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A comparison: data, fleet, budget.
+
+    Attributes
+    ----------
+    name : str
+        Its own name, and its file's in configs/small where `config` names no other.
+    write : callable
+        Writes the data into a folder.
+    rounds, steps : int
+        Rounds, and local steps of a node in one.
+    asked : int
+        Nodes asked in a round.
+    starts : dict of str to float
+        Where the searches begin, by key of the step size, where not as usual.
+    list_entrants : callable
+        Who is compared: `methods`, or `seed_options`.
+    """
+
+    name: str
+    write: Callable[[Path], Files]
+    rounds: int
+    steps: int
+    asked: int
+    starts: dict[str, float] = field(default_factory=dict)
+    list_entrants: Callable[[Protocol], list[Entrant]] = lambda protocol: methods(protocol)
+    config: str = ""
+
+    @property
+    def budget(self) -> int:
+        """Local steps of all nodes together."""
+        return self.rounds * self.steps * self.asked
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that all entrants share."""
+        settings = read_settings(ROOT / "configs" / "small" / f"{self.config or self.name}.toml")
+        if settings.get("model.name") == STORIES.name:
+            settings["model.name"] = str(STORIES)
+        return settings
+
+    def entrants(self) -> list[Entrant]:
+        """Return who is compared, in the order of the table."""
+        return self.list_entrants(self)
+
+
+def methods(protocol: Protocol) -> list[Entrant]:
+    """Return the methods of this project first, then federated baselines, then those without a federation."""
+    zeroth = {"fedkseed.local-steps": protocol.steps}
+    local = {"fedavg.local-steps": protocol.steps}
+    turns = {"fedcybgd.local-steps": protocol.steps, "num-server-rounds": protocol.rounds * protocol.asked}
+    turns |= {"eval.every": protocol.asked}
+    # Half the steps for twice the rounds, or most blocks would not have their turn.
+    averaged = {"fedcybgd.local-steps": protocol.steps // 2, "num-server-rounds": 2 * protocol.rounds, "eval.every": 2}
+    averaged |= {"fedcybgd.structure": "averaged", "fedcybgd.nodes-per-round": protocol.asked}
+    alone = {"fedavg.local-steps": protocol.steps * protocol.asked}
+
+    def entrant(name: str, method: str, lr: str, start: float, own: dict[str, Any], **more: Any) -> Entrant:
+        return Entrant(name, {"method.name": method} | own, lr, protocol.starts.get(lr, start), **more)
+
+    return [
+        entrant("FedKSeed", "fedkseed", "fedkseed.lr", 1e-4, zeroth),
+        entrant("FedKSeed-Pro", "fedkseed-pro", "fedkseed.lr", 1e-4, zeroth, tuned_as="FedKSeed"),
+        entrant("FedCyBGD", "fedcybgd", "fedcybgd.lr", 3e-3, turns),
+        entrant("FedAvg", "fedavg", "fedavg.lr", 1e-3, local),
+        entrant("FedIT (LoRA)", "fedit", "fedavg.lr", 1e-2, local),
+        entrant("FedBAvg", "fedcybgd", "fedcybgd.lr", 3e-3, averaged, tuned_as="FedCyBGD"),
+        entrant("FedZO", "fedzo", "fedavg.lr", 1e-4, local),
+        entrant("central AdamW", "fedavg", "fedavg.lr", 1e-3, alone, central=True, tuned_as="FedAvg"),
+        entrant("central LoRA", "fedit", "fedavg.lr", 1e-2, alone, central=True, tuned_as="FedIT (LoRA)"),
+        entrant(
+            "central blocks (BAdam)", "fedcybgd", "fedcybgd.lr", 3e-3, turns | {"fedcybgd.rest": "none"},
+            central=True, tuned_as="FedCyBGD",
+        ),
+        entrant("central MeZO", "fedzo", "fedavg.lr", 1e-4, alone, central=True, tuned_as="FedZO"),
+    ]  # fmt: skip
+
+
+def seed_options(protocol: Protocol) -> list[Entrant]:
+    """Return FedKSeed with several numbers of seeds, local steps and nodes a round, for one number of local steps."""
+
+    def entrant(name: str, seeds: int = 1024, steps: int = protocol.steps, asked: int = protocol.asked) -> Entrant:
+        nodes = protocol.settings()["strategy.min-nodes"]
+        settings = {
+            "method.name": "fedkseed", "fedkseed.seeds": seeds, "fedkseed.local-steps": steps,
+            "strategy.fraction-train": asked / nodes, "num-server-rounds": protocol.budget // (steps * asked),
+        }  # fmt: skip
+        return Entrant(name, settings, "fedkseed.lr", 1e-4, tuned_as="" if name == BASIC else BASIC)
+
+    return [
+        entrant(BASIC),
+        *(entrant(f"K = {seeds}", seeds=seeds) for seeds in (256, 4096)),
+        *(entrant(f"tau = {steps}", steps=steps) for steps in (protocol.steps // 2, 2 * protocol.steps)),
+        *(entrant(f"{asked} nodes a round", asked=asked) for asked in (2, 8)),
+    ]
+
+
+BASIC = "K = 1024, tau = 20, 4 nodes a round"
+
+
+def dolly(folder: Path, alpha: float, nodes: int = 10, held_out: str = "general_qa") -> Files:
+    """Dolly-15K, short rows: Dirichlet over the categories of ten nodes; one category is on no node and is the test."""
+    rows = _shuffled(_read(DATA / "dolly15k" / "databricks-dolly-15k.jsonl"))
+    short = [row for row in rows if not row["context"] and len(row["instruction"] + row["response"]) < LONGEST]
+    seen = [row for row in short if row["category"] not in (held_out, "creative_writing")]
+    pooled = _write(folder / "pooled.jsonl", seen[256:][:ROWS])
+    files = partition_file(pooled, folder / "nodes", "category", nodes, alpha)
+    test = [row for row in short if row["category"] == held_out]
+    return Files(files, pooled, _write(folder / "validation.jsonl", seen[:256]), _write(folder / "test.jsonl", test))
+
+
+def natural_instructions(folder: Path, nodes: int = 40, tests: int = 8) -> Files:
+    """Natural Instructions: one task a node; the test's tasks are on no node."""
+    source = DATA / "superni"
+    meta = {row["task"]: row for row in _read(source / "tasks_meta.jsonl")}
+    tasks: dict[str, list[dict]] = {}
+    for name in sorted(meta):
+        definition = meta[name]["definition"]
+        text = definition if isinstance(definition, str) else " ".join(definition)
+        rows = [
+            {"definition": text, "input": row["input"], "output": row["output"], "task": name}
+            for row in _read(source / "tasks" / f"{name}.jsonl")
+            if len(row["input"]) + len(row["output"][0]) < LONGEST
+        ]
+        if len(rows) >= 50:
+            tasks[name] = rows
+    names = _shuffled(list(tasks))
+    seen, unseen = names[tests : tests + nodes], names[:tests]
+    files = [_write(folder / "nodes" / f"node-{i}.jsonl", tasks[name][10:]) for i, name in enumerate(seen)]
+    pooled = _write(folder / "pooled.jsonl", [row for name in seen for row in tasks[name][10:]])
+    validation = _write(folder / "validation.jsonl", [row for name in seen for row in tasks[name][:5]])
+    return Files(
+        files, pooled, validation, _write(folder / "test.jsonl", [row for name in unseen for row in tasks[name][:32]])
+    )
+
+
+def tiny(folder: Path, nodes: int = 4) -> Files:
+    """The embedded model's own tasks: each node has two, and one is on no node."""
+    files, test = write_federation(folder, nodes)
+    rows = [row for file in files for row in _read(file)]
+    *_, validation = write_federation(folder / "validation", 1, train_per_task=1, heldout_per_task=12, seed=1)
+    return Files(files, _write(folder / "pooled.jsonl", rows), validation, test)
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol("dolly-0.5", lambda folder: dolly(folder, 0.5), rounds=4, steps=20, asked=4),
+        Protocol(
+            "fedkseed-options", lambda folder: dolly(folder, 0.5), rounds=4, steps=20, asked=4,
+            list_entrants=seed_options, config="dolly-0.5",
+        ),
+        Protocol("dolly-5.0", lambda folder: dolly(folder, 5.0), rounds=4, steps=20, asked=4),
+        Protocol("natural-instructions", natural_instructions, rounds=10, steps=20, asked=2),
+        Protocol(
+            "tiny", tiny, rounds=4, steps=24, asked=4,
+            starts={"fedkseed.lr": 3e-4, "fedcybgd.lr": 3e-3, "fedavg.lr": 1e-3},
+        ),
+    )
+}  # fmt: skip
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a configuration file as `fedtune_strategies.config.parse` takes it: flat."""
+
+    def flat(table: dict[str, Any], prefix: str) -> dict[str, Any]:
+        parts = [
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+            for key, value in table.items()
+        ]
+        return {key: value for part in parts for key, value in part.items()}
+
+    return flat(tomllib.loads(path.read_text(encoding="utf-8")), "")
+
+
+def _read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _write(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _shuffled(items: list) -> list:
+    return random.Random(0).sample(items, len(items))

@@ -1,0 +1,207 @@
+"""Run entrants over the in-memory grid, search their step sizes, and keep every result: one JSON line a run.
+
+Node and server are those of a real federation; messages are encoded and counted. A study that was interrupted goes
+on with the first run that is not in its file.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from client_app.tasks import Node
+from comparison.protocols import Entrant, Files, Protocol
+from fedtune_strategies.testing import InMemoryGrid
+from server_app import evaluation
+from server_app.run import execute
+
+SEARCH_SEED, SEEDS = 1000, (0, 1, 2)
+FACTOR = 3.0
+DIVERGED = 1e9
+"""Stands for a loss that is not finite, or a run that ended without one."""
+
+
+@dataclass
+class Meter:
+    """What one node got, gave and worked since the run began: bytes of payload, seconds of processor time."""
+
+    down: int = 0
+    up: int = 0
+    cpu: float = 0.0
+
+    def around(self, handle: Callable[[str, bytes], tuple[str, bytes]]) -> Callable[[str, bytes], tuple[str, bytes]]:
+        """Return the node's handler, metered. A hello is not counted: it loads model and data."""
+
+        def metered(kind: str, payload: bytes) -> tuple[str, bytes]:
+            start = time.process_time()
+            answer = handle(kind, payload)
+            if kind != "hello":
+                self.cpu += time.process_time() - start
+                self.down += len(payload)
+                self.up += len(answer[1])
+            return answer
+
+        return metered
+
+
+@dataclass
+class Watch:
+    """The course of a run, written down at every evaluation."""
+
+    meters: list[Meter]
+    start: float = field(default_factory=time.process_time)
+    evaluating: float = 0.0
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+    def evaluate(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """Evaluate as the server does, and note what had been spent until then."""
+        begin = time.process_time()
+        worked = [meter.cpu for meter in self.meters]
+        facts = evaluation.evaluate(*args, **options)
+        row = {
+            "loss": min(facts["eval/loss"], DIVERGED),
+            "down": sum(meter.down for meter in self.meters),
+            "up": sum(meter.up for meter in self.meters),
+            "nodes_cpu": worked,
+            "server_cpu": begin - self.start - self.evaluating - sum(worked),
+        }
+        self.curve.append(row | ({"rouge": facts["eval/rougeL"]} if "eval/rougeL" in facts else {}))
+        self.evaluating += time.process_time() - begin
+        return facts
+
+
+@contextmanager
+def watched(meters: list[Meter]) -> Iterator[Watch]:
+    """Note the course of the run inside."""
+    watch = Watch(meters)
+    with mock.patch("server_app.run.evaluate", watch.evaluate):
+        yield watch
+
+
+def run_once(settings: dict[str, Any], files: list[Path], folder: Path) -> dict[str, Any]:
+    """Run a federation in this process.
+
+    Parameters
+    ----------
+    settings : dict
+        Run configuration.
+    files : list of Path
+        One data file for each node.
+    folder : Path
+        Used by the run, removed at its end.
+
+    Returns
+    -------
+    dict
+        ``curve``: at every evaluation loss, total bytes and processor seconds; ``evaluating``: its seconds in all.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    flat = settings | {"run.dir": str(folder)}
+    nodes = {i: Node(flat, {"name": f"node-{i}", "data": str(file)}, i) for i, file in enumerate(files)}
+    meters = [Meter() for _ in nodes]
+    grid = InMemoryGrid({i: meters[i].around(node.handle) for i, node in nodes.items()})
+    with watched(meters) as watch:
+        execute(grid, flat, run_id=1)
+    shutil.rmtree(folder)
+    return {"curve": watch.curve, "evaluating": watch.evaluating}
+
+
+class Study:
+    """All runs of one protocol, in one file.
+
+    Parameters
+    ----------
+    protocol : Protocol
+        What is compared.
+    results : Path
+        The file, one JSON line a run; read first, then appended to.
+    work : Path
+        Folder for data and running federations.
+    seconds : float
+        No run is started after so long.
+    """
+
+    def __init__(self, protocol: Protocol, results: Path, work: Path, seconds: float = math.inf) -> None:
+        self.protocol, self.results, self.work = protocol, results, work
+        self.end = time.monotonic() + seconds
+        self.common = protocol.settings()
+        self.files: Files = protocol.write(work / "data")
+        self.done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+    def run_all(self, names: list[str], seeds: Iterable[int] = SEEDS) -> None:
+        """Search and run the named entrants, federations first, seed by seed: a study may end early."""
+        chosen = [entrant for entrant in self.protocol.entrants() if not names or entrant.name in names]
+        for central, seed in itertools.product((False, True), seeds):
+            for entrant in (one for one in chosen if one.central == central):
+                self.result(entrant, self.step_size(entrant), seed, "final")
+
+    def step_size(self, entrant: Entrant) -> float:
+        """Return the best of three step sizes after half of the rounds, or of more where the best is the last one."""
+        if entrant.tuned_as:
+            return self.step_size(next(one for one in self.protocol.entrants() if one.name == entrant.tuned_as))
+        losses = {i: self._search(entrant, i) for i in (-1, 0, 1)}
+        while (best := min(losses, key=losses.__getitem__)) in (min(losses), max(losses)):
+            beyond = best + (1 if best == max(losses) else -1)
+            losses[beyond] = self._search(entrant, beyond)
+        return step(entrant, best)
+
+    def _search(self, entrant: Entrant, power: int) -> float:
+        return self.result(entrant, step(entrant, power), SEARCH_SEED, "search")["curve"][-1]["loss"]
+
+    def result(self, entrant: Entrant, lr: float, seed: int, stage: str) -> dict[str, Any]:
+        """Return a run's result, from the file where it is there."""
+        key = {"entrant": entrant.name, "lr": lr, "seed": seed, "stage": stage}
+        for row in self.done:
+            if {name: row[name] for name in key} == key:
+                return row
+        if time.monotonic() > self.end:
+            raise SystemExit("time is up: call again to go on")
+        settings = self.settings(entrant, lr, seed, stage)
+        own = {
+            name: value for name, value in settings.items() if self.common.get(name) != value and name != "eval.data"
+        }
+        row = {**key, "settings": own}
+        files = [self.files.pooled] if entrant.central else self.files.nodes
+        row |= run_once(settings, files, self.work / "run")
+        self.done.append(row)
+        self.results.parent.mkdir(parents=True, exist_ok=True)
+        with self.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_rounded(row)) + "\n")
+        print(f"{stage} {entrant.name}: step {lr:g}, seed {seed}: loss {row['curve'][-1]['loss']:.4f}", flush=True)
+        return row
+
+    def settings(self, entrant: Entrant, lr: float, seed: int, stage: str) -> dict[str, Any]:
+        """Return the run configuration of one run."""
+        settings = self.common | {"num-server-rounds": self.protocol.rounds} | entrant.settings
+        settings |= {entrant.lr: lr, "train.seed": seed}
+        if entrant.central:
+            settings |= {"strategy.fraction-train": 1.0, "strategy.min-nodes": 1}
+        if stage == "search":
+            rounds = settings["num-server-rounds"] // 2
+            return settings | {
+                "num-server-rounds": rounds, "eval.every": rounds, "eval.answers": 0,
+                "eval.data": str(self.files.validation),
+            }  # fmt: skip
+        return settings | {"eval.data": str(self.files.test)}
+
+
+def step(entrant: Entrant, power: int) -> float:
+    """Return one of the step sizes that are tried."""
+    return float(f"{entrant.start * FACTOR**power:.3g}")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    return [_rounded(one) for one in value] if isinstance(value, list) else value

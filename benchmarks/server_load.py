@@ -1,0 +1,120 @@
+"""Time and memory of a round on the server, by the number of replies: a strategy alone, fed in memory.
+
+    python benchmarks/server_load.py [--method fedkseed] [--nodes 100 1000 10000] [--seeds 4096] [--steps 200]
+
+A process of its own for each number of nodes. Per round: configuring the tasks, checking the replies as they come, and
+aggregating them; the memory is the peak of the process less what it held before the first task, with all replies
+in it as they lie in the ledger's rows. Without network, ledger and evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import multiprocessing
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+from flwr.app import ConfigRecord, Message, MessageType
+
+from fedtune_strategies.config import parse
+from fedtune_strategies.fleet import Fleet, Node
+from fedtune_strategies.memory import peak_memory
+from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.protocol.records import to_record
+from fedtune_strategies.strategies.build import build_strategy
+from fedtune_strategies.testing import InMemoryGrid
+
+
+class Crowd(Fleet):
+    """A fleet whose nodes are there without having been asked who they are."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__(InMemoryGrid({}), "")
+        self._present = {name: Node(name, number, 10) for number, name in enumerate(names, start=1)}
+
+    @property
+    def nodes(self) -> dict[str, Node]:
+        """All nodes, by name in sorted order."""
+        return self._present
+
+
+@dataclass(frozen=True)
+class Load:
+    """Seconds of processor time, and bytes."""
+
+    configure: float
+    accept: float
+    aggregate: float
+    memory: int
+
+
+def measure(count: int, method: str, seeds: int, steps: int) -> Load:
+    """Run one round, the second one, in which every node holds the theta of the first."""
+    logging.disable(logging.INFO)
+    settings = {
+        "method.name": method,
+        "fedkseed.seeds": seeds,
+        "fedkseed.local-steps": steps,
+        "strategy.min-nodes": count,
+    }
+    config = parse(settings)
+    base = {"weight": torch.zeros(64)}
+    strategy = build_strategy(config, torch.nn.Linear(1, 1), base)
+    names = [f"node-{i:06d}" for i in range(count)]
+    crowd = Crowd(names)
+    arrays = strategy.initial_arrays()
+    print_of_weights = strategy.materialise(arrays, {"weight": torch.zeros(64)})
+    scalars = torch.from_numpy(np.random.default_rng(0).normal(size=(16, steps)).astype(np.float32))
+    gc.collect()
+    held = psutil.Process().memory_info().rss
+    tasks, configure = timed(lambda: list(strategy.configure_train(1, arrays, ConfigRecord(), crowd)))
+    assert len(tasks) == count
+    replies = [
+        protocol.SeedReply(name, 1, scalars[i % 16], 1.0, 2.0, print_of_weights, 10, 1.0, 10)
+        for i, name in enumerate(names)
+    ]
+    accepted, accept = timed(lambda: [strategy.accept(1, reply) for reply in replies])
+    assert all(accepted)
+    records = [
+        Message(to_record(reply.kind, protocol.encode(reply)), dst_node_id=0, message_type=MessageType.TRAIN)
+        for reply in replies
+    ]
+    _, aggregate = timed(lambda: strategy.aggregate_train(1, records))
+    return Load(configure, accept, aggregate, peak_memory() - held)
+
+
+def timed(action):
+    """Return what an action returns, and its processor seconds."""
+    start = time.process_time()
+    result = action()
+    return result, time.process_time() - start
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", default="fedkseed", choices=("fedkseed", "fedkseed-pro"))
+    parser.add_argument("--nodes", type=int, nargs="+", default=[100, 1000, 10_000])
+    parser.add_argument("--seeds", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=200)
+    args = parser.parse_args()
+    print("| replies | configure, s | accept, s | aggregate, s | aggregate, ms a reply | memory, MB | kB a reply |")
+    print("| ---: |" + " ---: |" * 6)
+    context = multiprocessing.get_context("spawn")
+    for count in args.nodes:
+        with context.Pool(1) as pool:
+            load = pool.apply(measure, (count, args.method, args.seeds, args.steps))
+        print(
+            f"| {count:,} | {load.configure:.2f} | {load.accept:.2f} | {load.aggregate:.2f} "
+            f"| {1000 * load.aggregate / count:.2f} | {load.memory / 1e6:.0f} | {load.memory / count / 1e3:.1f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

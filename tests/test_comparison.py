@@ -1,0 +1,102 @@
+"""The machinery of the comparison, benchmarks/compare.py: search, resumption, counting, table."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from comparison import runs
+from comparison.protocols import PROTOCOLS, Entrant, Files, Protocol
+from comparison.report import interval, read_lines, write_report
+from comparison.runs import Study
+
+from fedtune_strategies.config import parse
+
+
+@pytest.mark.parametrize("name", sorted(PROTOCOLS))
+def test_every_entrant_has_a_valid_configuration_and_the_same_number_of_local_steps(name):
+    protocol = PROTOCOLS[name]
+    for entrant in protocol.entrants():
+        flat = protocol.settings() | {"num-server-rounds": protocol.rounds} | entrant.settings
+        flat |= {entrant.lr: entrant.start}
+        config = parse(flat | ({"strategy.fraction-train": 1.0, "strategy.min-nodes": 1} if entrant.central else {}))
+        steps = next(value for key, value in entrant.settings.items() if key.endswith("local-steps"))
+        nodes = 1 if entrant.central else round(config.strategy.fraction_train * config.strategy.min_nodes)
+        if config.method.name == "fedcybgd":
+            nodes = config.fedcybgd.nodes_per_round
+        assert config.num_server_rounds * nodes * steps == protocol.budget, entrant.name
+
+
+@pytest.fixture
+def protocol(settings, data_files, tmp_path):
+    common = settings | {"strategy.fraction-train": 1.0}
+    for key in ("run.dir", "eval.data", "fedkseed.local-steps", "num-server-rounds"):
+        del common[key]
+    held_out = Path(settings["eval.data"])
+    files = Files(list(data_files.values()), data_files["node-0"], held_out, held_out)
+
+    class Small(Protocol):
+        def settings(self):
+            return common
+
+    entrants = [
+        Entrant("FedKSeed", {"method.name": "fedkseed", "fedkseed.local-steps": 2}, "fedkseed.lr", 1e-4),
+        Entrant("FedAvg", {"method.name": "fedavg", "fedavg.local-steps": 2}, "fedavg.lr", 1e-3),
+        Entrant("alone", {"method.name": "fedavg", "fedavg.local-steps": 6}, "fedavg.lr", 1e-3, True, "FedAvg"),
+    ]
+    return Small("small", lambda folder: files, rounds=2, steps=2, asked=3, list_entrants=lambda _: entrants)
+
+
+def test_a_study_that_was_interrupted_goes_on_and_makes_a_report(protocol, tmp_path, monkeypatch):
+    results = tmp_path / "results" / "runs.jsonl"
+    monkeypatch.setattr(Study, "step_size", lambda self, entrant: entrant.start)
+    with pytest.raises(SystemExit):
+        Study(protocol, results, tmp_path / "work", seconds=-1).run_all([])
+    Study(protocol, results, tmp_path / "work").run_all(["FedKSeed"], [0])
+    before = results.read_text()
+    Study(protocol, results, tmp_path / "work").run_all([], [0, 1])
+    assert results.read_text().startswith(before)
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert len(rows) == len({(row["entrant"], row["seed"]) for row in rows}) == 6
+    for row in rows:
+        curve = row["curve"]
+        assert len(curve) == 3 and curve[0]["down"] == 0 < curve[1]["down"] < curve[2]["down"]
+        assert len(curve[-1]["nodes_cpu"]) == (1 if row["entrant"] == "alone" else 3)
+        assert not any(str(tmp_path) in str(value) for value in row["settings"].values()), "a path of this machine"
+    write_report(protocol, results.parent)
+    page = (results.parent / "report.html").read_text()
+    assert page.count("<img") == 4 and "FedAvg" in page
+    table = (results.parent / "table.md").read_text()
+    lines = {line.entrant.name: line for line in read_lines(protocol, results.parent)}
+    assert f"{interval(lines['FedAvg'].last('loss'))}" in table
+
+
+def test_the_search_goes_on_beyond_its_ends(protocol, tmp_path, monkeypatch):
+    tried = []
+
+    def loss(self, entrant, power):
+        tried.append(power)
+        return abs(power - 2.2)
+
+    monkeypatch.setattr(Study, "_search", loss)
+    study = Study(protocol, tmp_path / "runs.jsonl", tmp_path)
+    first = protocol.entrants()[0]
+    assert study.step_size(first) == pytest.approx(first.start * 9)
+    assert tried == [-1, 0, 1, 2, 3]
+
+
+def test_bytes_are_those_of_the_messages_both_ways():
+    meter = runs.Meter()
+    handle = meter.around(lambda kind, payload: (kind, payload * 2))
+    handle("hello", b"12345")
+    assert (meter.down, meter.up) == (0, 0)
+    assert handle("seed-task", b"123") == ("seed-task", b"123123")
+    assert (meter.down, meter.up) == (3, 6)
+
+
+def test_the_interval_is_students():
+    assert interval([1.0, 2.0, 3.0], 2) == "2.00 ± 2.48"  # 4.303 / sqrt(3)
+    assert interval([1.5]) == "1.500"
