@@ -18,8 +18,8 @@ from deploy.commands.configuration import config
 from deploy.commands.demo import demo
 from deploy.commands.join import join, leave
 from deploy.commands.keys import keys
-from deploy.commands.machine import version
-from deploy.commands.models import export
+from deploy.commands.machine import bench, doctor, plan, version
+from deploy.commands.models import evaluate, export
 from deploy.commands.runs import resume, run, status, stop
 from deploy.commands.serve import nodes_app, serve
 from fedtune_strategies.errors import FedTuneError, ResourceError
@@ -60,13 +60,14 @@ app = typer.Typer(
 # The panels of `fedtune --help`, in the order in which they are shown.
 PANELS: dict[str, list[Callable[..., None]]] = {
     "Try it": [demo],
-    "Operators": [serve, run, status, stop, resume, export, blocks, keys],
-    "Device owners": [join, leave],
-    "Everybody": [config, version],
+    "Operators": [serve, run, status, stop, resume, plan, export, evaluate, blocks, keys],
+    "Device owners": [join, leave, doctor],
+    "Everybody": [config, bench, version],
 }
+NAMES = {evaluate: "eval"}
 for panel, commands in PANELS.items():
     for command in commands:
-        app.command(rich_help_panel=panel)(command)
+        app.command(NAMES.get(command), rich_help_panel=panel)(command)
 app.add_typer(nodes_app, name="nodes", rich_help_panel="Operators")
 app.add_typer(ledger.app, name="ledger", rich_help_panel="Operators")
 

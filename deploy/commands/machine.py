@@ -1,11 +1,20 @@
-"""``fedtune version``."""
+"""``fedtune doctor``, ``bench``, ``plan`` and ``version``: what this machine is, can do and would have to do."""
 
 from __future__ import annotations
 
 import platform
+from dataclasses import asdict
 from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Annotated, Any
 
-from deploy.commands.output import Format, FormatOption, console, show
+import typer
+from rich.table import Table
+
+from deploy.commands.output import Format, FormatOption, SetOption, console, setting, show
+
+ModelOption = Annotated[str, typer.Option(help="Base model: folder, Hub id, or `fedtune-tiny`.")]
+DeviceOption = Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")]
 
 
 def version(form: FormatOption = Format.text) -> None:
@@ -18,3 +27,164 @@ def version(form: FormatOption = Format.text) -> None:
             console.print(f"{name:13}{number}")
 
     show(facts, form, as_text)
+
+
+def doctor(
+    token: Annotated[str, typer.Argument(envvar="FEDTUNE_TOKEN", help="A join token, to check before joining.")] = "",
+    data: Annotated[Path | None, typer.Option(help="Your data: reads all of it, and shows the first bad line.")] = None,
+    data_format: Annotated[str, typer.Option("--data-format", help="Format of the data.")] = "auto",
+    model: ModelOption = "",
+    device: DeviceOption = "cpu",
+    form: FormatOption = Format.text,
+) -> None:
+    """Look at everything that could be wrong here, with a tick or a cross, and what to do about each cross.
+
+    Looks at the federations that this machine has joined, or at the server of TOKEN before joining. Changes nothing.
+    """
+    from deploy.checks import show_checks
+    from deploy.doctor import examine, examine_membership
+    from deploy.join import meet, memberships
+    from deploy.token import decode_token
+    from fedtune_strategies.errors import FedTuneError
+
+    joined = memberships()
+    if token:
+        known = decode_token(token)
+        try:
+            authority: str | None = meet(known)[0]
+        except FedTuneError:
+            authority = None
+        checks = examine(known.address, authority, data, data_format, model, device)
+    elif joined and not data:
+        checks = (one for membership in joined for one in examine_membership(membership))
+    else:
+        server = joined[0] if joined else None
+        authority = server.authority.read_text() if server else None
+        checks = examine(server.address if server else "", authority, data, data_format, model, device)
+    if form is Format.json:
+        found = list(checks)
+        show([asdict(one) for one in found], form, lambda: None)
+        failed = [one for one in found if one.ok is False]
+    else:
+        failed = show_checks(checks, console)
+    if failed:
+        raise typer.Exit(failed[0].exit_code)
+
+
+def bench(
+    model: ModelOption = "fedtune-tiny",
+    device: DeviceOption = "cpu",
+    changes: SetOption = None,
+    form: FormatOption = Format.text,
+) -> None:
+    """Measure this machine: rebuilding the model from seeds, one step of each method, and the way to the server."""
+    facts = _measured(model, device, dict(map(setting, changes or [])))
+    facts |= {"link": [_link(one) for one in _joined()]}
+
+    def as_text() -> None:
+        console.print(f"{model} on {device}, medians of 3; other work on the machine slows all of it")
+        for label, key in [
+            ("rebuild from all seeds", "rebuild"),
+            ("step of FedKSeed", "seed_step"),
+            ("step of FedCyBGD", "block_step"),
+        ]:
+            console.print(f"  {label:26}{1000 * facts[key]:10.1f} ms")
+        for link in facts["link"]:
+            console.print(f"  round trip to {link['address']:12}{1000 * link['seconds']:10.1f} ms, TLS included")
+
+    show(facts, form, as_text)
+
+
+def plan(
+    model: ModelOption = "fedtune-tiny",
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the fleet.")] = 4,
+    memory: Annotated[
+        float | None, typer.Option(min=0, help="GB of memory of a node. Default: what is free here.")
+    ] = None,
+    link: Annotated[float, typer.Option(min=0.001, help="Mbit/s of a node's link, the slower way.")] = 10.0,
+    examples: Annotated[int, typer.Option(min=1, help="Examples of a node.")] = 1000,
+    measure: Annotated[bool, typer.Option(help="Measure this machine's speed, for estimates of time.")] = True,
+    changes: SetOption = None,
+    form: FormatOption = Format.text,
+) -> None:
+    """Say what each method would cost a node, before anybody trains: memory, bytes, time; and which fits.
+
+    Nothing is trained. Times are those of this machine: `fedtune bench` on a node compares. The formulae are in
+    docs/planning.md.
+    """
+    import psutil
+
+    from deploy.plan import PLANNED
+    from deploy.plan import plan as plan_method
+    from deploy.speed import Speed
+    from fedtune_strategies.config import parse
+    from fedtune_strategies.language.model_files import model_folder
+
+    settings = dict(map(setting, changes or [])) | {"model.name": model}
+    folder = model_folder(model)
+    speed = Speed(**_measured(model, "cpu", dict(settings))) if measure else None
+    available = memory * 1e9 if memory is not None else psutil.virtual_memory().available
+    rows = []
+    for name in PLANNED:
+        config = parse(settings | {"method.name": name})
+        one = plan_method(config, folder, nodes, examples, speed)
+        wire = one.link_seconds(link * 1e6)
+        rounds = (one.tasks * one.seconds + wire) * config.num_server_rounds if one.seconds is not None else None
+        rows.append(asdict(one) | {"link_seconds": wire, "run_seconds": rounds, "fits": one.memory <= available})
+    facts = {"model": model, "nodes": nodes, "memory": available, "methods": rows}
+    show(facts, form, lambda: _print_plan(facts))
+
+
+def _measured(model: str, device: str, settings: dict[str, Any]) -> dict[str, Any]:
+    from deploy.speed import measure
+    from fedtune_strategies.config import parse
+    from fedtune_strategies.language.model import load_model
+
+    config = parse(settings | {"model.name": model})
+    return asdict(measure(load_model(model, config.model.dtype, device), config))
+
+
+def _joined() -> list[Any]:
+    from deploy.join import memberships
+
+    return memberships()
+
+
+def _link(membership: Any) -> dict[str, Any]:
+    import statistics
+    import time
+
+    from deploy.join import ask
+
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        ask(membership.address, {"do": "hello"}, membership.authority.read_text())
+        times.append(time.perf_counter() - start)
+    return {"address": membership.address, "seconds": statistics.median(times)}
+
+
+def _print_plan(facts: dict[str, Any]) -> None:
+    from deploy.progress import clock
+    from deploy.report import size
+
+    table = Table(
+        "for one node", *(row["method"] for row in facts["methods"]), box=None, header_style="bold", pad_edge=False
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+
+    def times(key: str) -> list[str]:
+        return [clock(row[key]) if row[key] is not None else "-" for row in facts["methods"]]
+
+    table.add_row("memory", *(size(row["memory"]) for row in facts["methods"]))
+    table.add_row("disk, base model", *(size(row["disk"]) for row in facts["methods"]))
+    table.add_row("up a round, payload", *(size(row["up"]) for row in facts["methods"]))
+    table.add_row("down a round, payload", *(size(row["down"]) for row in facts["methods"]))
+    table.add_row("one task on this machine", *times("seconds"))
+    table.add_row("on the link a round", *times("link_seconds"))
+    table.add_row("whole run", *times("run_seconds"))
+    marks = ["[green]✓[/green]" if row["fits"] else "[red]✗[/red]" for row in facts["methods"]]
+    table.add_row(f"fits in {size(facts['memory'])}", *marks)
+    console.print(f"{facts['model']}, {facts['nodes']} nodes")
+    console.print(table)

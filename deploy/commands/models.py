@@ -1,11 +1,13 @@
-"""``fedtune export``."""
+"""``fedtune export`` and ``fedtune eval``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from deploy.commands.output import Format, FormatOption, console, show
 
 
 def export(
@@ -20,3 +22,52 @@ def export(
 
     done = export_round(run, round, out)
     typer.echo(f"{out}: the model after round {done}")
+
+
+def evaluate(
+    data: Annotated[Path, typer.Option(help="Held-out examples, in any format that nodes may use.", exists=True)],
+    model: Annotated[str, typer.Option(help="A model folder or Hub id.")] = "",
+    run: Annotated[Path | None, typer.Option(help="A run's folder instead: its model after `--round`.")] = None,
+    round: Annotated[int | None, typer.Option(min=0, help="The round of `--run`; the last one by default.")] = None,
+    answers: Annotated[int, typer.Option(min=0, help="Examples answered for Rouge-L; 0 for none.")] = 64,
+    seq_length: Annotated[int, typer.Option(min=8, help="Longest sequence in tokens.")] = 256,
+    data_format: Annotated[str, typer.Option("--data-format", help="Format of the data.")] = "auto",
+    form: FormatOption = Format.text,
+) -> None:
+    """Measure loss, perplexity and Rouge-L of a model, or of a run after any round, on a file of yours."""
+    import tempfile
+
+    from fedtune_strategies.errors import ConfigError
+
+    if bool(model) == bool(run):
+        raise ConfigError("name either --model or --run")
+    settings = {"eval.data": str(data), "eval.format": data_format, "eval.answers": answers}
+    settings["train.seq-length"] = seq_length
+    with tempfile.TemporaryDirectory() as folder:
+        if run:
+            from server_app.export import export_round
+
+            export_round(run, round, Path(folder) / "model")
+            model = str(Path(folder) / "model")
+        facts = _evaluated(model, settings)
+    del facts["answers"]
+
+    def as_text() -> None:
+        for name in ("eval/loss", "eval/perplexity", "eval/rougeL", "examples", "tokens"):
+            if name in facts:
+                console.print(f"{name:18}{facts[name]:.4g}")
+
+    show(facts, form, as_text)
+
+
+def _evaluated(model: str, settings: dict[str, Any]) -> dict[str, Any]:
+    from fedtune_strategies.config import parse
+    from fedtune_strategies.language.model import load_model
+    from server_app.evaluation import evaluate as measure
+    from server_app.evaluation import load_held_out
+
+    config = parse(settings)
+    language = load_model(model, config.model.dtype)
+    held_out = load_held_out(config, language)
+    assert held_out is not None
+    return {"answers": []} | measure(language, held_out, config, with_answers=True)
