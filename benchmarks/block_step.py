@@ -27,11 +27,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedtune_strategies.blocks.codecs import encode, encoded_size
+from fedtune_strategies.blocks.codecs import decode_rows, encode, encoded_size
 from fedtune_strategies.blocks.find import Block, find_blocks
 from fedtune_strategies.blocks.gradients import block_gradients
 from fedtune_strategies.blocks.held import coded_loader, empty_model, held_outside
 from fedtune_strategies.blocks.notation import Codec, parse_codec
+from fedtune_strategies.blocks.rows import by_rows, large_modules
 from fedtune_strategies.blocks.train import train_block
 
 LOW, MIDDLE, TOP = 0.0, 0.5, 1.0
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="", help="rows that contain this, beside the first")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -66,7 +68,7 @@ def main() -> None:
     print("| trained | layer | seconds a step | of all | peak memory, MB | of all | needed, MB | peak / needed |")
     print("|---|---|---|---|---|---|---|---|")
     whole: dict[str, float] = {}
-    for name, way, places in ROWS:
+    for name, way, places in [ROWS[0], *(row for row in ROWS[1:] if args.only in row[0])]:
         for place in places:
             layer = None if place is None else round(place * (args.layers - 1))
             result = in_child(way, layer)
@@ -119,7 +121,14 @@ def measure(args: argparse.Namespace, way: dict, layer: int | None) -> dict[str,
     if layer is None:
         train_all(model, loss_fn, batch, args.steps + 2)
     else:
-        with held_outside(model, outside, coded_loader(parts)):
+        large = large_modules(model, outside)
+        by_name: dict[str, dict[str, Tensor]] = {}
+        for key, part in parts.items():
+            by_name.setdefault(key.partition(":")[0], {})[key] = part
+        with (
+            by_rows(large, lambda name, rows: decode_rows(by_name[name], name, rows)),
+            held_outside(model, outside, coded_loader(parts), without=large),
+        ):
             train_block(model, block, loss_fn, [batch], args.steps + 2, 1e-4, **options)
     inside = sum(p.nbytes for n, p in model.named_parameters() if n not in outside and n not in block.parameters)
     return {

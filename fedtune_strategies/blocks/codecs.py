@@ -126,6 +126,38 @@ def decode(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
+def decode_rows(parts: Mapping[str, Tensor], name: str, rows: slice | Tensor) -> Tensor:
+    """Decode some rows of one matrix; where a codec has rows of their own, no other row is decoded.
+
+    Parameters
+    ----------
+    parts : mapping of str to Tensor
+        The parts of the matrix.
+    name : str
+        Its canonical name.
+    rows : slice or Tensor
+        A stretch, or int64 indices.
+
+    Returns
+    -------
+    Tensor
+        float32, the very bits of these rows in `decode`.
+    """
+    if f"{name}:kept" in parts:
+        return decode(parts)[name][rows]
+    if name in parts:
+        return parts[name][rows].float()
+    if f"{name}:int8" in parts:
+        own = {"int8": parts[f"{name}:int8"][rows], "scale": parts[f"{name}:scale"][rows]}
+        return _decode_tensor(own)
+    columns = int(parts[f"{name}:shape"][1])
+    if columns % NF4_BLOCK:
+        return decode(parts)[name][rows]
+    packed = parts[f"{name}:nf4"].view(-1, columns // 2)[rows]
+    scale = parts[f"{name}:scale"].view(-1, columns // NF4_BLOCK)[rows]
+    return _from_nf4(packed.flatten(), scale.flatten(), len(packed) * columns).view(-1, columns)
+
+
 def encode_with_feedback(
     delta: Mapping[str, Tensor], residual: Mapping[str, Tensor], codec: Codec
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

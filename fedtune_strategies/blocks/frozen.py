@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fedtune_strategies.blocks.codecs import decode
+from fedtune_strategies.blocks.codecs import decode, decode_rows
 from fedtune_strategies.blocks.held import empty_parameters, held_outside
+from fedtune_strategies.blocks.rows import by_rows, large_modules
 from fedtune_strategies.language.model_files import map_tensors
 
 
@@ -31,6 +32,7 @@ class FrozenRest:
 
     def __init__(self, model: nn.Module, names: Collection[str], hold: str) -> None:
         self._model = model
+        self._names = set(names)
         self._hold = hold
         self._parts: dict[str, Mapping[str, Tensor]] = {}
         self._outside = set() if hold == "decoded" else {n for n in names if model.get_parameter(n).dim() > 1}
@@ -53,13 +55,26 @@ class FrozenRest:
             return parameter.detach()
         return self._decoded(name).to(parameter.dtype)
 
-    def in_use(self, trained: Collection[str]) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def in_use(self, trained: Collection[str]) -> Iterator[None]:
         """Let the model compute with what is held, for as long as the context lasts, but for the trained block."""
         outside = self._outside - set(trained)
-        return held_outside(self._model, outside, self._decoded) if outside else contextlib.nullcontext()
+        large = large_modules(self._model, self._names - set(trained))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(by_rows(large, self._rows))
+            if outside:
+                stack.enter_context(held_outside(self._model, outside, self._decoded, without=large))
+            yield
 
     def _decoded(self, name: str) -> Tensor:
         return decode(self._parts[name])[name]
+
+    def _rows(self, name: str, rows: slice | Tensor) -> Tensor:
+        parameter = self._model.get_parameter(name)
+        if name not in self._outside:
+            return parameter.detach()[rows]
+        index = rows if isinstance(rows, slice) else rows.cpu()
+        return decode_rows(self._parts[name], name, index).to(parameter.device, parameter.dtype)
 
 
 def _on_disk(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:

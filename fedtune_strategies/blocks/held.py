@@ -22,7 +22,9 @@ Load = Callable[[str], Tensor]
 
 
 @contextlib.contextmanager
-def held_outside(model: nn.Module, names: Collection[str], load: Load) -> Iterator[None]:
+def held_outside(
+    model: nn.Module, names: Collection[str], load: Load, without: Collection[nn.Module] = ()
+) -> Iterator[None]:
     """Take parameters from `load` whenever they are used, instead of from the model.
 
     Parameters
@@ -34,13 +36,16 @@ def held_outside(model: nn.Module, names: Collection[str], load: Load) -> Iterat
         Canonical names of frozen parameters, each used by the modules that own it and nowhere else.
     load : callable
         Gives a parameter by name, of its shape, any float dtype; see `coded_loader`.
+    without : collection of nn.Module
+        Modules that see to their parameters themselves.
     """
     outside = {model.get_parameter(name): name for name in names}
     contents = [(parameter, parameter.data) for parameter in outside]
     owners = {
         module: {attribute: parameter for attribute, parameter in own.items() if parameter in outside}
         for module in model.modules()
-        if not outside.keys().isdisjoint((own := dict(module.named_parameters(recurse=False))).values())
+        if module not in without
+        and not outside.keys().isdisjoint((own := dict(module.named_parameters(recurse=False))).values())
     }
     present: dict[int, nn.Parameter] = {}
 

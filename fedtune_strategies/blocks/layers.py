@@ -31,7 +31,7 @@ def without_layers(model: nn.Module, layers: Iterable[int]) -> Iterator[None]:
     _, modules = decoder_layers(model)
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(_forward_as(modules[layer], _unchanged))
+            stack.enter_context(forward_as(modules[layer], _unchanged))
         yield
 
 
@@ -50,7 +50,7 @@ def checkpointed(model: nn.Module, first: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module in list(modules)[first:]:
             function = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
-            stack.enter_context(_forward_as(module, function))
+            stack.enter_context(forward_as(module, function))
         yield
 
 
@@ -81,9 +81,9 @@ class PrefixCache:
         """Put the cache behind the layers of `prefix`, the model's first ones, in order; none: no effect."""
         with contextlib.ExitStack() as stack:
             for module in prefix[:-1]:
-                stack.enter_context(_forward_as(module, partial(self._skip_if_known, module.forward)))
+                stack.enter_context(forward_as(module, partial(self._skip_if_known, module.forward)))
             for module in prefix[-1:]:
-                stack.enter_context(_forward_as(module, partial(self._recall, module.forward)))
+                stack.enter_context(forward_as(module, partial(self._recall, module.forward)))
             yield
 
     def _skip_if_known(
@@ -110,7 +110,7 @@ def _unchanged(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def _forward_as(module: nn.Module, function: Callable[..., Tensor]) -> Iterator[None]:
+def forward_as(module: nn.Module, function: Callable[..., Tensor]) -> Iterator[None]:
     """Replace the forward of one module, whose own or replaced one comes back at the end."""
     replaced_before = module.__dict__.get("forward")
     module.forward = function  # type: ignore[method-assign]
