@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune_strategies.config import Config
+from fedtune_strategies.config.sections import COMPARED
 
 # Keeps the sum of the odds of 2**20 seeds within 32 bits.
 MAX_ODDS = 4095
@@ -55,7 +56,7 @@ def seed_key(config: Config, round: int, node: str) -> tuple[int | str, ...]:
     tuple of int or str
         Run seed, round and name; without the name where replies are compared with each other seed by seed.
     """
-    compared = config.strategy.aggregation in ("fedmedian", "trimmed-mean", "krum")
+    compared = config.strategy.aggregation in COMPARED
     return (config.train.seed, round) if compared else (config.train.seed, round, node)
 
 

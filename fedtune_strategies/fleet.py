@@ -94,7 +94,7 @@ class Fleet(Grid):
     poll_interval : float
         Seconds between two looks for replies.
     on_event : callable
-        Called with (kind, node name, line) for ``"joined"``, ``"refused"``, ``"lost"``, ``"late"`` and
+        Called with (kind, node name, line) for ``"joined"``, ``"refused"``, ``"lost"`` and
         ``"supplied"``.
     nodes : iterable of Node
         Nodes that are admitted already.
@@ -121,7 +121,7 @@ class Fleet(Grid):
         self._supplied = 0.0
         self._refused: dict[int, tuple[float, FedTuneError]] = {}
         self._claims: dict[int, Node] = {}
-        self._late: dict[str, tuple[Node, float]] = {}
+        self._late: dict[str, tuple[Node, Message]] = {}
         self._limit = 0.0
         self._aside: set[str] = set()
 
@@ -159,7 +159,7 @@ class Fleet(Grid):
                 raise self._too_few(count, wait)
             time.sleep(self._poll_interval)
 
-    def exchange(self, tasks: Iterable[Message], deadline: float) -> Iterator[Received]:
+    def exchange(self, tasks: Iterable[Message], deadline: float, patience: float = 0.0) -> Iterator[Received]:
         """Send tasks and yield the replies as they arrive.
 
         Parameters
@@ -167,7 +167,9 @@ class Fleet(Grid):
         tasks : iterable of Message
             From `task`.
         deadline : float
-            Seconds after which to stop waiting; the messages carry it as their time to live too.
+            Seconds after which to stop waiting.
+        patience : float
+            Seconds for which a reply still has a use after that; the messages live until then.
 
         Yields
         ------
@@ -176,7 +178,7 @@ class Fleet(Grid):
         """
         queues: dict[int, deque[Message]] = {}
         for message in tasks:
-            message.metadata.ttl = deadline
+            message.metadata.ttl = deadline + patience
             queues.setdefault(message.metadata.dst_node_id, deque()).append(message)
         pending = self._push_next(queues, queues)
         start = time.monotonic()
@@ -196,8 +198,17 @@ class Fleet(Grid):
         for message_id, message in pending.items():
             node = self._nodes.pop(message.metadata.dst_node_id, None)
             if node is not None:
-                self._late[message_id] = (node, start)
+                self._late[message_id] = (node, message)
                 self._event("lost", node.name, f"did not answer within {waited:.0f} s")
+
+    def late(self) -> list[Received]:
+        """Take what came from nodes that had missed their deadline; errors are of no interest any more."""
+        found = []
+        for reply in self._grid.pull_messages(list(self._late)) if self._late else ():
+            node, task = self._late.pop(reply.metadata.reply_to_message_id)
+            if not reply.has_error():
+                found.append(self._received(task, reply, node))
+        return found
 
     def hurry(self, grace: float) -> None:
         """Let the exchange that is going on end after this many seconds, if its deadline is not sooner."""
@@ -260,7 +271,7 @@ class Fleet(Grid):
         for claim in list(self._claims.values()):
             if not self._is_taken(claim.name):
                 self._join(self._claims.pop(claim.id))
-        self._note_late(present)
+        self._late = {key: late for key, late in self._late.items() if late[0].id in present}
         now = time.monotonic()
         self._refused = {i: r for i, r in self._refused.items() if i in present and now - r[0] < _REFUSED_FOR_S}
         strangers = present - {*self._nodes, *self._hellos.values(), *self._refused, *self._claims}
@@ -325,17 +336,6 @@ class Fleet(Grid):
     def _is_taken(self, name: str) -> bool:
         return any(node.name == name for node in self._nodes.values())
 
-    def _note_late(self, present: set[int]) -> None:
-        """Take replies that came after their deadline off the SuperLink, and say so: they count nowhere."""
-        self._late = {key: late for key, late in self._late.items() if late[0].id in present}
-        for reply in self._grid.pull_messages(list(self._late)) if self._late else ():
-            node, asked = self._late.pop(reply.metadata.reply_to_message_id)
-            if not reply.has_error():
-                line = (
-                    f"answered {time.monotonic() - asked:.0f} s after it was asked, when its round was over: left out"
-                )
-                self._event("late", node.name, line)
-
     def _all_refused(self) -> bool:
         return not self._nodes and set(self._grid.get_node_ids()) <= set(self._refused)
 
@@ -357,8 +357,8 @@ class Fleet(Grid):
         log.info("%s %s", node, line, extra={"node": node})
         self._on_event(kind, node, line)
 
-    def _received(self, task: Message, reply: Message) -> Received:
-        node = self._nodes.get(task.metadata.dst_node_id) or Node(_label(task.metadata.dst_node_id), 0, 0)
+    def _received(self, task: Message, reply: Message, node: Node | None = None) -> Received:
+        node = node or self._nodes.get(task.metadata.dst_node_id) or Node(_label(task.metadata.dst_node_id), 0, 0)
         down = len(from_record(task.content)[1])
         try:
             message = _decoded(reply)

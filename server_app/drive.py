@@ -131,11 +131,12 @@ def _round(
     for attempt in range(1, config.round.attempts + 1):
         fleet.set_aside(())
         fleet.gather(config.strategy.min_nodes, config.round.node_wait)
+        fleet.set_aside(late := _take_late(number, strategy, fleet, ledger))
         _log_missing(number, ledger)
         if attempt > 1:
             answered = _answered(number, ledger)
             others = set(fleet.nodes) - answered - failed
-            fleet.set_aside(answered | failed if others else answered)
+            fleet.set_aside(answered | failed if others else answered | late)
         # A server that was stopped in the round goes on with the nodes that it had asked.
         only = _unanswered(number, ledger) if attempt == 1 else None
         failed |= _ask(number, strategy, arrays, fleet, ledger, config, only)
@@ -174,9 +175,10 @@ def _ask(
     if not again:
         strategy.note_asked(asked)
     failed, lacking = set(asked), set()
-    for received in fleet.exchange(tasks, config.round.deadline):
+    patience = config.round.deadline if config.strategy.late else 0.0
+    for received in fleet.exchange(tasks, config.round.deadline, patience):
         try:
-            if _accept(number, received, strategy, ledger):
+            if _accept(number, received, strategy.accept, ledger):
                 answered.add(received.node.name)
                 if config.round.grace and len(answered) == config.strategy.min_replies:
                     fleet.hurry(config.round.grace)
@@ -187,12 +189,29 @@ def _ask(
             name = received.node.name
             log.warning("round %d: %s: %s", number, name, error, extra={"node": name})
             ledger.append("refused", round=number, node=received.node.name, body={"reason": str(error)})
+    _take_late(number, strategy, fleet, ledger)
     for name in sorted(failed):
         log.warning("round %d: no usable reply from %s", number, name, extra={"node": name})
     if lacking and not again:
         # Restarted nodes take part in this round too: the strategy now sends them all they need.
         failed |= _ask(number, strategy, arrays, fleet, ledger, config, lacking, again=True)
     return failed
+
+
+def _take_late(number: int, strategy: TuningStrategy, fleet: Fleet, ledger: Ledger) -> set[str]:
+    """Let replies to earlier rounds count in this one, where the strategy wants them; return their nodes' names."""
+    taken = set()
+    for received in fleet.late():
+        name = received.node.name
+        try:
+            if name in _answered(number, ledger):
+                raise ProtocolError("it has answered for this round already: the reply is left out.")
+            if _accept(number, received, strategy.accept_late, ledger):
+                taken.add(name)
+        except FedTuneError as error:
+            log.warning("round %d: %s answered late: %s", number, name, error, extra={"node": name})
+            ledger.append("late", round=number, node=name, body={"reason": str(error)})
+    return taken
 
 
 def _answered(round: int, ledger: Ledger) -> set[str]:
@@ -216,14 +235,14 @@ def _log_missing(round: int, ledger: Ledger) -> None:
         log.warning("round %d: missing: %s", round, ", ".join(missing))
 
 
-def _accept(number: int, received: Received, strategy: TuningStrategy, ledger: Ledger) -> bool:
+def _accept(number: int, received: Received, check: Callable[[int, protocol.Message], bool], ledger: Ledger) -> bool:
     message = received.message
     if isinstance(message, FedTuneError):
         raise message
     sender = getattr(message, "node", None)
     if sender != received.node.name:
         raise ProtocolError(f"the reply bears the name of {sender!r}: it is left out.")
-    if not strategy.accept(number, message):
+    if not check(number, message):
         return False
     assert received.content is not None
     kind, payload = from_record(received.content)

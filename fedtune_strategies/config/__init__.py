@@ -18,6 +18,7 @@ from fedtune_strategies.config.fedcybgd import FedCyBGDConfig, check_fedcybgd
 from fedtune_strategies.config.fedkseed import FedKSeedConfig, PrivacyConfig
 from fedtune_strategies.config.options import Scalar, accepted, as_toml_value, option, options, section
 from fedtune_strategies.config.sections import (
+    COMPARED,
     METHODS,
     EvalConfig,
     MethodConfig,
@@ -155,6 +156,11 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             "run config: 'privacy.clip' works with FedKSeed, 'fedkseed.estimator' = \"two-sided\" and "
             "'fedkseed.directions' = 1 alone: set these, or 'privacy.clip' to 0."
+        )
+    if config.strategy.late and config.strategy.aggregation in COMPARED:
+        raise ConfigError(
+            f"run config: 'strategy.late' does not work with '{config.strategy.aggregation}', which compares replies "
+            "of one round: set it to 0, or choose another 'strategy.aggregation'."
         )
     if config.privacy.clip and not (seeds.lr and seeds.eps):
         raise ConfigError(

@@ -9,6 +9,9 @@ from fedtune_strategies.method import installed_methods
 
 METHODS = ("fedkseed", "fedkseed-pro", "fedcybgd", "fedavg", "fedit", "fedzo")
 
+# Aggregations that compare replies seed by seed: all nodes draw the same seeds in a round.
+COMPARED = ("fedmedian", "trimmed-mean", "krum")
+
 
 @dataclass(frozen=True)
 class MethodConfig:
@@ -56,7 +59,7 @@ class StrategyConfig:
         "fedavg",
         "FedKSeed: the Flower strategy that aggregates the nodes' points in seed space. With the last three all nodes "
         "draw the same seeds, so that they can be compared.",
-        choices=("fedavg", "fedavgm", "fedadam", "fedyogi", "fedmedian", "trimmed-mean", "krum"),
+        choices=("fedavg", "fedavgm", "fedadam", "fedyogi", *COMPARED),
     )
     server_lr: float = option(1.0, "FedKSeed: theta moves by this much of the aggregated move.", above=0.0)
     momentum: float = option(0.9, "Momentum of fedavgm, beta_1 of fedadam and fedyogi.", low=0.0, high=0.9999)
@@ -64,6 +67,12 @@ class StrategyConfig:
     adaptivity: float = option(1e-2, "tau of fedadam and fedyogi, in units of the step size.", above=0.0)
     trim: float = option(0.2, "Part of the replies that trimmed-mean cuts off at either end.", low=0.0, high=0.49)
     faulty_nodes: int = option(1, "Nodes that krum expects to be faulty.", low=0)
+    late: float = option(
+        0.0,
+        "FedKSeed: a reply that comes one round late counts so much of a prompt one; 0 leaves it out.",
+        low=0.0,
+        high=1.0,
+    )
     weight_decay: float = option(
         0.0, "FedKSeed: part by which theta shrinks in a round, towards the base model.", low=0.0, high=1.0
     )

@@ -94,6 +94,28 @@ class TuningStrategy(Strategy):
             The reply must not be used; the line says why.
         """
 
+    def accept_late(self, round: int, reply: protocol.Message) -> bool:
+        """Check a reply to an earlier round's task; most methods have no use for it.
+
+        Parameters
+        ----------
+        round : int
+            The current round.
+        reply : protocol.Message
+            A decoded reply.
+
+        Returns
+        -------
+        bool
+            Whether the reply contributes to the current round.
+
+        Raises
+        ------
+        FedTuneError
+            The reply must not be used; the line says why.
+        """
+        raise ProtocolError("its round was over: the reply is left out.")
+
     @abstractmethod
     def state(self) -> State:
         """Return what to store after the round that was just aggregated."""

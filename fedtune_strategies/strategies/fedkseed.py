@@ -74,7 +74,8 @@ class FedKSeed(TuningStrategy):
         self.versions = Versions()
         self.amplitude = 0.0
         self.asked: dict[str, tuple[int, int]] = {}
-        self.fingerprint = ""
+        self.fingerprint, self.last_fingerprint = "", ""
+        self.last_odds = np.empty(0, dtype=np.int16)
 
     def summary(self) -> None:
         """Log what will be tuned and how."""
@@ -124,6 +125,24 @@ class FedKSeed(TuningStrategy):
         if not isinstance(reply, protocol.SeedReply):
             raise ProtocolError(f"a node answered a seed task with a '{reply.kind}'.")
         check_origin(reply, round, self.fingerprint)
+        self._check_scalars(reply)
+        self.versions.hold(reply.node, round - 1)
+        return True
+
+    def accept_late(self, round: int, reply: protocol.Message) -> bool:
+        """Let a reply of the round before count, if ``strategy.late`` is above 0: scalars commute."""
+        if not isinstance(reply, protocol.SeedReply) or reply.round not in (round, round - 1):
+            return super().accept_late(round, reply)
+        if reply.round == round:  # its round still goes on
+            return self.accept(round, reply)
+        if not self.config.strategy.late or pool_number(self.config, round) != pool_number(self.config, round - 1):
+            return super().accept_late(round, reply)
+        check_origin(reply, round - 1, self.last_fingerprint)
+        self._check_scalars(reply)
+        self.versions.hold(reply.node, reply.round - 1)
+        return True
+
+    def _check_scalars(self, reply: protocol.SeedReply) -> None:
         settings = self.config.fedkseed
         if reply.scalars.shape != (settings.local_steps,) or reply.scalars.dtype != SCALAR_TYPES[settings.scalar_bits]:
             raise ProtocolError(
@@ -140,8 +159,6 @@ class FedKSeed(TuningStrategy):
                 f"{reply.node} sent scalars of median magnitude {amplitude(scalars):.3g}, out of line with "
                 f"{self.amplitude:.3g} so far ('fedkseed.outlier'): the reply is left out."
             )
-        self.versions.hold(reply.node, round - 1)
-        return True
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -152,11 +169,15 @@ class FedKSeed(TuningStrategy):
             return None, None
         self._calibrate(answers)
         set_step(self.inner, self.lr(server_round), self.config.strategy.adaptivity)
-        odds, received = self.odds(), [read_scalars(answer.scalars, answer.unit) for answer in answers]
+        odds = {server_round: self.odds(), server_round - 1: self.last_odds}
+        received = [read_scalars(answer.scalars, answer.unit) for answer in answers]
         amplitudes = [amplitude(one) for one in received]
         limit = self._limit(float(np.median(amplitudes)))
         scalars = [clipped(one, limit) for one in received]
-        moved = [self._moved(answer, one, odds) for answer, one in zip(answers, scalars, strict=True)]
+        moved = [
+            self._moved(answer, one, odds[answer.round], late=answer.round < server_round)
+            for answer, one in zip(answers, scalars, strict=True)
+        ]
         arrays, metrics = self.inner.aggregate_train(server_round, moved)
         if arrays is None:
             return None, metrics
@@ -164,7 +185,8 @@ class FedKSeed(TuningStrategy):
             metrics["privacy/epsilon"] = epsilon(self.config, self.asked.values())
         self.amplitude = running_amplitude(self.amplitude, amplitudes)
         for answer, one in zip(answers, scalars, strict=True):
-            self.observe(self.draws(answer.node, server_round, odds), one)
+            self.observe(self.draws(answer.node, answer.round, odds[answer.round]), one)
+        self.last_odds = odds[server_round]
         self._move(arrays["theta"].numpy(), server_round)
         if pool_number(self.config, server_round + 1) > len(self.closed):
             self.next_pool()
@@ -174,7 +196,7 @@ class FedKSeed(TuningStrategy):
         """Rebuild W(theta) from W_0; parameters that are not tuned stay as they are."""
         tuned = {name: parameters[name] for name in self.base}
         rebuild(self.config, [*self.closed, arrays["theta"].numpy().copy()], tuned, self.base)
-        self.fingerprint = fingerprint(tuned)
+        self.fingerprint, self.last_fingerprint = fingerprint(tuned), self.fingerprint
         return self.fingerprint
 
     def state(self) -> State:
@@ -183,6 +205,7 @@ class FedKSeed(TuningStrategy):
         Theta of a closed pool is a file: it will not change any more.
         """
         own = {"theta": self.theta, "carry": self.carry, "amplitude": np.float64(self.amplitude)}
+        own |= {"last_odds": self.last_odds} if self.config.strategy.late else {}
         own |= {"eta": np.float64(self.eta), "eps": np.float64(self.eps)}
         asked = {f"asked/{node}": np.array(counts) for node, counts in self.asked.items()}
         files = {f"pool-{len(self.closed) - 1}": {"theta": torch.from_numpy(row)} for row in self.closed[-1:]}
@@ -195,6 +218,8 @@ class FedKSeed(TuningStrategy):
             self.closed.append(closed["theta"].numpy())
         self.theta, self.carry = tensors["theta"].numpy(), tensors["carry"].numpy()
         self.amplitude = float(tensors["amplitude"])
+        if self.config.strategy.late:
+            self.last_odds = tensors["last_odds"].numpy()
         self.eta, self.eps = float(tensors["eta"]), float(tensors["eps"])
         counts = {key.removeprefix("asked/"): value for key, value in tensors.items() if key.startswith("asked/")}
         self.asked = {node: (int(pair[0]), int(pair[1])) for node, pair in counts.items()}
@@ -277,12 +302,16 @@ class FedKSeed(TuningStrategy):
     def _limit(self, amplitude: float) -> float:
         return self.config.fedkseed.clip * amplitude or math.inf
 
-    def _moved(self, answer: protocol.SeedReply, scalars: NDArray[np.float32], odds: NDArray[np.int16]) -> Message:
+    def _moved(
+        self, answer: protocol.SeedReply, scalars: NDArray[np.float32], odds: NDArray[np.int16], *, late: bool
+    ) -> Message:
         """Turn a reply into the theta that its node reached, as a reply to a Flower strategy."""
         seeds, theta = self.draws(answer.node, answer.round, odds), self.theta.astype(np.float64)
         weights = importance(odds)[seeds] if self.config.fedkseed.pro_importance and odds.size else 1.0
         np.subtract.at(theta, seeds, self.lr(answer.round) * weights * np.nan_to_num(scalars.astype(np.float64)))
-        weight = answer.num_examples if self.config.strategy.weighting == "examples" else 1
+        weight: float = answer.num_examples if self.config.strategy.weighting == "examples" else 1
+        if late:
+            weight *= self.config.strategy.late
         metrics: dict[str, MetricRecordValues] = {
             "num-examples": weight,
             "train/loss": answer.loss,

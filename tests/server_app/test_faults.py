@@ -14,6 +14,7 @@ from fedtune_strategies.errors import DataError, LinkError, NodesError, Resource
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.records import from_record
 from server_app.ledger import Ledger
+from server_app.replay import replay
 from server_app.run import execute
 from tests.faults import FaultyGrid
 from tests.federations import final_state
@@ -220,6 +221,24 @@ def test_a_late_reply_is_noted_and_counts_nowhere(faulty, data_files):
     ledger = Ledger.read(Path(settings["run.dir"]))
     assert "node-0" not in next(iter(ledger.records("round", round=2))).body["replies"]
     assert [record.kind for record in told(settings)] == ["lost", "late"]
+
+
+@pytest.mark.parametrize("method", ["fedkseed", "fedkseed-pro"])
+def test_a_late_reply_counts_in_the_next_round_where_asked_to(faulty, data_files, method, tmp_path):
+    settings = faulty | {"strategy.min-replies": 2, "strategy.min-nodes": 2, "method.name": method}
+    settings |= {"round.grace": 0.01, "num-server-rounds": 5, "strategy.late": 0.5}
+
+    def late(grid, number, message):
+        grid.dead.add(number)  # a node at work hears no greeting
+        return {"content": grid.train(number, message), "after": SOON + 3}
+
+    execute(FaultyGrid(settings, data_files, late), settings, run_id=1)
+    ledger = Ledger.read(Path(settings["run.dir"]))
+    counted = [(record.round, record.body["round"]) for record in ledger.records("reply") if record.node == "node-0"]
+    assert counted == [(1, 1), (3, 2)]
+    assert [record.kind for record in told(settings)] == ["lost"]
+    # The recorded replies alone make the same model.
+    assert replay(Path(settings["run.dir"])).kept == sum(len(r.body["replies"]) for r in ledger.records("round"))
 
 
 # --- The server's side -----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fedtune_strategies.config import parse
 from fedtune_strategies.draws import LEVELS, MAX_ODDS, draw_seeds
+from fedtune_strategies.errors import ConfigError, ProtocolError
 from fedtune_strategies.fleet import Node, task
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.strategies.fedkseed import FedKSeed
@@ -84,6 +85,41 @@ def test_a_skipped_step_moves_nothing():
         expected[seed] -= ETA * (step != 3)
     np.testing.assert_allclose(strategy.theta + strategy.carry, expected)
     assert metrics["train/skipped"] == 1
+
+
+@pytest.mark.parametrize("cls", [FedKSeed, FedKSeedPro])
+def test_a_late_reply_moves_along_the_seeds_and_by_the_step_of_its_own_round(cls):
+    strategy = make(cls, strategy__late=0.5, fedkseed__schedule="linear", fedkseed__theta_bits=24)
+    strategy.observe(np.arange(K), np.linspace(0.1, 9, K, dtype=np.float32))
+    odds = strategy.odds()
+    strategy.aggregate_train(1, [reply("b", [1.0] * TAU)])
+    start = strategy.theta + strategy.carry
+    lr = [strategy.lr(1), strategy.lr(2)]
+    again = make(cls, strategy__late=0.5, fedkseed__schedule="linear", fedkseed__theta_bits=24)
+    again.restore(strategy.state().tensors, lambda label: None)
+    now = again.odds()
+    again.aggregate_train(2, [reply("a", [1.0] * TAU, examples=6), reply("b", [1.0] * TAU, examples=3, round=2)])
+    expected = start.astype(np.float64)
+    np.subtract.at(expected, drawn("a", 1, odds), lr[0] * 0.5)
+    np.subtract.at(expected, drawn("b", 2, now), lr[1] * 0.5)
+    np.testing.assert_allclose(again.theta + again.carry, expected, atol=1e-6)
+
+
+def test_a_late_reply_is_refused_where_it_cannot_count():
+    def late(round, **changes):
+        strategy = make(**changes)
+        strategy.fingerprint, strategy.last_fingerprint = "now", ""
+        answer = protocol.SeedReply("a", round, torch.ones(TAU), 1.0, 2.0, "", 1, 1.0, 1, 1e-4, 1e-3, 0.1)
+        return strategy.accept_late(5, answer)
+
+    assert late(4, strategy__late=0.5)
+    for refused in ({}, {"strategy__late": 0.5, "fedkseed__pool_every": 4}):
+        with pytest.raises(ProtocolError, match="round was over"):
+            late(4, **refused)
+    with pytest.raises(ProtocolError, match="round was over"):
+        late(3, strategy__late=0.5)
+    with pytest.raises(ConfigError, match=r"strategy\.late.*fedmedian"):
+        make(strategy__late=0.5, strategy__aggregation="fedmedian")
 
 
 def test_another_flower_strategy_aggregates_theta_as_it_stands():
