@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 
 from deploy.certificates import server_files
 from deploy.home import runs_folder, write_private
+from deploy.httpd import is_loopback, split_listen
 from deploy.serve import own_host
-from deploy.status.server import is_loopback, serve_page
-from fedtune_strategies.errors import ConfigError
+from deploy.status.server import serve_page
 
 
 @contextlib.contextmanager
@@ -40,20 +40,18 @@ def operators_page(folder: Path, where: str) -> Iterator[str]:
     PortError
         The address cannot be bound.
     """
-    host, found, port = where.rpartition(":")
-    host = host.strip("[]")
-    if not found or not port.isdigit() or int(port) > 65535 or not host:
-        raise ConfigError(f"--status {where!r}: write it as host:port, such as 127.0.0.1:9096")
+    host, port = split_listen(where)
     if is_loopback(host):
-        with serve_page(runs_folder(), host, int(port)) as url:
+        with serve_page(runs_folder(), host, port) as url:
             yield url
         return
-    files, token = server_files(folder / "keys"), _token(folder / "status.token")
-    with serve_page(runs_folder(), host, int(port), token, certificate=files.certificate, key=files.key) as url:
+    files, token = server_files(folder / "keys"), kept_token(folder / "status.token")
+    with serve_page(runs_folder(), host, port, token, certificate=files.certificate, key=files.key) as url:
         yield url.replace(urlsplit(url).netloc, f"{_reachable(host)}:{urlsplit(url).port}")
 
 
-def _token(file: Path) -> str:
+def kept_token(file: Path) -> str:
+    """Return the token in a file that only its owner can read; made where absent."""
     if not file.exists():
         write_private(file, secrets.token_urlsafe(24).encode())
     return file.read_text().strip()

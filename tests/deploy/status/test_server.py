@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from deploy import httpd
 from deploy.certificates import server_files
 from deploy.status import server as server_module
 from deploy.status.server import serve_page
@@ -95,8 +96,8 @@ def test_nothing_can_be_written_or_reached_beside_the_run(tmp_path):
 
 
 def test_whoever_holds_the_line_is_cut_off_and_others_are_served(tmp_path, monkeypatch):
-    monkeypatch.setattr(server_module, "REQUEST_SECONDS", 0.5)
-    monkeypatch.setattr(server_module, "MAX_REQUESTS", 2)
+    monkeypatch.setattr(httpd, "REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr(httpd, "MAX_REQUESTS", 2)
     with serve_page(tmp_path) as url:
         address = ("127.0.0.1", urlsplit(url).port)
         idle = [socket.create_connection(address, timeout=10) for _ in range(2)]
