@@ -207,8 +207,14 @@ def _assert_same(federation: Federation, first: str, second: str, what: str) -> 
 
 def _write_model(folder: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(model_folder("fedtune-tiny"))
-    sizes: dict[str, int] = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2}
-    config = LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=2, max_position_embeddings=64, **sizes)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)
