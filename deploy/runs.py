@@ -118,9 +118,11 @@ def tune(
 def _follow(
     control: Control, run_id: int, after: int, view: RunView, on_change: Callable[[RunView], object]
 ) -> RunStatus:
-    """Wait until a run has ended: its ledger says so at once, the SuperLink where the run died."""
+    """Wait until a run has ended: its ledger says so at once, or that nobody writes it any more; else the SuperLink."""
     asked = time.monotonic()
     while True:
+        begun = bool(view.starts) and view.starts[-1].get("run_id") == str(run_id)
+        gone = begun and not Ledger.is_written(view.folder)
         with contextlib.suppress(LedgerError):  # until the ServerApp has made its ledger
             if view.update():
                 on_change(view)
@@ -132,6 +134,8 @@ def _follow(
                 with contextlib.suppress(LedgerError):
                     view.update()
                 return status
+        elif gone:
+            return RunStatus("died", "its ServerApp is gone")  # Flower says so after about a minute
         time.sleep(LOOK_EVERY)
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -94,7 +95,8 @@ class Ledger:
         self.folder = folder
         self._path = folder / "ledger.sqlite"
         self._head = folder / "ledger.head"
-        self._lock = FileLock(folder / "ledger.lock", timeout=0)
+        # The moment's patience is for those who only ask whether it is taken.
+        self._lock = FileLock(folder / "ledger.lock", timeout=0.5)
         if not writable and not self._path.exists():
             raise LedgerError(f"no ledger in {folder}: check 'run.dir'.")
         try:
@@ -103,10 +105,10 @@ class Ledger:
                 self._take_lock()
                 found = self._cut_back(cut_anywhere)
             self._db = self._open(writable)
+            self._hash = self._last_hash() if writable else b""
         except (sqlite3.DatabaseError, OSError, FedTuneError) as error:
             self._lock.release()
             raise self._plain(error) from None
-        self._hash = self._last_hash() if writable else b""
         if writable and found is not None:
             self.append("cut", body={"after": found.good, "reason": str(found)})
 
@@ -114,6 +116,15 @@ class Ledger:
     def read(cls, folder: Path) -> Ledger:
         """Open for reading alone, while another process may write."""
         return cls(folder, writable=False)
+
+    @staticmethod
+    def is_written(folder: Path) -> bool:
+        """Say whether a process has this ledger open for writing: whether its run goes on."""
+        try:
+            with FileLock(folder / "ledger.lock", timeout=0):
+                return False
+        except Timeout:
+            return True
 
     def close(self) -> None:
         """Close the file and give the writer's lock back."""
@@ -221,9 +232,10 @@ class Ledger:
     def files(self) -> Iterator[tuple[Record, str]]:
         """Yield every file that a record names, with the record."""
         for record in self.records():
-            for name in (record.file, *record.body.get("files", {}).values()):
+            named = record.body.get("files")
+            for name in (record.file, *(named.values() if isinstance(named, dict) else ())):
                 if name:
-                    yield record, name
+                    yield record, str(name)
 
     def damage(self) -> Damage | None:
         """Look for the first record that is not as it was written; None where all are.
@@ -264,6 +276,8 @@ class Ledger:
         return self._file(name).read_bytes()
 
     def _file(self, name: str) -> Path:
+        if not re.fullmatch("[0-9a-f]{64}", name):
+            raise LedgerError(f"{self._path} is damaged: see `fedtune ledger verify {self.folder}`.")
         return self.folder / "files" / f"{name}.safetensors"
 
     def _take_lock(self) -> None:
@@ -304,15 +318,20 @@ class Ledger:
 
     def _last_hash(self) -> bytes:
         row = self._db.execute("SELECT hash FROM records ORDER BY seq DESC LIMIT 1").fetchone()
-        return bytes(row[0]) if row else b""
+        if row and not isinstance(row[0], bytes):
+            raise LedgerError(f"{self._path} is damaged: restore it from a backup.")
+        return row[0] if row else b""
 
     def _select(self, query: str, values: list[Any]) -> Iterator[Record]:
         try:
             for seq, at, kind, round, node, body, blob, file in self._db.execute(query, values):
-                yield Record(seq, at, kind, round, node, json.loads(body), blob, file)
+                facts = json.loads(body)
+                if not isinstance(facts, dict):
+                    raise ValueError("no facts")
+                yield Record(seq, at, kind, round, node, facts, blob, file)
         except sqlite3.DatabaseError as error:
             raise self._plain(error) from None
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise LedgerError(f"{self._path} is damaged: see `fedtune ledger verify {self.folder}`.") from None
 
     def _plain(self, error: Exception) -> FedTuneError:

@@ -27,6 +27,7 @@ CREATE INDEX records_by_kind ON records (kind, round);
 """
 _COLUMNS = "seq, time, kind, round, node, body, blob, file, hash"
 _Row = tuple[Any, ...]
+_MOST_UNREADABLE = 1000
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,7 @@ def find_damage(path: Path, head: int) -> Damage | None:
         end = max(head, _last_seq(db))
         if good >= end:
             return None
-        good_after, before = 0, b""
-        for seq in range(good + 1, end + 1):
-            row = next(_readable(db, seq - 1, 1), ())
-            if row and row[0] == seq:
-                good_after += bool(before) and row[-1] == _link(before, row)
-                before = row[-1]
+        good_after = _good_after(db, good, end)
         return Damage(good, good_after, end - good - good_after)
 
 
@@ -221,6 +217,20 @@ def _readable(db: sqlite3.Connection, after: int, limit: int = -1) -> Iterator[_
         file = "file" if db.execute("PRAGMA user_version").fetchone()[0] > 1 else "''"
         columns = _COLUMNS.replace("file", file)
         yield from db.execute(f"SELECT {columns} FROM records WHERE seq > ? ORDER BY seq LIMIT ?", [after, limit])
+
+
+def _good_after(db: sqlite3.Connection, good: int, end: int) -> int:
+    """Count the records behind a damage that follow from the one before them."""
+    count, at, seq, before, misses = 0, good, 0, b"", 0
+    while at < end and misses < _MOST_UNREADABLE:
+        row = next(_readable(db, at, 1), None)
+        if row is None:
+            at, misses = at + 1, misses + 1
+            continue
+        count += row[0] == seq + 1 and row[-1] == _link(before, row)
+        at = seq = row[0]
+        before = row[-1]
+    return count
 
 
 def _last_seq(db: sqlite3.Connection) -> int:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from fedtune_strategies.errors import DataError
 
 Record = dict[str, Any]
@@ -96,7 +98,7 @@ def rows_from(records: Iterable[tuple[str, Record]], format: str = "auto", sourc
         if missing:
             raise DataError(
                 f"{source}, {where}: format {format!r} needs the columns {', '.join(FORMATS[format][0])}, "
-                f"but found {', '.join(map(str, record)) or 'none'}"
+                f"but found {_columns(record)}"
             )
         try:
             row = FORMATS[format][1](record)
@@ -144,7 +146,7 @@ def _natural_instructions(record: Record) -> Row:
         raise ValueError("column 'output' must be a string or a non-empty list of strings")
     definition = record.get("definition") or ""
     if isinstance(definition, list):
-        definition = "\n".join(definition)
+        definition = "\n".join(map(str, definition))
     prompt = _instruction({"definition": definition, "input": _text(record, "input")}, "definition", "input")
     return Row(prompt, answers[0], tuple(answers))
 
@@ -169,7 +171,11 @@ def _recognise(record: Record, where: str) -> str:
         if all(column in record for column in columns):
             return name
     accepted = "; ".join("+".join(columns) for columns, _ in FORMATS.values())
-    raise DataError(f"{where}: columns {', '.join(map(str, record)) or 'none'} fit no format; accepted: {accepted}")
+    raise DataError(f"{where}: columns {_columns(record)} fit no format; accepted: {accepted}")
+
+
+def _columns(record: Record) -> str:
+    return " ".join(", ".join(map(str, record)).split())[:200] or "none"
 
 
 def _answer(prompt: str | list[Message], response: str) -> Row:
@@ -243,7 +249,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Record]]:
             if line.strip():
                 try:
                     yield f"line {number}", json.loads(line.decode("utf-8-sig"))
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise DataError(f"{path}, line {number}: not valid JSON: {_brief(error)}") from None
 
 
@@ -254,9 +260,12 @@ def _read_json(path: Path) -> Iterator[tuple[str, Record]]:
         raise DataError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text: {_brief(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON: {_brief(error)}") from None
     if isinstance(content, dict) and "Instances" in content:  # a task file of Natural Instructions
         definition = content.get("Definition", "")
-        content = [{"definition": definition} | instance for instance in content["Instances"]]
+        instances = content["Instances"] if isinstance(content["Instances"], list) else [content["Instances"]]
+        content = [{"definition": definition} | one if isinstance(one, dict) else one for one in instances]
     if not isinstance(content, list):
         raise DataError(f"{path}: must hold a list of rows, not {_kind(content)}; one object per line is a .jsonl file")
     for number, record in enumerate(content, start=1):
@@ -279,11 +288,19 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
+        metadata = pyarrow.parquet.read_metadata(path)
+        size = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
+        if size > (free := _free_memory()):
+            raise DataError(f"{path}: unpacks to {size / 1e9:.1f} GB, more than the {free / 1e9:.1f} GB that are free")
+        records = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {_brief(error)}") from None
-    for number, record in enumerate(table.to_pylist(), start=1):
+    for number, record in enumerate(records, start=1):
         yield f"row {number}", record
+
+
+def _free_memory() -> int:
+    return int(psutil.virtual_memory().available)
 
 
 def _read_datasets_folder(path: Path) -> Iterator[tuple[str, Record]]:
