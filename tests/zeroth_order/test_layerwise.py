@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from fedtune_strategies.seed_space import make_pool, tuned_parameters
@@ -54,8 +54,18 @@ def offload_to_disk(model, folder):
     return disk_offload(model, folder, execution_device="cpu")
 
 
+def split_by_a_device_map(model, folder):
+    """One layer in memory, all else on disk: what `device_map="auto"` makes of a model that is too large."""
+    base = model.base_model_prefix
+    places = {f"{base}.{name}": "disk" for name, _ in model.base_model.named_children()} | {"lm_head": "disk"}
+    layers = next(name for name, module in model.base_model.named_children() if isinstance(module, torch.nn.ModuleList))
+    del places[f"{base}.{layers}"]
+    places |= {f"{base}.{layers}.0": "cpu", f"{base}.{layers}.1": "disk"}
+    return dispatch_model(model, places, main_device="cpu", offload_dir=folder, force_hooks=True)
+
+
 @models
-@pytest.mark.parametrize("offload", [offload_to_memory, offload_to_disk])
+@pytest.mark.parametrize("offload", [offload_to_memory, offload_to_disk, split_by_a_device_map])
 def test_offloaded_weights_are_rebuilt_where_they_are_loaded(config, offload, tmp_path):
     spread = offload(make(config), str(tmp_path))
     assert any(p.is_meta for p in spread.parameters())
@@ -66,7 +76,7 @@ def test_offloaded_weights_are_rebuilt_where_they_are_loaded(config, offload, tm
 
 
 @models
-@pytest.mark.parametrize("offload", [offload_to_memory, offload_to_disk])
+@pytest.mark.parametrize("offload", [offload_to_memory, offload_to_disk, split_by_a_device_map])
 def test_steps_of_an_offloaded_model_are_those_of_a_whole_one(config, offload, tmp_path):
     def loss(model, batch):
         return model(batch, labels=batch).loss
