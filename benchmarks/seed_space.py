@@ -47,11 +47,8 @@ def operations(parameters: int, size: int, device: str) -> dict[str, Callable[[]
     weights = {name: tensor.clone() for name, tensor in base.items()}
     z = torch.randn(EDGE, EDGE, device=device)
     theta = torch.randn(size) * 1e-4
-    walsh, wide, gaussian = (
-        make_pool("walsh", 1, size),
-        make_pool("walsh", 1, size, 16 * size),
-        make_pool("gaussian", 1, size),
-    )
+    walsh, gaussian = make_pool("walsh", 1, size), make_pool("gaussian", 1, size)
+    narrow = make_pool("walsh", 1, size, 1 << (size - 1).bit_length())
     first = {next(iter(base)): base[next(iter(base))][:256]}  # the gaussian rebuild is timed on a tenth of one matrix
     few = torch.zeros(size).index_fill(0, torch.arange(64), 1e-4)
 
@@ -64,7 +61,7 @@ def operations(parameters: int, size: int, device: str) -> dict[str, Callable[[]
     return {
         "copy": lambda: [weights[name].copy_(tensor) for name, tensor in base.items()],
         "walsh rebuild": lambda: walsh.rebuild_model(weights, base, theta),
-        "walsh rebuild, 16 K to a block": lambda: wide.rebuild_model(weights, base, theta),
+        "walsh rebuild, B = K": lambda: narrow.rebuild_model(weights, base, theta),
         "fingerprint": lambda: fingerprint(weights),
         "add_": lambda: [weight.add_(z, alpha=1e-9) for weight in weights.values()],
         "walsh W + c z": lambda: [walsh.perturb(name, w, 7, 1e-9, out=w) for name, w in weights.items()],

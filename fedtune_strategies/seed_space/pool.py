@@ -21,6 +21,7 @@ from fedtune_strategies.seed_space.kernels import kernels, thread_count
 from fedtune_strategies.seed_space.reference import Moves
 
 CHUNK = 1 << 15  # elements of 16-bit weights that are held in float32 at once
+ROWS = 16  # rows of a walsh pool that share a transform, where nothing else is said
 SHARE = 1 << 18  # elements that are worth a thread
 PART = 1 << 20  # elements that are projected at once; the same for any number of threads, since sums depend on it
 
@@ -315,7 +316,8 @@ def make_pool(kind: str, key: int, size: int, transform: int | None = None) -> P
     size : int
         Number K of seeds, at least 1.
     transform : int, optional
-        Walsh only: elements B that share the seed signs, a power of two not below K. By default the smallest.
+        Walsh only: elements B that share the seed signs, a power of two not below K. By default 16 times the smallest:
+        as good for learning, and cheaper to rebuild (docs/seed-space.md).
 
     Returns
     -------
@@ -334,7 +336,7 @@ def make_pool(kind: str, key: int, size: int, transform: int | None = None) -> P
         return GaussianPool(key, size)
     if kind != "walsh":
         raise ConfigError(f'unknown kind of pool "{kind}": choose walsh or gaussian')
-    block = transform or 1 << (size - 1).bit_length()
+    block = transform or ROWS << (size - 1).bit_length()
     if block < size or block & (block - 1):
         raise ConfigError(
             f"a walsh pool of {size} seeds needs a transform that is a power of two ≥ {size}, not {block}"
