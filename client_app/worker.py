@@ -21,6 +21,7 @@ from pathlib import Path
 import grpc
 import psutil
 
+from client_app.facts import Facts
 from client_app.link import GRPC_OPTIONS, METHOD, WorkerSpec, running_worker
 from client_app.tasks import Node
 from fedtune_strategies.errors import FedTuneError
@@ -46,21 +47,25 @@ class Service:
         self._spec = spec
         self._node: Node | None = None
         self._busy = threading.Lock()
+        self._facts = Facts()
         self.last_used = time.monotonic()
 
     def do(self, request: bytes) -> bytes:
         """Answer one task; a node that cannot be loaded is a `Failure`, and tried again with the next task."""
-        kind, _, payload = request.partition(b"\0")
+        head, _, payload = request.partition(b"\0")
+        kind = head.decode(errors="replace")
         with self._busy:
+            start = time.monotonic()
             try:
                 if self._node is None:
                     self._node = Node(self._spec.run_config, self._spec.node_config, self._spec.node_id)
-                name, body = self._node.handle(kind.decode(errors="replace"), payload)
+                name, body = self._node.handle(kind, payload)
             except FedTuneError as error:
                 log.error("%s", error)
                 failure = protocol.Failure(error.exit_code, str(error))
                 name, body = failure.kind, protocol.encode(failure)
             self.last_used = time.monotonic()
+            self._facts.note(kind, name, len(payload), len(body), self.last_used - start)
         return b"\0".join([name.encode(), body])
 
     def idle_seconds(self) -> float:

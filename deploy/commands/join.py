@@ -31,10 +31,16 @@ def join(
     data_format: Annotated[
         str, typer.Option("--data-format", help="Format of the data, where it is not plain.")
     ] = "auto",
-    model: Annotated[str, typer.Option(help="Folder of the base model here, instead of the announced one.")] = "",
+    model: Annotated[
+        str,
+        typer.Option(help="Folder of the base model, or `server` to get it from there."),
+    ] = "",
     device: Annotated[str, typer.Option(help="Where the model runs: `cpu`, `cuda`, `cuda:1`. Default: `cpu`.")] = "",
     name: NameOption = None,
     yes: YesOption = False,
+    metrics: Annotated[
+        str, typer.Option(help="Where this node's `/metrics` and `/healthz` listen, as host:port. Default: nowhere.")
+    ] = "",
     install_service: Annotated[
         bool, typer.Option("--install-service", help="Run as a systemd service of yours instead of in this terminal.")
     ] = False,
@@ -47,6 +53,7 @@ def join(
     Next time `fedtune join` alone is enough. `fedtune leave` gives the membership back.
     """
     from deploy.join import find_membership
+    from deploy.monitoring.node import node_page
     from deploy.node import run_node
 
     log = event_line(Console(stderr=True, highlight=False, soft_wrap=True))
@@ -65,7 +72,8 @@ def join(
             console.print(line, markup=False)
         return
     log(f"{membership.name} takes part at {membership.address}; Ctrl-C stops it, `fedtune leave` ends it")
-    run_node(membership, log)
+    with node_page(membership.folder, metrics):
+        run_node(membership, log)
 
 
 def leave(
@@ -100,7 +108,7 @@ def _join(word: str, node: dict[str, str], yes: bool, log: Any) -> Any:
         )
     token.check_time()
     authority, server = meet(token)
-    _tell(membership, server)
+    membership = _tell(membership, server["offer"])
     if not yes and not typer.confirm("\nDo you agree?"):
         raise typer.Exit(1)
     return redeem(
@@ -111,26 +119,18 @@ def _join(word: str, node: dict[str, str], yes: bool, log: Any) -> Any:
     )
 
 
-def _tell(membership: Any, server: dict[str, Any]) -> None:
-    """Show what a device owner agrees to."""
-    from deploy.consent import NEVER, leaves
-    from fedtune_strategies.config import defaults
+def _tell(membership: Any, offer: dict[str, Any]) -> Any:
+    """Show what a device owner agrees to; returns the membership with the place that its model comes from."""
+    from deploy.consent import NEVER, leaves, terms, with_model
     from fedtune_strategies.language.data import read_rows
 
     rows = read_rows(Path(membership.data), membership.format)
-    offer = server["offer"]
+    membership, model = with_model(membership, offer)
     console.print(f"[bold]You are invited[/bold] to {membership.address} as [bold]{membership.name}[/bold].\n")
-    told = [
-        ("your data", f"{membership.data}: {len(rows)} examples, all readable"),
-        ("model", membership.model or offer.get("model.name") or "the operator names it when a run starts"),
-        ("method", offer.get("method.name") or "the operator names it when a run starts"),
-        (
-            "rounds",
-            str(offer.get("num-server-rounds", defaults()["num-server-rounds"])) if offer else "as the operator says",
-        ),
-    ]
+    told = [("your data", f"{membership.data}: {len(rows)} examples, all readable"), ("model", model), *terms(offer)]
     for label, text in told:
-        console.print(f"  {label:14}{text}", markup=False)
+        console.print(f"  {label:12}{text}", markup=False)
     console.print(f"\n{NEVER}")
     for line in leaves(offer):
         console.print(f"  • {line}", markup=False)
+    return membership

@@ -36,6 +36,16 @@ _NODE: list[tuple[str, str, str, str]] = [
     ("fedtune_node_last_seen_timestamp_seconds", "gauge", "When the node was last heard of.", "last_seen"),
 ]
 
+_WORKER: list[tuple[str, str, str, str]] = [
+    ("fedtune_worker_tasks", "counter", "Tasks answered since the worker was started.", "tasks"),
+    ("fedtune_worker_failures", "counter", "Tasks that could not be done.", "failures"),
+    ("fedtune_worker_busy_seconds", "counter", "Seconds spent on tasks.", "seconds"),
+    ("fedtune_worker_last_task_seconds", "gauge", "How long the newest task took.", "last_seconds"),
+    ("fedtune_worker_last_task_timestamp_seconds", "gauge", "When the newest task was done.", "last_time"),
+    ("fedtune_worker_start_timestamp_seconds", "gauge", "When the worker was started.", "started"),
+    ("fedtune_worker_peak_memory_bytes", "gauge", "Peak memory of the worker.", "peak_memory"),
+]
+
 
 def run_metrics(reports: Iterable[dict[str, Any]]) -> bytes:
     """Render reports in Prometheus' text format.
@@ -52,6 +62,32 @@ def run_metrics(reports: Iterable[dict[str, Any]]) -> bytes:
     """
     reports = list(reports)
     return _rendered(lambda: _families(reports))
+
+
+def worker_metrics(facts: dict[str, Any] | None) -> bytes:
+    """Render a node's own facts, see `client_app.facts`; without them that no worker runs.
+
+    Raises
+    ------
+    ConfigError
+        The extra ``monitoring`` is not installed.
+    """
+    return _rendered(lambda: _worker_families(facts))
+
+
+def _worker_families(facts: dict[str, Any] | None) -> Iterator[Any]:
+    from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
+
+    yield GaugeMetricFamily("fedtune_worker_up", "1 while a worker holds model and data.", int(facts is not None))
+    if facts is None:
+        return
+    classes = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
+    for name, kind, help, key in _WORKER:
+        yield classes[kind](name, help, facts[key])
+    payload = CounterMetricFamily("fedtune_worker_payload_bytes", "Payload of tasks and answers.", labels=["direction"])
+    for way in ("up", "down"):
+        payload.add_metric([way], facts[f"bytes_{way}"])
+    yield payload
 
 
 def _rendered(families: Callable[[], Iterator[Any]]) -> bytes:

@@ -1,0 +1,69 @@
+"""A node's own metrics: what its worker has done, for a Prometheus of its owner."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from client_app.facts import VARIABLE
+from deploy.httpd import Answer, Site, is_loopback, serving, split_listen
+from deploy.monitoring.metrics import CONTENT_TYPE, worker_metrics
+from deploy.status.operator import kept_token
+
+
+@contextlib.contextmanager
+def node_page(folder: Path, where: str) -> Iterator[str]:
+    """Serve ``/metrics`` and ``/healthz`` of a node until left; the node is started within.
+
+    Parameters
+    ----------
+    folder : Path
+        The membership's folder, which gets the worker's facts. Beyond loopback its ``metrics.token`` is asked for.
+    where : str
+        ``host:port``; empty for nowhere.
+
+    Yields
+    ------
+    str
+        The address; empty for none.
+
+    Raises
+    ------
+    ConfigError
+        ``where`` is no address.
+    PortError
+        The address cannot be bound.
+    """
+    if not where:
+        yield ""
+        return
+    host, port = split_listen(where)
+    file = folder / "facts.json"
+    token = "" if is_loopback(host) else kept_token(folder / "metrics.token")
+    site = Site(
+        public={"/healthz": lambda headers: Answer(b"ok\n")},
+        guarded={"/metrics": lambda headers: Answer(worker_metrics(_facts(file)), CONTENT_TYPE)},
+        token=token,
+    )
+    with serving(site, host, port) as url:
+        # The SuperNode inherits it, and its worker from the SuperNode.
+        os.environ[VARIABLE] = str(file)
+        try:
+            yield url
+        finally:
+            del os.environ[VARIABLE]
+
+
+def _facts(file: Path) -> dict[str, Any] | None:
+    """Read the facts of the worker that runs; None where none does."""
+    with contextlib.suppress(OSError, ValueError):
+        facts: dict[str, Any] = json.loads(file.read_text())
+        if psutil.pid_exists(facts["pid"]):
+            return facts
+    return None
