@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from deploy.commands import ledger
 from deploy.commands.blocks import blocks
+from deploy.commands.compare import compare
 from deploy.commands.configuration import config
 from deploy.commands.demo import demo
 from deploy.commands.join import join, leave
@@ -60,7 +61,7 @@ app = typer.Typer(
 # The panels of `fedtune --help`, in the order in which they are shown.
 PANELS: dict[str, list[Callable[..., None]]] = {
     "Try it": [demo],
-    "Operators": [serve, run, status, stop, resume, plan, export, evaluate, blocks, keys],
+    "Operators": [serve, run, status, stop, resume, plan, export, evaluate, compare, blocks, keys],
     "Device owners": [join, leave, doctor],
     "Everybody": [config, bench, version],
 }

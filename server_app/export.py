@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,20 +92,51 @@ def export_round(run: Path, round: int | None, folder: Path) -> int:
         The run's base model is not there any more.
     """
     ledger = Ledger.read(run)
-    started = ledger.last("start")
-    if started is None:
-        raise LedgerError(f"the run in {run} has not started: nothing to export.")
-    config = parse(started.body["config"])
-    language = load_model(config.model.name, config.model.dtype)
-    strategy = build_strategy(config, language.model, base_tensors(language))
-    done, arrays = restore(strategy, ledger, round)
-    if round not in (None, done):
-        raise LedgerError(
-            f"the run in {run} has {done} rounds, not {round}: choose one of them, or 0 for the base model."
-        )
-    strategy.materialise(arrays, tuned_parameters(language.model))
+    config, language, rebuild = open_run(run, ledger)
+    done = rebuild(round)
     export_model(language, config, ledger, done, folder)
     return done
+
+
+def open_run(run: Path, ledger: Ledger) -> tuple[Config, LanguageModel, Callable[[int | None], int]]:
+    """Load a run's base model, to be taken to any of its rounds.
+
+    Parameters
+    ----------
+    run : Path
+        The run's folder.
+    ledger : Ledger
+        Its ledger, open for reading.
+
+    Returns
+    -------
+    tuple of Config, LanguageModel and callable
+        The run's configuration, its model, and a function that takes the model to a round (the last committed one
+        for None) and returns that round.
+
+    Raises
+    ------
+    LedgerError
+        The run has not started; the function raises it where the run has not got so far.
+    """
+    started = ledger.last("start")
+    if started is None:
+        raise LedgerError(f"the run in {run} has not started: there is no model yet.")
+    config = parse(started.body["config"])
+    language = load_model(config.model.name, config.model.dtype)
+    base = base_tensors(language)
+
+    def rebuild(round: int | None) -> int:
+        strategy = build_strategy(config, language.model, base)
+        done, arrays = restore(strategy, ledger, round)
+        if round not in (None, done):
+            raise LedgerError(
+                f"the run in {run} has {done} rounds, not {round}: choose one of them, or 0 for the base model."
+            )
+        strategy.materialise(arrays, tuned_parameters(language.model))
+        return done
+
+    return config, language, rebuild
 
 
 def model_card(config: Config, ledger: Ledger, round: int, without: Sequence[str] = ()) -> str:

@@ -1,0 +1,100 @@
+"""What tuning did between two rounds of a run: how far the model moved, and where."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedtune_strategies.seed_space import tuned_parameters
+from server_app.export import open_run
+from server_app.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class TensorChange:
+    """Change of one tensor.
+
+    Attributes
+    ----------
+    name : str
+        Canonical name of the parameter.
+    relative : float
+        Length of the change over the length of the tensor, after the first of the two rounds.
+    changed : float
+        Share of its elements that differ, 0 to 1.
+    """
+
+    name: str
+    relative: float
+    changed: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """Change of a whole model.
+
+    Attributes
+    ----------
+    first, second : int
+        The two rounds.
+    relative, changed : float
+        As in `TensorChange`, of all parameters together.
+    loss : tuple of float or None
+        Held-out loss after either round, where the run measured it.
+    tensors : list of TensorChange
+        Of every parameter, the most changed first.
+    """
+
+    first: int
+    second: int
+    relative: float
+    changed: float
+    loss: tuple[float | None, float | None]
+    tensors: list[TensorChange]
+
+
+def compare_rounds(run: Path, first: int, second: int | None) -> Change:
+    """Rebuild the model after two rounds from a run's ledger and compare the weights; the run may still go on.
+
+    Parameters
+    ----------
+    run : Path
+        The run's folder.
+    first : int
+        A round, 0 for the base model.
+    second : int or None
+        Another one; the last committed one by default.
+
+    Returns
+    -------
+    Change
+        What differs.
+
+    Raises
+    ------
+    LedgerError
+        There is no run, or it has not got so far.
+    """
+    ledger = Ledger.read(run)
+    _, language, rebuild = open_run(run, ledger)
+    rebuild(first)
+    before = {name: tensor.detach().clone() for name, tensor in tuned_parameters(language.model).items()}
+    second = rebuild(second)
+    total, tensors = np.zeros(4), []
+    for name, after in tuned_parameters(language.model).items():
+        was, now = before[name].double(), after.detach().double()
+        sums = [(now - was).square().sum(), was.square().sum(), (now != was).sum(), was.numel()]
+        tensors.append(TensorChange(name, *_shares(*map(float, sums))))
+        total += [float(one) for one in sums]
+    tensors.sort(key=lambda one: -one.relative)
+    losses = {record.round: record.body["eval/loss"] for record in ledger.records("evaluation")}
+    loss = (losses.get(first), losses.get(second))
+    return Change(first, second, *_shares(*total), loss, tensors)
+
+
+def _shares(moved: float, length: float, different: float, count: float) -> tuple[float, float]:
+    relative = math.sqrt(moved / length) if length else math.inf if moved else 0.0
+    return relative, float(different / count)
