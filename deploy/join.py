@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import secrets
 import shutil
@@ -26,7 +27,12 @@ from deploy.token import JoinToken
 from fedtune_strategies.errors import ConfigError, LinkError, ProtocolError, error_from_code
 
 TIMEOUT = 60.0  # seconds for an answer; over a bad link the handshake alone takes several
+ATTEMPTS = 5  # at redeeming a token: a lost answer is no reason to give up, and asking again gives the same one
 APPROVAL_PAUSE = 3.0  # seconds between two looks whether the operator has approved
+
+
+class UnreachableError(LinkError):
+    """The server gave no answer; it may have heard the question."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +149,9 @@ def redeem(token: JoinToken, authority: str, membership: Membership, on_wait: An
     private_folder(membership.folder)
     public = node_key(membership.folder, "key").public.read_text().strip()
     write_private(membership.authority, authority.encode())
-    told = False
+    told, request = False, {"do": "join", "secret": token.secret.hex(), "public_key": public}
     while True:
-        answer = ask(token.address, {"do": "join", "secret": token.secret.hex(), "public_key": public}, authority)
+        answer = _ask_again(token.address, request, authority)
         if answer["state"] == "member":
             membership.save()
             return membership
@@ -222,7 +228,7 @@ def ask(address: str, request: dict[str, Any], authority: str | None) -> dict[st
         raise LinkError(f"{host}: no machine of that name is known here: check the address, and DNS") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or ("no answer" if isinstance(error, TimeoutError) else str(error))
-        raise LinkError(
+        raise UnreachableError(
             f"cannot talk to the server at {address} ({reason}): check that it runs, and that firewalls on the way let "
             f"TCP port {port} through"
         ) from None
@@ -231,3 +237,11 @@ def ask(address: str, request: dict[str, Any], authority: str | None) -> dict[st
     if "error" in answer:
         raise error_from_code(int(answer["error"]), str(answer.get("message", "")))
     return answer
+
+
+def _ask_again(address: str, request: dict[str, Any], authority: str) -> dict[str, Any]:
+    for _ in range(ATTEMPTS - 1):
+        with contextlib.suppress(UnreachableError):
+            return ask(address, request, authority)
+        time.sleep(1.0)
+    return ask(address, request, authority)

@@ -11,7 +11,8 @@ from typing import Any
 from deploy.app_folder import write_app
 from deploy.control import Control, RunStatus
 from deploy.home import runs_folder
-from deploy.serve import announce
+from deploy.members import Members
+from deploy.offer import announce
 from deploy.status.view import RunView, newest_runs
 from fedtune_strategies.config import Scalar
 from fedtune_strategies.errors import LedgerError, LinkError, RunError, error_from_code
@@ -58,7 +59,7 @@ def settings_of(folder: Path) -> dict[str, Scalar]:
 def submit(control: Control, settings: Mapping[str, Scalar]) -> int:
     """Submit a run and announce it to those who join; returns Flower's id."""
     run_id = control.submit(write_app(control.folder / "app"), settings)
-    announce(control.folder, dict(settings))
+    announce(control.folder, settings, len(Members(control.folder).all()))
     return run_id
 
 

@@ -28,6 +28,7 @@ from deploy.desk import Desk
 from deploy.front import Front
 from deploy.home import private_folder, write_json, write_private
 from deploy.members import Members
+from deploy.offer import read_offer
 from deploy.token import JoinToken
 from fedtune_strategies.errors import LinkError, PortError
 
@@ -199,19 +200,6 @@ def invite(members: Members, authority: Path, address: str, name: str, lifetime:
 def authority_hash(certificate: str) -> bytes:
     """SHA-256 of a certificate's DER, by which a token names the authority."""
     return hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate)).digest()
-
-
-def announce(folder: Path, run_config: dict[str, Any]) -> None:
-    """Say what is tuned here; joiners see it before they agree."""
-    write_json(folder / "offer.json", run_config)
-
-
-def read_offer(folder: Path) -> dict[str, Any]:
-    """What `announce` said last."""
-    try:
-        return dict(json.loads((folder / "offer.json").read_text()))
-    except (OSError, ValueError):
-        return {}
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -53,7 +53,8 @@ def serve(
     What `--set` names (`method.name`, `model.name` …) is shown to device owners before they agree; `fedtune run` says
     it anew.
     """
-    from deploy.serve import announce, own_host, serving
+    from deploy.offer import announce
+    from deploy.serve import own_host, serving
     from deploy.status.operator import operators_page
 
     folder = folder or server_folder()
@@ -64,11 +65,7 @@ def serve(
         operators_page(folder, status) as page,
     ):
         if changes:
-            from fedtune_strategies.config import parse
-
-            announced = dict(map(setting, changes))
-            parse(announced)
-            announce(folder, announced)
+            announce(folder, dict(map(setting, changes)), len(node or []))
         tokens = {name: server.invite(name, hours * 3600) for name in _uninvited(server.members, node or [])}
         facts = {"address": place, "folder": str(folder), "status": page, "tokens": tokens}
         show(facts, form, lambda: _print_server(facts, hours))

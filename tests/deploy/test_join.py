@@ -50,7 +50,11 @@ def desk(tmp_path, monkeypatch):
     members = Members(tmp_path / "server")
     said = []
     desk = Desk(
-        files, members, FakeControl(tmp_path, {}), offer=lambda: {"method.name": "fedkseed"}, on_event=said.append
+        files,
+        members,
+        FakeControl(tmp_path, {}),
+        offer=lambda: {"settings": {"method.name": "fedkseed"}},
+        on_event=said.append,
     )
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
@@ -138,17 +142,27 @@ def test_names_that_are_no_plain_words_are_refused(tmp_path, name):
         Members(tmp_path).invite(name, 60)
 
 
-def test_a_node_joins_and_leaves(desk):
+def test_a_node_joins_and_leaves(desk, monkeypatch):
     token = token_for(desk, "alice")
     authority, server = meet(token)
-    assert server["offer"] == {"method.name": "fedkseed"}
+    assert server["offer"]["settings"] == {"method.name": "fedkseed"}
     mine = redeem(token, authority, membership(token))
     assert memberships() == [mine] == [find_membership("alice")]
     # The key that was registered is the public half of the one that this machine made; the private half is here alone.
     assert FakeControl.registered["alice"] == (mine.folder / "key.pub").read_text().strip()
     assert desk.members.get("alice").state == "member" and mine.key.stat().st_mode & 0o77 == 0
     # A reply lost on the way is asked for again, with the same answer.
-    assert redeem(token, authority, mine) == mine
+    ask, lost = joining.ask, []
+
+    def lossy(*request):
+        answer = ask(*request)
+        if not lost:
+            lost.append(answer)
+            raise joining.UnreachableError("no answer")
+        return answer
+
+    monkeypatch.setattr(joining, "ask", lossy)
+    assert redeem(token, authority, mine) == mine and lost[0]["state"] == "member"
     give_back(mine)
     assert desk.members.get("alice").state == "revoked" and not mine.folder.exists()
     assert FakeControl.registered[1001] is None
