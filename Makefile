@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 KERNELS := .venv/kernels
 
-.PHONY: help demo test lint format config bench compare clean
+.PHONY: help demo test lint format config docs bench compare clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
@@ -26,6 +26,9 @@ format: $(INSTALLED) ## Put the code in style.
 
 config: $(INSTALLED) ## Write the run configuration's defaults into pyproject.toml.
 	$(BIN)/fedtune config --write pyproject.toml
+
+docs: $(INSTALLED) ## Build the documentation as a site in site/, with every link checked.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(INSTALLED) ## Run every benchmark.
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done

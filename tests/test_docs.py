@@ -1,11 +1,15 @@
 """What the documentation says, done."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from fedtune_strategies.config import defaults
+from fedtune_strategies.errors import FedTuneError
 from fedtune_strategies.tiny.tasks import write_federation
 
 ROOT = Path(__file__).parents[1]
@@ -36,3 +40,17 @@ def test_the_federation_in_one_process_runs_as_shown(page, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     exec(compile(snippet, page, "exec"), {})
     assert (tmp_path / "out/trial/model/model.safetensors").is_file()
+
+
+def test_every_exit_code_has_its_line():
+    page = (ROOT / "docs" / "exit-codes.md").read_text()
+    told = {int(code): name for code, name in re.findall(r"^\| (\d+) \| `(\w+)`", page, re.M)}
+    assert told == {error.exit_code: error.__name__ for error in [FedTuneError, *FedTuneError.__subclasses__()]}
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "guide-operator" / "index.html").exists()
