@@ -95,6 +95,10 @@ def status(
     watch: Annotated[
         bool, typer.Option("--watch", "-w", help="Stay, and show it as it changes, until Ctrl-C.")
     ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write the status page to this file instead; of a folder of runs, all of them side by side."),
+    ] = None,
     form: FormatOption = Format.text,
 ) -> None:
     """Show how a run stands: rounds, losses, who is alive, bytes, what went wrong, how long it will take.
@@ -102,9 +106,14 @@ def status(
     Reads the run's record alone; needs no server, disturbs no run.
     """
     from deploy.runs import find_run
-    from deploy.status.view import RunView
+    from deploy.status.page import write_page
+    from deploy.status.view import RunView, newest_runs
     from deploy.watch import Screen
 
+    if html is not None:
+        write_page(run if run is not None and newest_runs(run) else find_run(run), html)
+        console.print(f"Wrote {html}", markup=False)
+        return
     view = RunView(find_run(run))
     view.update()
     if not watch:

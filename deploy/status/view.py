@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -371,7 +370,10 @@ def newest_runs(folder: Path, count: int = 12) -> list[Path]:
 
 
 def _touched(ledger: Path) -> float:
-    times = [time.time()]
-    with contextlib.suppress(OSError):
-        times = [path.stat().st_mtime for path in (ledger, ledger.with_name("ledger.sqlite-wal")) if path.exists()]
-    return max(times, default=0.0)
+    """Return when a ledger was written last: its log tells while it is open. An empty log is a mere reader's."""
+    times = [0.0]
+    for path in (ledger, ledger.with_name("ledger.sqlite-wal")):
+        with contextlib.suppress(OSError):
+            facts = path.stat()
+            times += [facts.st_mtime] * (facts.st_size > 0)
+    return max(times)

@@ -2,7 +2,9 @@ import json
 from html.parser import HTMLParser
 
 import pytest
+from typer.testing import CliRunner
 
+from deploy.cli import app
 from deploy.status.page import policy, write_page
 from fedtune_strategies.errors import LedgerError
 from tests.deploy.status.runs import begin, finished_run, play
@@ -76,3 +78,14 @@ def test_everything_that_can_be_reached_has_a_name(tmp_path):
 def test_no_run_is_one_line(tmp_path):
     with pytest.raises(LedgerError, match="no run in"):
         write_page(tmp_path, tmp_path / "page.html")
+
+
+def test_the_command_writes_one_run_or_all_of_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path))
+    for name in ("first", "second"):
+        finished_run(tmp_path / "runs" / name)
+    for argument, names in (([str(tmp_path / "runs")], {"first", "second"}), (["first"], {"first"}), ([], {"second"})):
+        path = tmp_path / "page.html"
+        done = CliRunner().invoke(app, ["status", *argument, "--html", str(path)])
+        assert done.exit_code == 0, done.output
+        assert {run["run"]["name"] for run in json.loads(Page(path.read_text()).data)["runs"]} == names

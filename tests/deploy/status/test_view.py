@@ -140,6 +140,8 @@ def test_runs_of_a_folder_the_newest_first(tmp_path):
     for name in ("old", "new"):
         finished_run(tmp_path / name)
     assert [path.name for path in newest_runs(tmp_path)] == ["new", "old"]
+    report(tmp_path / "old")
+    assert newest_runs(tmp_path)[0].name == "new", "whoever looks at a run does not make it newer"
     assert newest_runs(tmp_path / "old") == [tmp_path / "old"]
     assert newest_runs(tmp_path / "nothing") == []
     with pytest.raises(LedgerError):
