@@ -25,7 +25,7 @@ MEANINGS = [
     (r"Connection attempt failed, retrying in ([\d.]+)", "the server cannot be reached; trying again"),
     (r"Connection successful after", "connected again"),
     (r"Sent successfully", "answered a task"),
-    (r"exit(?:ed)? .*code[: ]+305|\[305\]", "the server refuses this node; trying again (see `fedtune doctor`)"),
+    (r"Exit Code: 305", "the server refuses this node; trying again (see `fedtune doctor`)"),
 ]
 
 
