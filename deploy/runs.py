@@ -135,8 +135,9 @@ def _follow(
                 with contextlib.suppress(LedgerError):
                     view.update()
                 return status
-        elif gone:
-            return RunStatus("died", "its ServerApp is gone")  # Flower says so after about a minute
+        elif gone:  # Flower notices after about a minute, unless it was told to stop the run
+            status = _status(control, run_id)
+            return status if status.finished else RunStatus("died", "its ServerApp is gone")
         time.sleep(LOOK_EVERY)
 
 
