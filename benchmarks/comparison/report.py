@@ -138,7 +138,7 @@ def plot(protocol: Protocol, lines: list[Line], folder: Path) -> list[Path]:
     ]
     files = []
     for name, label, shown, value in axes:
-        figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+        figure, axis = plt.subplots(figsize=(8.5, 4.5), layout="constrained")
         for line in shown:
             losses = line.course(lambda row: row["loss"])
             places = (
@@ -157,7 +157,7 @@ def plot(protocol: Protocol, lines: list[Line], folder: Path) -> list[Path]:
         if name == "bytes":
             axis.set_xscale("log")
         files.append(_finish(axis, figure, label, folder / f"loss-{name}.png"))
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8.5, 4.5), layout="constrained")
     for line in federated:
         sent = statistics.mean(line.last("up")) + statistics.mean(line.last("down"))
         losses = line.last("loss")
@@ -215,7 +215,7 @@ def _finish(axis: Any, figure: Any, label: str, path: Path) -> Path:
     axis.set_xlabel(label)
     axis.set_ylabel("held-out loss, nats a token")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
