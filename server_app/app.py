@@ -22,6 +22,8 @@ def main(grid: Grid, context: Context) -> None:
 
     logging.getLogger("fedtune").addHandler(json_handler(sys.stdout) or _flower_handler())
     logging.getLogger("fedtune").setLevel(logging.INFO)
+    # Libraries that set up the root logger would write every line a second time.
+    logging.getLogger("fedtune").propagate = False
     logging.getLogger("flwr").addFilter(_without_trace)
     execute(grid, context.run_config, context.run_id)
 
