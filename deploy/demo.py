@@ -20,6 +20,7 @@ from deploy.federation import Federation, federation
 from deploy.progress import Progress, clock, follow
 from deploy.proxy import Traffic
 from deploy.report import Result, markdown, samples, summarise, table
+from deploy.status import write_page
 from fedtune_strategies.config import Scalar, parse
 from fedtune_strategies.errors import ConfigError, DataError, ResourceError
 
@@ -91,6 +92,7 @@ def run_demo(
             try:
                 results = [_tune(running, app, config, console) for config in configs]
                 _write(results, out)
+                write_page(out, out / "status.html")
                 _show(results, out, console)
                 console.print(f"The whole demo took {clock(time.monotonic() - started)}.")
                 if keep:
@@ -197,6 +199,7 @@ def _show(results: Sequence[Result], out: Path, console: Console) -> None:
     for result in results:
         console.print(f"Model tuned by {result.method}: {result.model}", highlight=False)
     console.print(f"Table: {out / 'table.md'}, figures: {out / 'results.json'}", highlight=False)
+    console.print(f"To look at: {out / 'status.html'}", highlight=False)
 
 
 def _wait(running: Federation, app: Path, console: Console) -> None:
