@@ -24,7 +24,8 @@ from fedtune_strategies.language.model_files import count_parameters, weight_fil
 from fedtune_strategies.protocol.packing import pack
 
 PLANNED = ("fedkseed", "fedkseed-pro", "fedcybgd")
-PROCESS = 450 * 10**6  # bytes: a worker with torch and transformers imported, without a model
+PROCESS = 480 * 10**6  # bytes: a worker with torch and transformers imported, without a model
+KERNELS = 100 * 10**6  # bytes: compiling the seed space's kernels
 ENVELOPE = 13_400  # bytes: what Flower adds to one task and its reply over gRPC, TLS included (docs/LOG.md)
 HEADER = 350  # bytes: names, numbers and fingerprint of one message of ours
 LEVEL_BITS = 6  # of a seed's level under FedKSeed-Pro
@@ -112,14 +113,14 @@ def plan_seeds(config: Config, shape: Shape, nodes: int, speed: Speed | None) ->
     """FedKSeed and FedKSeed-Pro: inference's memory, scalars on the wire, τ steps of two forward passes."""
     own, train, width = config.fedkseed, config.train, _width(config)
     tokens = (own.micro_batch or train.batch_size) * train.seq_length
-    activations = 4 * tokens * (4 * shape.hidden + 2 * shape.inner) + _logits(tokens, shape, width)
+    activations = 4 * tokens * (8 * shape.hidden + 4 * shape.inner) + _logits(tokens, shape, width)
     draws = max(1, round(nodes * config.strategy.fraction_train)) * own.local_steps
     # FedKSeed-Pro sends each seed's level as well; in the middle of the run half of all draws have been made.
     pro = config.method.name == "fedkseed-pro"
     odds = change_bytes(own.seeds, draws * config.num_server_rounds // 2, LEVEL_BITS) if pro else 0
     return Plan(
         method=config.method.name,
-        memory=PROCESS + width * shape.parameters + activations,
+        memory=PROCESS + KERNELS + width * shape.parameters + activations,
         disk=shape.stored,
         up=own.local_steps * own.scalar_bits // 8 + HEADER,
         down=change_bytes(own.seeds, draws, own.theta_bits) + odds + HEADER,
@@ -142,9 +143,10 @@ def plan_blocks(config: Config, shape: Shape, nodes: int, examples: int, speed: 
     own, train, width = config.fedcybgd, config.train, _width(config)
     sizes = [sum(math.prod(tensor) for tensor in block) for block in shape.blocks]
     tokens = train.batch_size * train.seq_length
-    # 34 bytes a token, layer and unit of width at 16 bits, without attention matrices (arXiv 2205.05198, equation 2).
+    # Kept for the backward pass, a token, layer and unit of width: 25 values, measured on Llamas. The 17 of
+    # arXiv 2205.05198, equation 2, are without attention matrices and for an MLP of two matrices.
     depth = 1 if own.checkpoint else shape.layers
-    activations = 17 * width * tokens * shape.hidden * depth + _logits(tokens, shape, width)
+    activations = 25 * width * tokens * shape.hidden * depth + _logits(tokens, shape, width)
     count, at_once = len(sizes), own.nodes_per_round if own.structure != "sequential" else 1
     steps = own.local_steps or local_steps_rule(examples, train.batch_size, count)
     # A node trains in every (nodes / at once)-th round. Since its last turn the other blocks that moved come in the
