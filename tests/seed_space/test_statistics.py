@@ -70,9 +70,20 @@ def test_a_direction_is_uncorrelated_with_itself_shifted(kind, transform):
 def test_products_of_two_seeds_are_uncorrelated_between_blocks(kind, transform):
     # A walsh pool that reused the seed signs of a block would show here: z_k z_l has the sign of E_k E_l.
     block = transform or 256
-    product = z(kind, transform, k=3) * z(kind, transform, k=200)
-    signs = (product.view(-1, block) * product[:block]).mean(dim=1)[1:]
-    assert abs(float(signs.mean())) < 3 / (N / block - 1) ** 0.5
+    for other in (200, 3 + 16, 3 + 32, 3 + 128):  # the distances at which a wrong shift of seed signs repeats them
+        product = z(kind, transform, k=3) * z(kind, transform, k=other)
+        signs = (product.view(-1, block) * product[:block]).mean(dim=1)[1:]
+        assert abs(float(signs.mean())) < 3 / (N / block - 1) ** 0.5
+        if kind == "walsh":  # whose products have one sign a block: no seed sign may be another's in every block
+            assert len(product.view(-1, block)[:, 0].unique()) == 2
+
+
+@kinds
+def test_element_signs_are_not_seed_signs(kind, transform):
+    # Were both drawn from one stream, element number k of every block would have one and the same sign in z_k.
+    for k in (0, 5, 255):
+        diagonal = z(kind, transform, k=k).view(-1, transform or 256)[:, k]
+        assert abs(float(diagonal.mean())) < 3 / len(diagonal) ** 0.5
 
 
 def test_walsh_seeds_are_orthogonal_within_a_block():
