@@ -1,6 +1,7 @@
 """Whole runs of FedCyBGD over an in-memory grid: every structure and every coding."""
 
 import copy
+import sys
 from pathlib import Path
 
 import pytest
@@ -289,3 +290,9 @@ def test_the_learning_rate_runs_over_the_rounds(settings, data_files):
 def test_keys_that_do_not_go_together(settings, change, words):
     with pytest.raises(ConfigError, match=words):
         run(settings | change, {})
+
+
+def test_8_bit_state_without_bitsandbytes_is_one_line(settings, data_files, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ConfigError, match="bitsandbytes"):
+        make_nodes(settings | {"fedcybgd.optimizer": "adamw-8bit"}, data_files)
