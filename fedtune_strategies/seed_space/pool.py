@@ -317,7 +317,7 @@ def make_pool(kind: str, key: int, size: int, transform: int | None = None) -> P
         Number K of seeds, at least 1.
     transform : int, optional
         Walsh only: elements B that share the seed signs, a power of two not below K. By default 16 times the smallest:
-        as good for learning, and cheaper to rebuild (docs/seed-space.md).
+        half as dear to rebuild (docs/seed-space.md).
 
     Returns
     -------
