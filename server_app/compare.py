@@ -86,9 +86,11 @@ def compare_rounds(run: Path, first: int, second: int | None) -> Change:
     total, tensors = np.zeros(4), []
     for name, after in tuned_parameters(language.model).items():
         was, now = before[name].double(), after.detach().double()
-        sums = [(now - was).square().sum(), was.square().sum(), (now != was).sum(), was.numel()]
-        tensors.append(TensorChange(name, *_shares(*map(float, sums))))
-        total += [float(one) for one in sums]
+        sums = np.array(
+            [(now - was).square().sum().item(), was.square().sum().item(), (now != was).sum().item(), was.numel()]
+        )
+        tensors.append(TensorChange(name, *_shares(*sums)))
+        total += sums
     tensors.sort(key=lambda one: -one.relative)
     losses = {record.round: record.body["eval/loss"] for record in ledger.records("evaluation")}
     loss = (losses.get(first), losses.get(second))
