@@ -85,6 +85,7 @@ def tune(settings: dict[str, Any], data: str) -> int:
     here, there = context.Pipe()
     process = context.Process(target=serve, args=(there, settings, data))
     process.start()
+    there.close()  # or a node that died would be waited for
 
     def ask(kind: str, payload: bytes) -> tuple[str, bytes]:
         here.send((kind, payload))
