@@ -29,6 +29,7 @@ from fedtune_strategies.errors import LinkError, ResourceError
 
 METHOD = "/fedtune.Worker/Do"
 GRPC_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+SOCKET_PATH_BYTES = 100  # 104 on macOS and 108 on Linux, with the closing zero
 _START_SECONDS = 120.0
 _STOP_SECONDS = 5.0
 
@@ -140,6 +141,8 @@ def running_worker(folder: Path) -> tuple[psutil.Process, str] | None:
 
 def _ensure_worker(folder: Path, spec: WorkerSpec) -> Path:
     socket = folder / f"{spec.key()}.sock"
+    if len(os.fsencode(socket)) > SOCKET_PATH_BYTES:
+        raise ResourceError(f"{socket} is too long for a socket: set XDG_RUNTIME_DIR to a folder with a shorter path.")
     running = running_worker(folder)
     if running is not None and running[1] == spec.key() and _ready(socket, 5.0):
         return socket

@@ -13,7 +13,7 @@ import torch
 
 from client_app import link
 from client_app.link import WorkerSpec, ask_worker, running_worker, runtime_folder
-from fedtune_strategies.errors import DataError, LinkError
+from fedtune_strategies.errors import DataError, LinkError, ResourceError
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.packing import pack
 from tests.conftest import write_rows
@@ -118,6 +118,12 @@ def test_bad_data_is_a_failure_and_mended_data_is_read(host, spec, tmp_path):
     # Foreign bytes are refused by the worker, which stays.
     failure = ask(spec, "seed-task", b"junk")
     assert isinstance(failure, protocol.Failure) and "damaged" in failure.message
+
+
+def test_a_path_too_long_for_a_socket_is_one_line(host, spec, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / ("long" * 20)))
+    with pytest.raises(ResourceError, match="shorter path"):
+        ask(spec)
 
 
 def test_the_messenger_imports_no_torch():
