@@ -121,8 +121,8 @@ def test_bad_data_is_a_failure_and_mended_data_is_read(host, spec, tmp_path):
 
 
 def test_a_path_too_long_for_a_socket_is_one_line(host, spec, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / ("long" * 20)))
-    with pytest.raises(ResourceError, match="shorter path"):
+    with monkeypatch.context() as patch, pytest.raises(ResourceError, match="shorter path"):
+        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path / ("long" * 20)))
         ask(spec)
 
 
