@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -21,6 +22,7 @@ DEPLOY = ROOT / "deploy"
 DOCKERFILES = sorted((DEPLOY / "docker").glob("*.Dockerfile"))
 COMPOSE = sorted((DEPLOY / "compose").glob("*.yaml"))
 OVERLAYS = sorted(path.parent for path in (DEPLOY / "kubernetes").glob("*/kustomization.yaml"))
+SHELLCHECK = Path(sys.executable).with_name("shellcheck")  # beside this Python, which need not be on the path
 SCRIPTS = [*sorted((DEPLOY / "docker").glob("*.sh")), *sorted((DEPLOY / "slurm").glob("*.sbatch"))]
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
 
@@ -141,7 +143,7 @@ def test_kustomize_renders_what_is_valid(folder):
 
 @pytest.mark.parametrize("file", SCRIPTS, ids=name_of)
 def test_scripts_pass_shellcheck(file):
-    done = subprocess.run(["shellcheck", str(file)], capture_output=True, text=True)
+    done = subprocess.run([SHELLCHECK, str(file)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
