@@ -17,6 +17,7 @@ MAY_IMPORT_FLOWER = (
     "server_app/app.py",
     "server_app/run.py",
     "server_app/drive.py",
+    "server_app/replay.py",
     "deploy/",
 )
 
