@@ -117,7 +117,7 @@ class Federation:
         if name not in self._running:  # nodes outlive a server that is stopped
             self._running[name] = [self._handler(settings, number, faults) for number in range(self.nodes)]
         numbered = list(enumerate(self._running[name], start=1))
-        with _killed_after(stop_after):
+        with killed_after(stop_after):
             grid = InMemoryGrid(dict(reversed(numbered) if reverse else numbered), newest_first=reverse)
             execute(grid, settings, run_id=1)
         return Ledger.read(self.folder / name)
@@ -154,7 +154,7 @@ def assert_resume_exact(federation: Federation) -> None:
         name = f"stopped-{last}"
         try:
             federation.run(name, stop_after=last)
-        except _Killed:
+        except Killed:
             federation.run(name)
         _assert_same(federation, "undisturbed", name, f"the server was stopped after record {last} and resumed")
 
@@ -181,18 +181,19 @@ def assert_order_independent(federation: Federation) -> None:
     _assert_same(federation, "in-order", "restarted", "nodes were restarted")
 
 
-class _Killed(BaseException):
+class Killed(BaseException):
     """Stands for kill -9: nothing may catch it."""
 
 
 @contextmanager
-def _killed_after(count: int) -> Iterator[None]:
+def killed_after(count: int) -> Iterator[None]:
+    """Raise `Killed` once a ledger has got its record of this number, counted from 1; never for 0."""
     append = Ledger.append
 
     def append_until(self: Ledger, kind: str, **facts: Any) -> Record:
         record = append(self, kind, **facts)
         if record.seq == count:
-            raise _Killed
+            raise Killed
         return record
 
     with mock.patch.object(Ledger, "append", append_until):

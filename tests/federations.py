@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import pytest
+
 from client_app.tasks import Node
+from deploy.testing import Killed, killed_after
 from fedtune_strategies.testing import InMemoryGrid
 from server_app.ledger import Ledger
 from server_app.run import execute
@@ -32,6 +35,21 @@ def final_state(settings):
     ledger = Ledger.read(_folder(settings))
     rounds = list(ledger.records("round"))
     return rounds[-1].round, rounds[-1].blob, [record.body["files"] for record in rounds]
+
+
+def assert_resumes_exactly(settings, data_files, folder, first=2):
+    """Run, then kill the server after every record from `first` on: each resumed run must end in the same bits."""
+    run(settings, data_files)
+    records = sum(1 for _ in Ledger.read(_folder(settings)).records())
+    for last in range(first, records):
+        resumed = settings | {"run.dir": str(folder / f"killed-{last}")}
+        nodes = make_nodes(resumed, data_files)
+        with pytest.raises(Killed), killed_after(last):
+            execute(make_grid(nodes), resumed, run_id=1)
+        execute(make_grid(nodes), resumed, run_id=2)
+        assert final_state(resumed) == final_state(settings), f"killed after record {last}"
+        replies = [(record.round, record.node) for record in Ledger.read(_folder(resumed)).records("reply")]
+        assert len(replies) == len(set(replies)), "a reply was counted twice"
 
 
 def _folder(settings):

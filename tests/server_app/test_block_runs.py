@@ -9,7 +9,6 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
-import server_app.ledger
 from client_app.remainders import Remainders
 from fedtune_strategies.blocks.codecs import decode
 from fedtune_strategies.blocks.find import find_blocks
@@ -19,9 +18,8 @@ from fedtune_strategies.testing import InMemoryGrid
 from server_app.ledger import Ledger
 from server_app.run import execute
 from tests.conftest import write_rows
-from tests.federations import final_state, make_grid, make_nodes, run
+from tests.federations import assert_resumes_exactly, make_nodes, run
 from tests.language.models import CONFIGS, make_model, make_tokenizer
-from tests.server_app.test_run import Killed
 
 
 @pytest.fixture(scope="module")
@@ -82,27 +80,8 @@ def variant(name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_run_killed_at_any_record_resumes_to_the_same_bits(settings, data_files, name, tmp_path, monkeypatch):
-    settings |= variant(name) | {"num-server-rounds": 3}
-    run(settings, data_files)
-    records = sum(1 for _ in Ledger.read(Path(settings["run.dir"])).records())
-    append = server_app.ledger.Ledger.append
-    for last in range(7, records):
-        resumed = settings | {"run.dir": str(tmp_path / f"killed-{last}")}
-        nodes = make_nodes(resumed, data_files)
-
-        def append_until(self, kind, *, last=last, **facts):
-            record = append(self, kind, **facts)
-            if record.seq == last:
-                raise Killed
-            return record
-
-        with monkeypatch.context() as patch:
-            patch.setattr(server_app.ledger.Ledger, "append", append_until)
-            with pytest.raises(Killed):
-                execute(make_grid(nodes), resumed, run_id=1)
-        execute(make_grid(nodes), resumed, run_id=2)
-        assert final_state(resumed) == final_state(settings), f"killed after record {last}"
+def test_a_run_killed_at_any_record_resumes_to_the_same_bits(settings, data_files, name, tmp_path):
+    assert_resumes_exactly(settings | variant(name) | {"num-server-rounds": 3}, data_files, tmp_path, first=7)
 
 
 @pytest.mark.parametrize("rest", ["nf4", "drop:2+wanda:0.5+int8"])

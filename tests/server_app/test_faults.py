@@ -10,6 +10,7 @@ import pytest
 
 import server_app.drive
 import server_app.run
+from deploy.testing import Killed
 from fedtune_strategies.errors import DataError, LinkError, NodesError, ResourceError
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.records import from_record
@@ -242,10 +243,6 @@ def test_a_late_reply_counts_in_the_next_round_where_asked_to(faulty, data_files
 
 
 # --- The server's side -----------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """Stands for kill -9."""
 
 
 def disk_full(*args, **kwargs):

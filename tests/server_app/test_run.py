@@ -9,14 +9,13 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import server_app.ledger
 from fedtune_strategies.errors import DataError, FingerprintError, LedgerError, ModelError, NodesError
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.testing import InMemoryGrid
 from server_app.ledger import Ledger
 from server_app.run import execute
 from tests.conftest import write_rows
-from tests.federations import final_state, make_grid, make_nodes, run
+from tests.federations import assert_resumes_exactly, final_state, make_grid, make_nodes, run
 
 METHODS = ["fedkseed", "fedkseed-pro", "fedcybgd", "fedavg"]
 
@@ -57,34 +56,10 @@ def test_the_order_of_nodes_and_replies_does_not_matter(settings, data_files, me
     assert final_state(first) == final_state(second)
 
 
-class Killed(BaseException):
-    """Stands for kill -9: nothing may catch it."""
-
-
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_killed_at_any_record_resumes_to_the_same_bits(settings, data_files, method, tmp_path, monkeypatch):
+def test_a_run_killed_at_any_record_resumes_to_the_same_bits(settings, data_files, method, tmp_path):
     settings |= {"method.name": method, "num-server-rounds": 2, "eval.answers": 0}
-    run(settings, data_files)
-    records = sum(1 for _ in Ledger.read(Path(settings["run.dir"])).records())
-    append = server_app.ledger.Ledger.append
-    for last in range(2, records):
-        resumed = settings | {"run.dir": str(tmp_path / f"killed-{last}")}
-        nodes = make_nodes(resumed, data_files)
-
-        def append_until(self, kind, *, last=last, **facts):
-            record = append(self, kind, **facts)
-            if record.seq == last:
-                raise Killed
-            return record
-
-        with monkeypatch.context() as patch:
-            patch.setattr(server_app.ledger.Ledger, "append", append_until)
-            with pytest.raises(Killed):
-                execute(make_grid(nodes), resumed, run_id=1)
-        execute(make_grid(nodes), resumed, run_id=2)
-        assert final_state(resumed) == final_state(settings), f"killed after record {last}"
-        replies = [(record.round, record.node) for record in Ledger.read(Path(resumed["run.dir"])).records("reply")]
-        assert len(replies) == len(set(replies)), "a reply was counted twice"
+    assert_resumes_exactly(settings, data_files, tmp_path)
 
 
 @pytest.mark.parametrize("method", METHODS)
