@@ -13,7 +13,7 @@ demo: $(INSTALLED) ## Tune the embedded model over a real federation, by every m
 	@$(BIN)/fedtune demo $(DEMO)
 
 test: lint $(KERNELS) ## Check everything: style, types, unit tests and networked tests.
-	HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist loadgroup $(TESTS)
+	HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal $(TESTS)
 
 lint: $(INSTALLED) ## Check style and types.
 	$(BIN)/ruff check .

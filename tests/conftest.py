@@ -21,15 +21,6 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("patient")
 
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items):
-    """Keep the tests that start federations on one worker: two at a time would wait for each other's processes."""
-    for item in items:
-        if item.get_closest_marker("network"):
-            item.add_marker(pytest.mark.xdist_group("network"))
-
-
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "dog", "run"]
 
 
