@@ -77,19 +77,18 @@ def test_all_that_a_connection_carries_in_a_warm_round(settings, data_files, tmp
     assert min(spent) < 18_000, rounds
 
 
-def test_networked_runs_equal_the_in_memory_ones(settings, data_files, tmp_path):
-    """Every method, one federation; then a SuperNode killed with -9 and a run that cannot start."""
+def test_a_networked_run_equals_the_in_memory_one(settings, data_files, tmp_path):
+    """FedKSeed-Pro (test_faults has the other methods); a SuperNode killed with -9; a run that cannot start."""
     with federation(tmp_path / "federation", data_files) as running:
-        for method in ("fedkseed", "fedkseed-pro", "fedcybgd"):
-            memory = settings | {"method.name": method, "run.dir": str(tmp_path / f"memory-{method}")}
-            network = memory | {"run.dir": str(tmp_path / f"network-{method}")}
-            run(memory, data_files)
-            run_id = submit(running, network)
-            status = follow(running, run_id, Path(network["run.dir"]))
-            assert status.completed, running.run_log(run_id)
-            assert final_state(network) == final_state(memory)
-            # The model was loaded once: one worker for each node.
-            assert len(workers(running)) == 3
+        memory = settings | {"method.name": "fedkseed-pro", "run.dir": str(tmp_path / "memory")}
+        network = memory | {"run.dir": str(tmp_path / "network")}
+        run(memory, data_files)
+        run_id = submit(running, network)
+        status = follow(running, run_id, Path(network["run.dir"]))
+        assert status.completed, running.run_log(run_id)
+        assert final_state(network) == final_state(memory)
+        # The model was loaded once: one worker for each node.
+        assert len(workers(running)) == 3
 
         # A user's mistake fails the run with one line, no trace.
         broken = settings | {"model.name": str(tmp_path / "nothing"), "run.dir": str(tmp_path / "broken")}
