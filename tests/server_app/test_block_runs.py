@@ -81,7 +81,7 @@ def variant(name):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_run_killed_at_any_record_resumes_to_the_same_bits(settings, data_files, name, tmp_path):
-    assert_resumes_exactly(settings | variant(name) | {"num-server-rounds": 3}, data_files, tmp_path, first=7)
+    assert_resumes_exactly(settings | variant(name) | {"num-server-rounds": 2}, data_files, tmp_path, first=7)
 
 
 @pytest.mark.parametrize("rest", ["nf4", "drop:2+wanda:0.5+int8"])
