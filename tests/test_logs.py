@@ -16,10 +16,12 @@ def lines(monkeypatch):
     stream = io.StringIO()
     handler = json_handler(stream)
     logger = logging.getLogger("fedtune")
-    monkeypatch.setattr(logger, "level", logging.INFO)
+    before = logger.level
+    logger.setLevel(logging.INFO)  # which also forgets what was found disabled before
     logger.addHandler(handler)
     yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
     logger.removeHandler(handler)
+    logger.setLevel(before)
 
 
 def test_only_where_it_is_asked_for(monkeypatch):
