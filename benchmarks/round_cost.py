@@ -17,8 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from deploy.app_folder import write_app
-from deploy.federation import Federation, federation
+from deploy.local.federation import Federation, federation
+from deploy.plumbing.app_folder import write_app
 from fedtune_strategies.tiny.tasks import write_federation
 from server_app.ledger import Ledger
 

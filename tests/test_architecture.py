@@ -47,6 +47,18 @@ def test_imports_keep_to_the_rules(path):
         assert "flwr" not in names
 
 
+SIDES = ("operator", "owner", "local")
+
+
+@pytest.mark.parametrize("room", [*SIDES, "plumbing"])
+def test_no_side_of_deploy_reaches_into_another(room):
+    for path in sorted((ROOT / "deploy" / room).glob("*.py")):
+        modules = {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
+        rooms = {module.split(".")[1] for module in modules if module and module.startswith("deploy.")}
+        assert not rooms & {*SIDES} - {room}
+        assert room != "plumbing" or rooms <= {"plumbing"}
+
+
 def test_no_private_flower_module_on_the_nodes_path():
     for name in ("client_app/app.py", "fedtune_strategies/protocol/records.py"):
         modules = {

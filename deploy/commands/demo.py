@@ -41,7 +41,7 @@ def demo(
 
     The table is written to `table.md` and `results.json` in the folder of `--out`, beside the tuned models.
     """
-    from deploy.demo import run_demo
+    from deploy.local.demo import run_demo
 
     changed = dict(map(setting, changes or []))
     run_demo(nodes=nodes, methods=methods.split(","), model=model, data=data, changes=changed, out=out, keep=keep)

@@ -52,9 +52,9 @@ def join(
 
     Next time `fedtune join` alone is enough. `fedtune leave` gives the membership back.
     """
-    from deploy.join import find_membership
     from deploy.monitoring.node import node_page
-    from deploy.node import run_node
+    from deploy.owner.join import find_membership
+    from deploy.owner.node import run_node
 
     log = event_line(Console(stderr=True, highlight=False, soft_wrap=True))
     if not token:
@@ -66,7 +66,7 @@ def join(
         node = {"data": str(data.expanduser().resolve()), "format": data_format, "model": model, "device": device}
         membership = _join(word, node, yes, log)
     if install_service:
-        from deploy.service import install
+        from deploy.owner.service import install
 
         for line in install(membership):
             console.print(line, markup=False)
@@ -84,8 +84,8 @@ def leave(
     ] = False,
 ) -> None:
     """Leave a federation: the server forgets this node's key, and this machine the federation. Your data stay."""
-    from deploy.join import find_membership, give_back
-    from deploy.service import remove
+    from deploy.owner.join import find_membership, give_back
+    from deploy.owner.service import remove
 
     membership = find_membership(name)
     console.print(f"Leaving {membership.address} as {membership.name} removes {membership.folder}. Your data stay.")
@@ -97,8 +97,8 @@ def leave(
 
 
 def _join(word: str, node: dict[str, str], yes: bool, log: Any) -> Any:
-    from deploy.join import Membership, meet, redeem
-    from deploy.token import decode_token
+    from deploy.owner.join import Membership, meet, redeem
+    from deploy.plumbing.joining import decode_token
 
     token = decode_token(word)
     membership = Membership(token.name, token.address, **node)
@@ -121,7 +121,7 @@ def _join(word: str, node: dict[str, str], yes: bool, log: Any) -> Any:
 
 def _tell(membership: Any, offer: dict[str, Any]) -> Any:
     """Show what a device owner agrees to; returns the membership with the place that its model comes from."""
-    from deploy.consent import NEVER, leaves, terms, with_model
+    from deploy.owner.consent import NEVER, leaves, terms, with_model
     from fedtune_strategies.language.data import read_rows
 
     rows = read_rows(Path(membership.data), membership.format)

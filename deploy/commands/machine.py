@@ -41,10 +41,10 @@ def doctor(
 
     Looks at the federations that this machine has joined, or at the server of TOKEN before joining. Changes nothing.
     """
-    from deploy.checks import show_checks
-    from deploy.doctor import examine, examine_membership
-    from deploy.join import meet, memberships
-    from deploy.token import decode_token
+    from deploy.owner.doctor import examine, examine_membership
+    from deploy.owner.join import meet, memberships
+    from deploy.plumbing.checks import show_checks
+    from deploy.plumbing.joining import decode_token
     from fedtune_strategies.errors import FedTuneError
 
     joined = memberships()
@@ -145,7 +145,7 @@ def _measured(model: str, device: str, settings: dict[str, Any]) -> dict[str, An
 
 
 def _joined() -> list[Any]:
-    from deploy.join import memberships
+    from deploy.owner.join import memberships
 
     return memberships()
 
@@ -154,7 +154,7 @@ def _link(membership: Any) -> dict[str, Any]:
     import statistics
     import time
 
-    from deploy.join import ask
+    from deploy.owner.join import ask
 
     times = []
     for _ in range(3):
@@ -165,8 +165,7 @@ def _link(membership: Any) -> dict[str, Any]:
 
 
 def _print_plan(facts: dict[str, Any]) -> None:
-    from deploy.progress import clock
-    from deploy.report import size
+    from deploy.plumbing.units import clock, size
 
     table = Table(
         "for one node", *(row["method"] for row in facts["methods"]), box=None, header_style="bold", pad_edge=False

@@ -14,7 +14,7 @@ from rich.live import Live
 
 from deploy.commands.output import Format, FormatOption, SetOption, console, setting, show
 from deploy.commands.serve import FolderOption, event_line
-from deploy.home import server_folder
+from deploy.plumbing.home import server_folder
 from fedtune_strategies.config import Scalar
 
 RunArgument = Annotated[
@@ -46,8 +46,8 @@ def run(
     A run that dies is submitted again and goes on from its record. Ctrl-C stops following, not the run:
     `fedtune status` shows it, `fedtune stop` stops it, `fedtune resume` goes on with it.
     """
-    from deploy.runs import new_folder
-    from deploy.serve import running
+    from deploy.operator.runs import new_folder
+    from deploy.operator.serve import running
 
     control, _ = running(folder or server_folder())
     given: dict[str, Scalar | None] = {
@@ -70,8 +70,8 @@ def resume(
     run: RunArgument = None, detach: DetachOption = False, folder: FolderOption = None, form: FormatOption = Format.text
 ) -> None:
     """Go on with a run where it was, to the same result: it was stopped, it died, or its server was away."""
-    from deploy.runs import find_run, settings_of
-    from deploy.serve import running
+    from deploy.operator.runs import find_run, settings_of
+    from deploy.operator.serve import running
 
     control, _ = running(folder or server_folder())
     found = find_run(run)
@@ -80,9 +80,9 @@ def resume(
 
 def stop(run: RunArgument = None, folder: FolderOption = None) -> None:
     """Stop a run. What it has done is kept; `fedtune resume` goes on with it."""
-    from deploy.runs import find_run
-    from deploy.runs import stop as stop_run
-    from deploy.serve import running
+    from deploy.operator.runs import find_run
+    from deploy.operator.runs import stop as stop_run
+    from deploy.operator.serve import running
 
     control, _ = running(folder or server_folder())
     found = find_run(run)
@@ -105,10 +105,10 @@ def status(
 
     Reads the run's record alone; needs no server, disturbs no run.
     """
-    from deploy.runs import find_run
+    from deploy.operator.runs import find_run
+    from deploy.operator.watch import Screen
     from deploy.status.page import write_page
     from deploy.status.view import RunView, newest_runs
-    from deploy.watch import Screen
 
     if html is not None:
         write_page(run if run is not None and newest_runs(run) else find_run(run), html)
@@ -127,9 +127,9 @@ def status(
 
 
 def _tune(control: Any, settings: dict[str, Scalar], detach: bool, form: Format) -> None:
-    from deploy.runs import submit, tune
+    from deploy.operator.runs import submit, tune
+    from deploy.operator.watch import Lines, Screen
     from deploy.status.view import RunView
-    from deploy.watch import Lines, Screen
     from fedtune_strategies.errors import LedgerError
 
     folder = settings["run.dir"]
@@ -153,7 +153,7 @@ def _tune(control: Any, settings: dict[str, Scalar], detach: bool, form: Format)
 
 def _preflight(control: Any, settings: dict[str, Scalar]) -> None:
     """Check what can be checked here before anybody is asked to work; raises the first error."""
-    from deploy.checks import show_checks
+    from deploy.plumbing.checks import show_checks
     from fedtune_strategies.errors import error_from_code
 
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -162,8 +162,8 @@ def _preflight(control: Any, settings: dict[str, Scalar]) -> None:
 
 
 def _checks(control: Any, settings: dict[str, Scalar]) -> Iterator[Any]:
-    from deploy.checks import check
-    from deploy.preflight import held_out_data, room, run_model, who_is_there, with_config
+    from deploy.operator.preflight import held_out_data, room, run_model, who_is_there, with_config
+    from deploy.plumbing.checks import check
 
     config = check("settings", lambda: with_config(settings))
     yield config

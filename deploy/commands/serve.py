@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.commands.output import Format, FormatOption, SetOption, console, setting, show
-from deploy.home import server_folder
+from deploy.plumbing.home import server_folder
 
 nodes_app = typer.Typer(help="See who may take part; invite, approve and revoke nodes.")
 FolderOption = Annotated[
@@ -53,8 +53,9 @@ def serve(
     What `--set` names (`method.name`, `model.name` …) is shown to device owners before they agree; `fedtune run` says
     it anew.
     """
-    from deploy.offer import announce
-    from deploy.serve import own_host, serving
+    from deploy.operator.offer import announce
+    from deploy.operator.serve import serving
+    from deploy.plumbing.address import own_host
     from deploy.status.operator import operators_page
 
     folder = folder or server_folder()
@@ -93,8 +94,8 @@ def invite_nodes(
     form: FormatOption = Format.text,
 ) -> None:
     """Print a join token for each name. It works once; an earlier token of that name is void."""
-    from deploy.members import Members
-    from deploy.serve import invite, running
+    from deploy.operator.members import Members
+    from deploy.operator.serve import invite, running
 
     control, address = running(context.obj or server_folder())
     members, authority = Members(control.folder), control.folder / "keys" / "ca.crt"
@@ -105,8 +106,8 @@ def invite_nodes(
 @nodes_app.command()
 def approve(context: typer.Context, name: str) -> None:
     """Let a waiting node in. Compare the key that `fedtune nodes` shows with the one that its owner sees first."""
-    from deploy.members import Members
-    from deploy.serve import running
+    from deploy.operator.members import Members
+    from deploy.operator.serve import running
 
     control, _ = running(context.obj or server_folder())
     member = Members(control.folder).change(name, "approved", expected=("waiting", "approved"))
@@ -116,9 +117,9 @@ def approve(context: typer.Context, name: str) -> None:
 @nodes_app.command()
 def revoke(context: typer.Context, name: str) -> None:
     """Shut a node out: its token is void, and its key is refused from now on."""
-    from deploy.desk import revoke as revoke_member
-    from deploy.members import Members
-    from deploy.serve import running
+    from deploy.operator.desk import revoke as revoke_member
+    from deploy.operator.members import Members
+    from deploy.operator.serve import running
 
     control, _ = running(context.obj or server_folder())
     revoke_member(Members(control.folder), control, name)
@@ -127,8 +128,8 @@ def revoke(context: typer.Context, name: str) -> None:
 
 def list_nodes(folder: Path) -> list[dict[str, Any]]:
     """Facts of every node: what the operator decided, and what the SuperLink sees."""
-    from deploy.members import Members
-    from deploy.serve import running
+    from deploy.operator.members import Members
+    from deploy.operator.serve import running
 
     control, _ = running(folder)
     members = Members(folder).all()

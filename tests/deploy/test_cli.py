@@ -7,9 +7,9 @@ import pytest
 from filelock import FileLock
 from typer.testing import CliRunner
 
-from deploy import demo
 from deploy.cli import app
 from deploy.commands.configuration import with_run_config
+from deploy.local import demo
 from fedtune_strategies.config import as_toml, defaults, keys
 from fedtune_strategies.errors import ConfigError, PortError, ResourceError
 

@@ -14,15 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy import join as joining
-from deploy.certificates import node_key, server_files
-from deploy.control import Control
-from deploy.desk import Desk
-from deploy.front import JOIN, Front, protocols
-from deploy.join import Membership, find_membership, give_back, meet, memberships, redeem
-from deploy.members import Members
-from deploy.serve import authority_hash
-from deploy.token import JoinToken, decode_token
+from deploy.operator.desk import Desk
+from deploy.operator.front import Front, protocols
+from deploy.operator.members import Members
+from deploy.owner import join as joining
+from deploy.owner.join import Membership, find_membership, give_back, meet, memberships, redeem
+from deploy.plumbing.certificates import node_key, server_files
+from deploy.plumbing.control import Control
+from deploy.plumbing.joining import JOIN, JoinToken, authority_hash, decode_token
 from fedtune_strategies.errors import ConfigError, LinkError, NodesError, ProtocolError
 
 SECRET = bytes(range(16))

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy import processes
-from deploy.token import decode_token
+from deploy.plumbing import processes
+from deploy.plumbing.joining import decode_token
 from fedtune_strategies.tiny.tasks import write_federation
 from tests.deploy.machines import SERVER, Machines, available
 

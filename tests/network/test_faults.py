@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy import processes
-from deploy.certificates import node_key
-from deploy.runs import tune
-from deploy.serve import serving
+from deploy.operator.runs import tune
+from deploy.operator.serve import serving
+from deploy.plumbing import processes
+from deploy.plumbing.certificates import node_key
 from deploy.status.view import RunView
 from fedtune_strategies.errors import LedgerError
 from server_app.ledger import Ledger

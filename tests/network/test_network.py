@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.federation import federation
+from deploy.local.federation import federation
 from fedtune_strategies.errors import ModelError
 from server_app.ledger import Ledger
 from tests.federations import final_state, run

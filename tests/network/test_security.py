@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from deploy import processes
-from deploy.certificates import node_key, server_files
-from deploy.doctor import examine
-from deploy.node import meanings
-from deploy.serve import serving
+from deploy.operator.serve import serving
+from deploy.owner.doctor import examine
+from deploy.owner.node import meanings
+from deploy.plumbing import processes
+from deploy.plumbing.certificates import node_key, server_files
 
 UTC = datetime.UTC
 

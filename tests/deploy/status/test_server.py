@@ -1,3 +1,4 @@
+import contextlib
 import gzip
 import json
 import socket
@@ -10,8 +11,8 @@ from urllib.parse import urlsplit
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from deploy import httpd
-from deploy.certificates import server_files
+from deploy.plumbing import httpd, processes
+from deploy.plumbing.certificates import server_files
 from deploy.status import server as server_module
 from deploy.status.server import serve_page
 from fedtune_strategies.errors import ConfigError, PortError
@@ -25,6 +26,12 @@ def get(url, path="", headers=None, context=None):
             return answer.status, answer.headers, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.headers, error.read()
+
+
+def answers(url):
+    with contextlib.suppress(OSError):
+        return get(url, "healthz")[0] == 200
+    return False
 
 
 def test_a_run_is_followed_and_sent_only_when_it_changed(tmp_path, monkeypatch):
@@ -109,7 +116,7 @@ def test_whoever_holds_the_line_is_cut_off_and_others_are_served(tmp_path, monke
         assert all(one.recv(100) == b"" for one in idle), "they were cut off"
         for one in (*idle, third):
             one.close()
-        assert get(url, "healthz")[0] == 200
+        processes.wait_until(lambda: answers(url), 10.0, lambda: "the slots came not back")
 
 
 def test_over_tls_and_a_port_that_is_taken(tmp_path):

@@ -1,0 +1,213 @@
+"""A whole federation on this machine, tuning a model by each method in turn: ``fedtune demo``."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import random
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from deploy.local.federation import Federation, federation
+from deploy.local.progress import Progress, follow
+from deploy.local.proxy import Traffic
+from deploy.local.report import Result, markdown, samples, summarise, table
+from deploy.plumbing.app_folder import write_app
+from deploy.plumbing.control import CONNECTION
+from deploy.plumbing.units import clock
+from deploy.status import write_page
+from fedtune_strategies.config import Scalar, parse
+from fedtune_strategies.errors import ConfigError, DataError, ResourceError
+
+# What suits the embedded model and two cores; everything else is as in the run configuration.
+COMMON: dict[str, Scalar] = {"train.seq-length": 64, "eval.answers": 45, "eval.max-new-tokens": 20}
+SEEDS: dict[str, Scalar] = {
+    "num-server-rounds": 4,
+    "fedkseed.seeds": 1024,
+    "fedkseed.local-steps": 60,
+    "fedkseed.lr": 4e-4,
+}
+SETTINGS: dict[str, dict[str, Scalar]] = {
+    "fedkseed": SEEDS,
+    "fedkseed-pro": SEEDS,
+    "fedcybgd": {"num-server-rounds": 6, "fedcybgd.lr": 3e-4},
+}
+HELD_OUT = 200  # most examples held out of a user's own file
+
+
+def run_demo(
+    *,
+    nodes: int,
+    methods: Sequence[str],
+    model: str,
+    data: Path | None,
+    changes: Mapping[str, Scalar],
+    out: Path,
+    keep: bool,
+) -> None:
+    """Start a federation, run the methods one after another, and show what each did and cost.
+
+    Parameters
+    ----------
+    nodes : int
+        Number of nodes.
+    methods : sequence of str
+        Names of methods.
+    model : str
+        Base model, as in ``model.name``.
+    data : Path or None
+        A data file to deal out to the nodes; None makes the embedded data.
+    changes : mapping
+        Keys of the run configuration that shall differ from what the demo sets.
+    out : Path
+        Folder for everything that is written. Earlier results there are replaced.
+    keep : bool
+        Afterwards leave the federation running until Ctrl-C.
+
+    Raises
+    ------
+    FedTuneError
+        Something a user can act on; everything that was started has been stopped.
+    """
+    out = out.resolve()
+    started = time.monotonic()
+    console = Console()
+    configs = [_config(method, model, nodes, out, changes) for method in methods]
+    with _alone(out):
+        node_files, _ = _data(out / "data", nodes, data)
+        app = write_app(out / "app")
+        console.print(
+            f"[bold]FedTune demo[/bold]: {nodes} nodes, {', '.join(methods)}; all that is written goes to {out}"
+        )
+        console.print("Starting a SuperLink and the nodes: TLS, node keys, gRPC, free loopback ports …")
+        with federation(out / "federation", {f"node-{i}": file for i, file in enumerate(node_files)}) as running:
+            console.print(
+                f"All {nodes} nodes are online after {clock(time.monotonic() - started)}; logs: {out}/federation/logs"
+            )
+            try:
+                results = [_tune(running, app, config, console) for config in configs]
+                _write(results, out)
+                write_page(out, out / "status.html")
+                _show(results, out, console)
+                console.print(f"The whole demo took {clock(time.monotonic() - started)}.")
+                if keep:
+                    _wait(running, app, console)
+            finally:
+                console.print("Stopping the federation …")
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold the folder, so that no second demo clears it meanwhile."""
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise ResourceError(f"another demo is writing to {out}: wait for it, or choose another --out") from None
+
+
+def _config(method: str, model: str, nodes: int, out: Path, changes: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Make a method's run configuration, checked before anything is started."""
+    if method not in SETTINGS:
+        raise ConfigError(f"unknown method {method!r}: choose from {', '.join(SETTINGS)}")
+    own: dict[str, Scalar] = {
+        "method.name": method,
+        "model.name": model,
+        "eval.data": str(out / "data" / "heldout.jsonl"),
+        "run.dir": str(out / method),
+    }
+    if taken := own.keys() & changes.keys():
+        raise ConfigError(f"the demo sets {', '.join(sorted(taken))}: use --methods, --model, --data and --out")
+    config = {**COMMON, "strategy.min-nodes": nodes, **SETTINGS[method], **changes, **own}
+    parse(config)
+    return config
+
+
+def _tune(running: Federation, app: Path, config: Mapping[str, Scalar], console: Console) -> Result:
+    method, folder = str(config["method.name"]), Path(str(config["run.dir"]))
+    shutil.rmtree(folder, ignore_errors=True)
+    before = running.traffic()
+    started = time.time()
+    run_id = running.submit(app, config)
+    follow(
+        running,
+        run_id,
+        folder,
+        Progress(method, int(config["num-server-rounds"]), len(running.nodes), started),
+        console,
+    )
+    after = running.traffic()
+    traffic = sum((after[node] - before[node] for node in after), Traffic())
+    result = summarise(folder, method, len(running.nodes), traffic, time.time() - started)
+    console.print(
+        f"[green]✓[/green] {method}: held-out loss {result.before['eval/loss']:.3f} → {result.after['eval/loss']:.3f} "
+        f"in {clock(result.seconds)}",
+        highlight=False,
+    )
+    return result
+
+
+def _data(folder: Path, nodes: int, source: Path | None) -> tuple[list[Path], Path]:
+    """Write one data file for each node and the held-out file."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if source is None:
+        from fedtune_strategies.tiny.tasks import write_federation
+
+        return write_federation(folder, nodes)
+    return _deal(source, folder, nodes)
+
+
+def _deal(source: Path, folder: Path, nodes: int) -> tuple[list[Path], Path]:
+    """Shuffle a user's file, hold some of it out, and deal the rest to the nodes."""
+    from fedtune_strategies.language.data import read_records
+
+    records = [record for _, record in read_records(source)]
+    random.Random(0).shuffle(records)
+    held = min(HELD_OUT, len(records) // 5)
+    if held < 1 or len(records) - held < nodes:
+        raise DataError(f"{source} has {len(records)} records: too few for {nodes} nodes and a held-out part")
+    files = [folder / f"node_{i}.jsonl" for i in range(nodes)]
+    parts = [records[held + i :: nodes] for i in range(nodes)]
+    for file, part in [*zip(files, parts, strict=True), (folder / "heldout.jsonl", records[:held])]:
+        file.write_text("".join(json.dumps(record) + "\n" for record in part), encoding="utf-8")
+    return files, folder / "heldout.jsonl"
+
+
+def _write(results: Sequence[Result], out: Path) -> None:
+    (out / "table.md").write_text(markdown(results), encoding="utf-8")
+    facts = [
+        {**dataclasses.asdict(result), "per_node_and_round": dataclasses.asdict(result.per_node_and_round)}
+        for result in results
+    ]
+    (out / "results.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _show(results: Sequence[Result], out: Path, console: Console) -> None:
+    console.print(table(results))
+    for sample in samples(results):
+        for label, text in sample.items():
+            console.print(f"[bold]{label:>12}[/bold]  ", end="")
+            console.print(" ".join(text.split()) or "(nothing)", markup=False, highlight=False)
+        console.print()
+    for result in results:
+        console.print(f"Model tuned by {result.method}: {result.model}", highlight=False)
+    console.print(f"Table: {out / 'table.md'}, figures: {out / 'results.json'}", highlight=False)
+    console.print(f"To look at: {out / 'status.html'}", highlight=False)
+
+
+def _wait(running: Federation, app: Path, console: Console) -> None:
+    home = running.environment["FLWR_HOME"]
+    console.print(
+        f"The federation goes on until Ctrl-C. In another terminal: FLWR_HOME={home} flwr run {app} {CONNECTION}"
+    )
+    while True:
+        running.check()
+        time.sleep(1.0)

@@ -1,0 +1,143 @@
+"""What a method achieved and what it cost: from a run's ledger and the bytes counted on the nodes' connections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from deploy.local.proxy import Traffic
+from deploy.plumbing.units import size
+from fedtune_strategies.errors import RunError
+from server_app.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Result:
+    """One method's run.
+
+    Attributes
+    ----------
+    method : str
+        Name of the method.
+    rounds, nodes : int
+        Rounds of the run and nodes of the federation.
+    before, after : dict
+        First and last evaluation: ``eval/loss``, ``eval/perplexity``, ``eval/rougeL`` and ``answers``.
+    traffic : Traffic
+        Bytes on all nodes' connections from submission to the end: everything, framework and handshakes included.
+    peak_memory : int
+        Largest resident memory of a node's worker, bytes.
+    seconds : float
+        From submission to the end, evaluation and export included.
+    model : str
+        Folder of the tuned model.
+    """
+
+    method: str
+    rounds: int
+    nodes: int
+    before: dict[str, Any]
+    after: dict[str, Any]
+    traffic: Traffic
+    peak_memory: int
+    seconds: float
+    model: str
+
+    @property
+    def per_node_and_round(self) -> Traffic:
+        """The whole traffic divided by nodes and rounds, bytes."""
+        shares = self.nodes * self.rounds
+        return Traffic(round(self.traffic.up / shares), round(self.traffic.down / shares))
+
+
+def summarise(folder: Path, method: str, nodes: int, traffic: Traffic, seconds: float) -> Result:
+    """Read a finished run's ledger.
+
+    Raises
+    ------
+    RunError
+        The run has not finished, or was not evaluated.
+    """
+    ledger = Ledger.read(folder)
+    try:
+        finished = ledger.last("finished")
+        evaluations = [record.body for record in ledger.records("evaluation")]
+        if finished is None or len(evaluations) < 2:
+            raise RunError(f"the run in {folder} has no result yet: see its ledger")
+        peaks = [record.body["peak_memory"] for record in ledger.records("reply")]
+    finally:
+        ledger.close()
+    return Result(
+        method=method,
+        rounds=finished.round,
+        nodes=nodes,
+        before=evaluations[0],
+        after=evaluations[-1],
+        traffic=traffic,
+        peak_memory=max(peaks, default=0),
+        seconds=seconds,
+        model=finished.body["model"],
+    )
+
+
+def table(results: Sequence[Result]) -> Table:
+    """One column for each method."""
+    shown = Table("", *(result.method for result in results), box=box.SIMPLE_HEAD, header_style="bold")
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    for label, value in ROWS:
+        shown.add_row(label, *(value(result) for result in results))
+    return shown
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """The same table as `table`, then sample answers."""
+    lines = [_row("", *(result.method for result in results)), _row("---", *("---:" for _ in results))]
+    lines += [_row(label, *(value(result) for result in results)) for label, value in ROWS]
+    lines += ["", *(line for sample in samples(results) for line in _quoted(sample))]
+    return "\n".join(lines) + "\n"
+
+
+def samples(results: Sequence[Result], count: int = 3) -> list[dict[str, str]]:
+    """Sample answers, evenly spread over the evaluated ones: prompt, expected, before, then one answer by method."""
+    asked = results[0].before.get("answers", [])
+    places = [len(asked) * i // count for i in range(min(count, len(asked)))]
+    return [
+        {
+            "prompt": asked[i]["prompt"],
+            "expected": asked[i]["reference"],
+            "before": asked[i]["answer"],
+            **{result.method: result.after["answers"][i]["answer"] for result in results},
+        }
+        for i in places
+    ]
+
+
+def _change(name: str, digits: int) -> Callable[[Result], str]:
+    return lambda result: f"{result.before[name]:.{digits}f} → {result.after[name]:.{digits}f}"
+
+
+ROWS: list[tuple[str, Callable[[Result], str]]] = [
+    ("held-out loss, nats a token", _change("eval/loss", 3)),
+    ("held-out perplexity", _change("eval/perplexity", 2)),
+    ("Rouge-L", _change("eval/rougeL", 3)),
+    ("up, per node and round", lambda result: size(result.per_node_and_round.up)),
+    ("down, per node and round", lambda result: size(result.per_node_and_round.down)),
+    ("up and down, whole run", lambda result: size(result.traffic.up + result.traffic.down)),
+    ("rounds", lambda result: str(result.rounds)),
+    ("peak memory of a node", lambda result: size(result.peak_memory)),
+    ("seconds", lambda result: f"{result.seconds:.0f}"),
+]
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _quoted(sample: dict[str, str]) -> list[str]:
+    return ["```", *(f"{label:12}  {' '.join(text.split())}" for label, text in sample.items()), "```", ""]

@@ -1,0 +1,64 @@
+"""What is checked before a run is submitted. Each function returns what it found, or raises what is wrong."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from deploy.operator.members import Members
+from deploy.plumbing.control import Control
+from deploy.plumbing.units import size
+from fedtune_strategies.config import Scalar, parse
+from fedtune_strategies.errors import NodesError, ResourceError
+from fedtune_strategies.language.data import read_rows
+from fedtune_strategies.language.model_files import count_parameters, model_folder, weight_files
+
+
+def with_config(settings: Mapping[str, Scalar]) -> str:
+    """Check the run configuration."""
+    config = parse(settings)
+    own = len(settings.keys() - {"run.dir", "method.name", "model.name", "num-server-rounds"})
+    return f"{config.method.name}, {config.num_server_rounds} rounds, {own} other keys set"
+
+
+def run_model(settings: Mapping[str, Scalar]) -> str:
+    """Check that the base model lies here, whole."""
+    name = parse(settings).model.name
+    folder = model_folder(name)
+    return f"{name}: {count_parameters(weight_files(folder)) / 1e6:.1f} million parameters, {folder}"
+
+
+def held_out_data(settings: Mapping[str, Scalar]) -> str | None:
+    """Check that the held-out file reads to its end."""
+    config = parse(settings).eval
+    if not config.data:
+        return None
+    return f"{config.data}: {len(read_rows(Path(config.data), config.format))} examples"
+
+
+def room(settings: Mapping[str, Scalar]) -> str:
+    """Check that the run's folder has room for its record and for the exported model."""
+    config = parse(settings)
+    parameters = count_parameters(weight_files(model_folder(config.model.name)))
+    # The export; with blocks, one float32 version of a block a round, and so at most a model a cycle.
+    needed = 4 * parameters * (1 if config.method.name.startswith("fedkseed") else 3)
+    folder = Path(config.run.dir).expanduser()
+    there = next(parent for parent in [folder, *folder.parents] if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise ResourceError(f"{there} has {size(free)} free, the run needs about {size(needed)}: choose another --out")
+    return f"{size(free)} free in {there}, about {size(needed)} needed"
+
+
+def who_is_there(control: Control, settings: Mapping[str, Scalar]) -> str:
+    """Count the members that are online."""
+    members = [member for member in Members(control.folder).all().values() if member.state == "member"]
+    states = control.node_states()
+    if not states:
+        raise NodesError("nobody has joined yet: `fedtune nodes invite NAME`, and give the token to the owner")
+    online = [node for node, state in states.items() if state == "online"]
+    names = [member.name for member in members if member.node_id in online]
+    needed = int(settings.get("strategy.min-nodes", 1))
+    wait = "" if len(online) >= needed else f"; the run waits for {needed}"
+    return f"{len(online)} of {len(states)} online: {', '.join(names)}{wait}"

@@ -1,0 +1,169 @@
+"""Runs of an operator: submit, follow by the ledger, submit again what died, resume, stop."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from deploy.operator.members import Members
+from deploy.operator.offer import announce
+from deploy.plumbing.app_folder import write_app
+from deploy.plumbing.control import Control, RunStatus
+from deploy.plumbing.home import runs_folder
+from deploy.status.view import RunView, newest_runs
+from fedtune_strategies.config import Scalar
+from fedtune_strategies.errors import LedgerError, LinkError, RunError, error_from_code
+from server_app.ledger import Ledger
+
+LOOK_EVERY = 0.5  # seconds between two looks at the ledger
+ASK_EVERY = 60.0  # seconds between two questions to the SuperLink, a second of one core each
+MOST_RESTARTS = 5  # without a round in between
+
+
+def new_folder(method: str) -> Path:
+    """A folder for a new run, named after its method and the time."""
+    return runs_folder() / f"{method}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def find_run(run: Path | None) -> Path:
+    """The folder of a run: as named, by its name below the runs, or the newest.
+
+    Raises
+    ------
+    LedgerError
+        There is none.
+    """
+    for folder in [run, runs_folder() / run] if run else [runs_folder()]:
+        if folder.is_dir() and (found := newest_runs(folder)):
+            return found[0]
+    raise LedgerError(f"no run in {run or runs_folder()}: name the run's folder ('run.dir')")
+
+
+def settings_of(folder: Path) -> dict[str, Scalar]:
+    """The run configuration with which a run was started last.
+
+    Raises
+    ------
+    LedgerError
+        It has not begun.
+    """
+    started = _last(folder, "start")
+    if started is None:
+        raise LedgerError(f"the run in {folder} has not begun")
+    return dict(started.body["config"])
+
+
+def submit(control: Control, settings: Mapping[str, Scalar]) -> int:
+    """Submit a run and announce it to those who join; returns Flower's id."""
+    run_id = control.submit(write_app(control.folder / "app"), settings)
+    announce(control.folder, settings, len(Members(control.folder).all()))
+    return run_id
+
+
+def tune(
+    control: Control,
+    settings: Mapping[str, Scalar],
+    view: RunView,
+    on_change: Callable[[RunView], object],
+    on_event: Callable[[str], None],
+) -> Path:
+    """Submit a run and follow it to its end; submit it again when it died of no fault of its own.
+
+    Parameters
+    ----------
+    control : Control
+        The SuperLink.
+    settings : mapping
+        The run configuration, with ``run.dir``. A run that lies there is gone on with.
+    view : RunView
+        Of the run's folder.
+    on_change : callable
+        Called with the view whenever the ledger has grown.
+    on_event : callable
+        Called with a line about submissions.
+
+    Returns
+    -------
+    Path
+        The tuned model.
+
+    Raises
+    ------
+    FedTuneError
+        What ended the run.
+    """
+    folder, left, rounds = view.folder, MOST_RESTARTS, 0
+    while True:
+        before = _last(folder, "start")
+        run_id = submit(control, settings)
+        on_event(f"submitted as Flower's run {run_id}; record: {folder}")
+        status = _follow(control, run_id, before.seq if before else 0, view, on_change)
+        ended = view.end if view.starts and view.starts[-1].get("run_id") == str(run_id) else None
+        if ended and ended.kind == "finished":
+            return Path(ended.body["model"])
+        if ended:
+            raise error_from_code(ended.body["exit_code"], ended.body["message"])
+        if status.state == "finished:stopped":
+            raise RunError(f"the run was stopped; `fedtune resume {folder}` goes on where it was")
+        done = len(view.rounds) + len(view.summaries)
+        left = MOST_RESTARTS if done > rounds else left - 1
+        rounds = done
+        if not left:
+            raise RunError(f"the run died {MOST_RESTARTS} times in a row ({status.details}): see `flwr log {run_id}`")
+        on_event(f"the run died ({status.details or status.state}); going on from its record")
+
+
+def _follow(
+    control: Control, run_id: int, after: int, view: RunView, on_change: Callable[[RunView], object]
+) -> RunStatus:
+    """Wait until a run has ended: its ledger says so at once, or that nobody writes it any more; else the SuperLink."""
+    asked = time.monotonic()
+    while True:
+        begun = bool(view.starts) and view.starts[-1].get("run_id") == str(run_id)
+        gone = begun and not Ledger.is_written(view.folder)
+        with contextlib.suppress(LedgerError):  # until the ServerApp has made its ledger
+            if view.update():
+                on_change(view)
+        ended = view.end is not None and view.end.seq > after and view.starts[-1].get("run_id") == str(run_id)
+        if ended or time.monotonic() - asked > ASK_EVERY:
+            status = _status(control, run_id)
+            asked = time.monotonic()
+            if status.finished:
+                with contextlib.suppress(LedgerError):
+                    view.update()
+                return status
+        elif gone:  # Flower notices after about a minute, unless it was told to stop the run
+            status = _status(control, run_id)
+            return status if status.finished else RunStatus("died", "its ServerApp is gone")
+        time.sleep(LOOK_EVERY)
+
+
+def stop(control: Control, folder: Path) -> None:
+    """Stop a run that goes on; `tune` with its settings goes on later.
+
+    Raises
+    ------
+    RunError
+        It has ended already.
+    """
+    started, end = _last(folder, "start"), _last(folder, "finished") or _last(folder, "failed")
+    if started is None or (end is not None and end.seq > started.seq):
+        raise RunError(f"the run in {folder} has ended already")
+    control.stop_run(int(started.body["run_id"]))
+
+
+def _status(control: Control, run_id: int) -> RunStatus:
+    # While the SuperLink is being started again nobody answers; the run goes on meanwhile.
+    try:
+        return control.status(run_id)
+    except LinkError as error:
+        return RunStatus("unknown", str(error))
+
+
+def _last(folder: Path, kind: str) -> Any:
+    with contextlib.suppress(LedgerError), contextlib.closing(Ledger.read(folder)) as ledger:
+        return ledger.last(kind)
+    return None

@@ -1,0 +1,275 @@
+"""An operator's server: SuperLink, executor, the published port and the desk behind it; whatever dies is restarted."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock, Timeout
+
+from deploy.operator.desk import Desk
+from deploy.operator.front import Front
+from deploy.operator.members import Members
+from deploy.operator.offer import read_offer
+from deploy.plumbing import processes
+from deploy.plumbing.address import split_address
+from deploy.plumbing.certificates import ServerFiles, server_files
+from deploy.plumbing.control import Control, flower_environment, write_connection
+from deploy.plumbing.home import private_folder, write_json, write_private
+from deploy.plumbing.joining import JoinToken, authority_hash
+from fedtune_strategies.errors import LinkError, PortError
+
+START_TIMEOUT = 180.0  # seconds; a SuperLink needs about 5, on a busy machine many times that
+
+
+@dataclass
+class Service:
+    """One program that is kept running.
+
+    Attributes
+    ----------
+    name : str
+        For people, and of the log file.
+    command : list of str
+        The program.
+    port : int
+        Port of 127.0.0.1 on which it answers; 0 for none.
+    """
+
+    name: str
+    command: list[str]
+    port: int = 0
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+    pause: float = 0.0
+    restarts: int = 0
+
+
+@dataclass
+class Server:
+    """A running server; made by `serving`.
+
+    Attributes
+    ----------
+    address : str
+        ``host:port`` at which nodes find it.
+    control : Control
+        The SuperLink.
+    members : Members
+        Who may take part.
+    authority : Path
+        The certificate that nodes trust.
+    """
+
+    address: str
+    control: Control
+    members: Members
+    authority: Path
+    services: list[Service]
+    front: Front
+    on_event: Callable[[str], None]
+    _due: dict[str, float] = field(default_factory=dict)
+
+    def invite(self, name: str, lifetime: float) -> str:
+        """Make a join token."""
+        return invite(self.members, self.authority, self.address, name, lifetime)
+
+    def watch(self) -> None:
+        """Restart what has ended, after a pause that grows while it keeps ending."""
+        for service in self.services:
+            assert service.process is not None
+            if service.process.poll() is None:
+                continue
+            log = self.control.folder / "logs" / f"{service.name}.log"
+            if service.name not in self._due:
+                service.pause = processes.next_pause(service.pause, time.monotonic() - service.started)
+                self._due[service.name] = time.monotonic() + service.pause
+                code = service.process.returncode
+                self.on_event(f"{service.name} ended with code {code}, starting it again ({processes.tail(log, 2)})")
+            elif time.monotonic() >= self._due[service.name]:
+                del self._due[service.name]
+                service.restarts += 1
+                _start(service, self.control)
+
+
+@contextlib.contextmanager
+def serving(
+    folder: Path,
+    *,
+    address: str,
+    listen: str,
+    approval: bool = False,
+    on_event: Callable[[str], None] = lambda line: None,
+) -> Iterator[Server]:
+    """Run a server until the block is left; then stop all that was started, also after kill -9.
+
+    Parameters
+    ----------
+    folder : Path
+        The server's state; what lies there is used again: keys, members, runs that Flower knows.
+    address : str
+        ``host:port`` at which nodes reach the published port; it goes into the certificate and into tokens.
+    listen : str
+        Address of this machine to listen on.
+    approval : bool
+        Let joining nodes wait for the operator.
+    on_event : callable
+        Called with a line about everything that changed.
+
+    Yields
+    ------
+    Server
+        The SuperLink answers, and the port is open.
+
+    Raises
+    ------
+    PortError
+        The published port is in use.
+    LinkError
+        Another server runs on this folder, or the SuperLink does not start.
+    """
+    host, port = split_address(address)
+    folder = private_folder(folder.resolve())
+    token = secrets.token_hex(16)
+    with contextlib.ExitStack() as stack:
+        _take(stack, folder)
+        processes.check_port(listen, port)
+        files = server_files(folder / "keys", [host])
+        environment = {**flower_environment(folder), processes.TOKEN: token}
+        control = Control(folder, environment)
+        members = Members(folder)
+        stack.enter_context(processes.termination_as_exit())
+        stack.enter_context(processes.watchdog(token))
+        stack.callback(processes.sweep, token)
+        control_port, fleet_port = _distinct_ports()
+        write_connection(folder, control_port, files.authority)
+        services = _services(folder, files, control_port, fleet_port)
+        (folder / "logs").mkdir(exist_ok=True)
+        for service in services:
+            _start(service, control)
+            _wait(service, folder)
+        desk = Desk(files, members, control, offer=lambda: read_offer(folder), approval=approval, on_event=on_event)
+        front = stack.enter_context(_open(desk, fleet_port, listen, port, on_event))
+        write_json(folder / "serve.json", {"address": address, "pid": os.getpid(), "control": control_port})
+        stack.callback((folder / "serve.json").unlink, missing_ok=True)
+        yield Server(address, control, members, files.authority, services, front, on_event)
+
+
+def running(folder: Path) -> tuple[Control, str]:
+    """Find the server that runs on a folder.
+
+    Returns
+    -------
+    tuple of Control and str
+        Its SuperLink, and the address at which nodes reach it.
+
+    Raises
+    ------
+    LinkError
+        None runs.
+    """
+    try:
+        facts = json.loads((folder / "serve.json").read_text())
+        alive = psutil.pid_exists(facts["pid"]) and processes.answers(facts["control"])
+    except (OSError, ValueError, KeyError):
+        alive = False
+    if not alive:
+        raise LinkError(f"no server runs on {folder}: start one with `fedtune serve`, in a terminal of its own")
+    return Control(folder, flower_environment(folder)), facts["address"]
+
+
+def invite(members: Members, authority: Path, address: str, name: str, lifetime: float) -> str:
+    """Make a join token for a name."""
+    secret, expires = members.invite(name, lifetime)
+    return JoinToken(address, name, authority_hash(authority.read_text()), secret, expires).encode()
+
+
+def _take(stack: contextlib.ExitStack, folder: Path) -> None:
+    try:
+        stack.enter_context(FileLock(folder / "serve.lock", timeout=0))
+    except Timeout:
+        raise LinkError(f"a server runs on {folder} already: `fedtune nodes` and `fedtune run` use it") from None
+
+
+def _distinct_ports() -> tuple[int, int]:
+    one, other = processes.free_port(), processes.free_port()
+    return (one, other) if one != other else _distinct_ports()
+
+
+def _services(folder: Path, files: ServerFiles, control: int, fleet: int) -> list[Service]:
+    secret = folder / "executor.secret"
+    if not secret.exists():
+        write_private(secret, secrets.token_hex(32).encode())
+    superlink = [
+        "flower-superlink",
+        *("--ssl-ca-certfile", str(files.authority), "--ssl-certfile", str(files.certificate)),
+        *("--ssl-keyfile", str(files.key), "--enable-supernode-auth"),
+        *("--fleet-api-type", "grpc-rere", "--fleet-api-address", f"127.0.0.1:{fleet}"),
+        # Control and runtime: whoever reaches this port can run code on all nodes.
+        *("--host", "127.0.0.1", "--port", str(control)),
+        # Members and runs outlive the SuperLink; the executor is a process of its own, so that runs do too.
+        *("--database", str(folder / "superlink.db"), "--isolation", "process"),
+        *("--superexec-auth-secret-file", str(secret), "--disable-runtime-dependency-installation"),
+    ]
+    executor = [
+        "flower-superexec",
+        *("--runtime-api-address", f"127.0.0.1:{control}", "--root-certificates", str(files.authority)),
+        *("--superexec-auth-secret-file", str(secret), "--parent-pid", str(os.getpid())),
+    ]
+    return [Service("superlink", superlink, control), Service("executor", executor)]
+
+
+def _start(service: Service, control: Control) -> None:
+    log = control.folder / "logs" / f"{service.name}.log"
+    service.process = processes.start(service.command, control.environment, log)
+    service.started = time.monotonic()
+
+
+def _wait(service: Service, folder: Path) -> None:
+    log, process = folder / "logs" / f"{service.name}.log", service.process
+    assert process is not None
+    processes.wait_until(
+        lambda: process.poll() is not None or not service.port or processes.answers(service.port),
+        START_TIMEOUT,
+        lambda: f"the {service.name} did not answer; its log {log} ends: {processes.tail(log)}",
+    )
+    if process.poll() is not None:
+        raise LinkError(
+            f"the {service.name} ended with code {process.poll()}; its log {log} ends: {processes.tail(log)}"
+        )
+
+
+@contextlib.contextmanager
+def _open(desk: Desk, fleet: int, listen: str, port: int, on_event: Callable[[str], None]) -> Iterator[Front]:
+    """Run desk and front in an event loop in a thread of its own."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="front", daemon=True)
+    thread.start()
+
+    def call(work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, loop).result(30.0)
+
+    front = Front(fleet, call(desk.open()), on_event)
+    try:
+        try:
+            call(front.open(listen, port))
+        except OSError as error:
+            raise PortError(f"cannot listen on {listen}:{port} ({error.strerror}): choose another --address") from error
+        yield front
+    finally:
+        call(front.close())
+        call(desk.close())
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

@@ -1,0 +1,125 @@
+"""A run on a terminal: its report as a screen, or as a line for each thing that happened."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from deploy.plumbing.units import clock, size
+from deploy.status.view import RunView
+
+BARS = "▁▂▃▄▅▆▇█"
+COLOURS = {"finished": "green", "running": "cyan", "failed": "red"}
+NODE_COLOURS = {"present": "green", "working": "green", "silent": "yellow", "lost": "red", "refused": "red"}
+MOST_NODES = 20
+MOST_NOTES = 5
+
+
+class Screen:
+    """Everything about a run that fits a screen; drawn anew from its view each time it is shown."""
+
+    def __init__(self, view: RunView) -> None:
+        self._view = view
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """See rich."""
+        report = self._view.report()
+        yield _head(report["run"])
+        yield _figures(report)
+        if report["nodes"]:
+            yield _nodes(report["nodes"])
+        for note in report["notes"][:MOST_NOTES]:
+            at = time.strftime("%H:%M:%S", time.localtime(note["time"]))
+            yield Text(f"{at} {note['kind']}: {note['node']} {note['reason']}".rstrip(), style="yellow")
+        if report["run"]["message"]:
+            yield Text(report["run"]["message"], style="red")
+        if report["run"]["exported"]:
+            yield Text(f"The tuned model: {report['run']['exported']}")
+
+
+class Lines:
+    """Says what is new in a run, a line for each round, evaluation and note, once."""
+
+    def __init__(self) -> None:
+        self._rounds = self._evaluations = self._notes = 0
+
+    def __call__(self, view: RunView) -> list[str]:
+        """The lines since the last call."""
+        report = view.report()
+        total, notes = report["run"]["rounds"], report["notes"][::-1]
+        rounds = [one for one in report["rounds"] if one["committed"]]
+        lines = [_round_line(one, total) for one in rounds[self._rounds :]]
+        for one in report["evaluations"][self._evaluations :]:
+            lines.append(f"round {one['round']}/{total}: held-out loss {one['loss']:.4f}")
+        lines += [f"{note['kind']}: {note['node']} {note['reason']}" for note in notes[self._notes :]]
+        self._rounds, self._evaluations, self._notes = len(rounds), len(report["evaluations"]), len(notes)
+        return lines
+
+
+def _round_line(one: dict[str, Any], total: int) -> str:
+    loss = f", training loss {one['train_loss']:.4f}" if one["train_loss"] is not None else ""
+    traffic = f"up {size(one['bytes_up'])}, down {size(one['bytes_down'])}"
+    return f"round {one['round']}/{total}: {one['replies']} of {one['asked']} replies{loss}, {traffic}"
+
+
+def sparkline(values: list[float], width: int = 40) -> str:
+    """Draw numbers as a line of small bars, the newest last."""
+    shown = values[-width:]
+    if not shown:
+        return ""
+    low, high = min(shown), max(shown)
+    return "".join(
+        BARS[round((value - low) / (high - low) * (len(BARS) - 1))] if high > low else BARS[0] for value in shown
+    )
+
+
+def _head(run: dict[str, Any]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    colour = COLOURS.get(run["state"], "default")
+    gone = clock((run["updated"] or time.time()) - run["started"]) if run["started"] else "0:00"
+    left = f", {clock(run['seconds_left'])} left" if run["seconds_left"] is not None else ""
+    grid.add_row(
+        f"[bold]{run['method']}[/bold] on {run['model']}",
+        f"[{colour}]{run['state']}[/{colour}]",
+        ProgressBar(total=max(run["rounds"], 1), completed=run["round"], width=20),
+        f"round {run['round']}/{run['rounds']}, {gone} gone{left}",
+    )
+    return grid
+
+
+def _figures(report: dict[str, Any]) -> Table:
+    grid, totals = Table.grid(padding=(0, 2)), report["totals"]
+    for label, values in [
+        ("held-out loss", [one["loss"] for one in report["evaluations"] if one["loss"] is not None]),
+        ("training loss", [one["train_loss"] for one in report["rounds"] if one["train_loss"] is not None]),
+    ]:
+        if values:
+            grid.add_row(f"  {label}", f"{values[0]:.4f} → {values[-1]:.4f}", sparkline(values))
+    grid.add_row(
+        "  nodes",
+        f"{totals['nodes_alive']} of {totals['nodes']} alive",
+        f"{totals['replies']} replies, {totals['refused']} refused",
+    )
+    grid.add_row("  payload", f"up {size(totals['bytes_up'])}", f"down {size(totals['bytes_down'])}")
+    return grid
+
+
+def _nodes(nodes: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    for name in ("  node", "state"):
+        table.add_column(name)
+    for name in ("examples", "replies", "loss", "up", "down", "memory"):
+        table.add_column(name, justify="right")
+    for node in nodes[:MOST_NODES]:
+        colour = NODE_COLOURS.get(node["state"], "default")
+        loss = f"{node['loss']:.4f}" if node["loss"] is not None else "-"
+        cells = [str(node["examples"]), str(node["replies"]), loss, size(node["bytes_up"]), size(node["bytes_down"])]
+        table.add_row(f"  {node['name']}", f"[{colour}]{node['state']}[/{colour}]", *cells, size(node["peak_memory"]))
+    if len(nodes) > MOST_NODES:
+        table.add_row(f"  … and {len(nodes) - MOST_NODES} more")
+    return table

@@ -1,0 +1,1 @@
+"""A device owner's side: joining a federation, and the node that takes part in it."""

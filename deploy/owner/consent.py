@@ -1,0 +1,92 @@
+"""What a device owner is told before they agree: who asks, for what, what it takes, and exactly what leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import psutil
+
+from deploy.owner.join import Membership
+from deploy.plan import ENVELOPE
+from deploy.plumbing.units import size
+from fedtune_strategies.config import defaults
+from fedtune_strategies.errors import ModelError
+from fedtune_strategies.language.model_files import model_folder
+
+# With every reply, whatever the method.
+ALWAYS = [
+    "the node's name, the number of your examples, the mean training loss of a round",
+    "how long a task took, how much memory, which versions are installed, a fingerprint of the base model",
+]
+BY_METHOD = {
+    "fedkseed": ["FedKSeed, every round: {steps} numbers, the slopes of the loss on your data along known directions"],
+    "fedkseed-pro": ["FedKSeed-Pro, every round: {steps} numbers, the slopes of the loss along known directions"],
+    "fedcybgd": ["FedCyBGD, in its turns: the change of one block of the model by training on your data"],
+}
+NEVER = "Your texts never leave, in no form. What leaves is computed from them and says something about them:"
+UNKNOWN = "the operator names it when a run starts"
+
+
+def with_model(membership: Membership, offer: Mapping[str, Any]) -> tuple[Membership, str]:
+    """Decide where the base model comes from: what the owner named, what lies here, or the server.
+
+    Returns
+    -------
+    tuple of Membership and str
+        The membership with its model, and the decision with its reason.
+    """
+    if membership.model:
+        return membership, membership.model
+    name = offer.get("settings", {}).get("model.name")
+    if name is None:
+        return replace(membership, model="server"), f"{UNKNOWN}; it comes from the server where it is not here"
+    try:
+        return membership, f"{name}, here in {model_folder(name)}"
+    except ModelError:
+        return replace(membership, model="server"), f"{name}; not on this machine, so it comes from the server, once"
+
+
+def terms(offer: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What taking part takes, as labelled lines."""
+    settings, plan = offer.get("settings", {}), offer.get("plan")
+    rows = [("method", settings.get("method.name", UNKNOWN))]
+    if settings:
+        rows.append(("rounds", str(settings.get("num-server-rounds", defaults()["num-server-rounds"]))))
+    if plan:
+        free = psutil.virtual_memory().available
+        enough = "" if plan["memory"] < free else " [!] NOT ENOUGH"
+        rows += [
+            ("memory", f"about {size(plan['memory'])}; {size(free)} are free here{enough}"),
+            ("disk", f"{size(plan['disk'])} for the base model"),
+            (
+                "each round",
+                f"{size(plan['up'])} up and {size(plan['down'])} down on average, and {size(plan['tasks'] * ENVELOPE)} "
+                "of Flower's own",
+            ),
+        ]
+    return rows
+
+
+def leaves(offer: Mapping[str, Any]) -> list[str]:
+    """Everything that leaves the machine, in words.
+
+    Parameters
+    ----------
+    offer : mapping
+        From the server; where it names no method, the operator may choose any.
+
+    Returns
+    -------
+    list of str
+        One entry for each kind of thing.
+    """
+    settings = offer.get("settings", {})
+    method = settings.get("method.name")
+    steps = settings.get("fedkseed.local-steps", defaults()["fedkseed.local-steps"])
+    if method is None:
+        chosen = [line for lines in BY_METHOD.values() for line in lines]
+    else:
+        chosen = BY_METHOD.get(method, [f"{method}: what its own package says; read it before you agree"])
+    return [*(line.format(steps=steps) for line in chosen), *ALWAYS]

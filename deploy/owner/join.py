@@ -1,0 +1,245 @@
+"""A device owner's side of joining: redeem a token, keep the membership, give it back."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import secrets
+import shutil
+import socket
+import ssl
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+
+from deploy.plumbing.address import split_address
+from deploy.plumbing.certificates import node_key
+from deploy.plumbing.home import nodes_folder, private_folder, write_json, write_private
+from deploy.plumbing.joining import JOIN, LONGEST, JoinToken, authority_hash, leaving
+from fedtune_strategies.errors import ConfigError, LinkError, ProtocolError, error_from_code
+
+TIMEOUT = 60.0  # seconds for an answer; over a bad link the handshake alone takes several
+ATTEMPTS = 5  # at redeeming a token: a lost answer is no reason to give up, and asking again gives the same one
+APPROVAL_PAUSE = 3.0  # seconds between two looks whether the operator has approved
+
+
+class UnreachableError(LinkError):
+    """The server gave no answer; it may have heard the question."""
+
+
+@dataclass(frozen=True)
+class Membership:
+    """A federation that this machine joined, as it is kept in ``node.json``.
+
+    Attributes
+    ----------
+    name, address : str
+        The node's name; ``host:port`` of the server.
+    data, format, model, device : str
+        The node's configuration, see ``client_app.tasks.NODE_KEYS``; empty for the default.
+    """
+
+    name: str
+    address: str
+    data: str
+    format: str = "auto"
+    model: str = ""
+    device: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Where the key, the server's authority and the logs lie."""
+        return nodes_folder() / f"{self.name}@{split_address(self.address)[0]}"
+
+    @property
+    def authority(self) -> Path:
+        """The certificate that the server's must descend from."""
+        return self.folder / "ca.crt"
+
+    @property
+    def key(self) -> Path:
+        """The node's private key."""
+        return self.folder / "key"
+
+    def save(self) -> None:
+        """Keep the membership for the next start."""
+        write_json(private_folder(self.folder) / "node.json", asdict(self))
+
+
+def memberships() -> list[Membership]:
+    """The federations that this machine joined."""
+    files = sorted(nodes_folder().glob("*/node.json"))
+    return [Membership(**json.loads(file.read_text())) for file in files]
+
+
+def find_membership(name: str | None) -> Membership:
+    """The membership of a name, or the only one.
+
+    Raises
+    ------
+    ConfigError
+        There is none, or several.
+    """
+    found = [one for one in memberships() if name in (None, one.name, one.folder.name)]
+    if not found:
+        raise ConfigError(
+            "this machine has joined no such federation: join with a token, `fedtune join TOKEN --data …`"
+        )
+    if len(found) > 1:
+        names = ", ".join(one.folder.name for one in found)
+        raise ConfigError(f"this machine has joined several federations: say which by --name: {names}")
+    return found[0]
+
+
+def meet(token: JoinToken) -> tuple[str, dict[str, Any]]:
+    """Fetch the server's authority, check it against the token, and ask what is tuned there.
+
+    Parameters
+    ----------
+    token : JoinToken
+        Not expired.
+
+    Returns
+    -------
+    tuple of str and dict
+        The authority's certificate (PEM), and the server's facts: ``fedtune``, ``flwr``, ``time``, ``offer``.
+
+    Raises
+    ------
+    LinkError
+        The server cannot be reached, or is not the one that made the token. Nothing secret was sent then.
+    """
+    # The first connection trusts nobody: it carries no secret, and its one result is checked by its hash.
+    authority = str(ask(token.address, {"do": "hello"}, None)["authority"])
+    if not secrets.compare_digest(authority_hash(authority), token.authority):
+        raise LinkError(
+            f"{token.address} is not the server that made this token (its authority differs): do not join; "
+            "ask the operator, and check that the address is right"
+        )
+    return authority, ask(token.address, {"do": "hello", "secret": token.secret.hex()}, authority)
+
+
+def redeem(token: JoinToken, authority: str, membership: Membership, on_wait: Any = lambda key: None) -> Membership:
+    """Make the node's key, have it registered, and keep the membership.
+
+    Parameters
+    ----------
+    token : JoinToken
+        The token.
+    authority : str
+        From `meet`.
+    membership : Membership
+        What to keep.
+    on_wait : callable
+        Called once with the key's fingerprint if the operator must approve it.
+
+    Returns
+    -------
+    Membership
+        Saved.
+    """
+    private_folder(membership.folder)
+    public = node_key(membership.folder, "key").public.read_text().strip()
+    write_private(membership.authority, authority.encode())
+    told, request = False, {"do": "join", "secret": token.secret.hex(), "public_key": public}
+    while True:
+        answer = _ask_again(token.address, request, authority)
+        if answer["state"] == "member":
+            membership.save()
+            return membership
+        if not told:
+            on_wait(answer["key"])
+            told = True
+        time.sleep(APPROVAL_PAUSE)
+
+
+def give_back(membership: Membership, *, tell_server: bool = True) -> None:
+    """Leave a federation: the server forgets the key, and this machine the membership.
+
+    Raises
+    ------
+    LinkError
+        The server cannot be reached or refused; nothing was removed here.
+    """
+    if tell_server:
+        now = int(time.time())
+        key = load_ssh_private_key(membership.key.read_bytes(), password=None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        signature = key.sign(leaving(membership.name, now), ec.ECDSA(hashes.SHA256()))
+        request = {"do": "leave", "name": membership.name, "time": now}
+        request["signature"] = base64.b64encode(signature).decode()
+        ask(membership.address, request, membership.authority.read_text())
+    shutil.rmtree(membership.folder)
+
+
+def ask(address: str, request: dict[str, Any], authority: str | None) -> dict[str, Any]:
+    """Ask the desk of a server.
+
+    Parameters
+    ----------
+    address : str
+        ``host:port``.
+    request : dict
+        The request.
+    authority : str or None
+        PEM certificate that the server's must descend from; None trusts anybody.
+
+    Returns
+    -------
+    dict
+        The answer.
+
+    Raises
+    ------
+    FedTuneError
+        The server refused; its reason.
+    LinkError
+        It cannot be reached or trusted.
+    """
+    host, port = split_address(address)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if authority:
+        context.load_verify_locations(cadata=authority)
+    else:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols([JOIN])
+    try:
+        with (
+            socket.create_connection((host, port), TIMEOUT) as plain,
+            context.wrap_socket(plain, server_hostname=host) as link,
+        ):
+            link.sendall(json.dumps(request).encode() + b"\n")
+            with link.makefile("rb") as stream:
+                answer = json.loads(stream.readline(LONGEST))
+    except ssl.SSLCertVerificationError as error:
+        raise LinkError(
+            f"the certificate of {address} is not valid for it ({error.verify_message}): check this machine's clock, "
+            "and that the operator's --address is the one that you connect to"
+        ) from None
+    except socket.gaierror:
+        raise LinkError(f"{host}: no machine of that name is known here: check the address, and DNS") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or ("no answer" if isinstance(error, TimeoutError) else str(error))
+        raise UnreachableError(
+            f"cannot talk to the server at {address} ({reason}): check that it runs, and that firewalls on the way let "
+            f"TCP port {port} through"
+        ) from None
+    if not isinstance(answer, dict):
+        raise ProtocolError(f"{address} answered nonsense: is it a FedTune server?")
+    if "error" in answer:
+        raise error_from_code(int(answer["error"]), str(answer.get("message", "")))
+    return answer
+
+
+def _ask_again(address: str, request: dict[str, Any], authority: str) -> dict[str, Any]:
+    for _ in range(ATTEMPTS - 1):
+        with contextlib.suppress(UnreachableError):
+            return ask(address, request, authority)
+        time.sleep(1.0)
+    return ask(address, request, authority)

@@ -1,0 +1,114 @@
+"""A device owner's node: a SuperNode that is kept running, and what its log means in plain words."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import secrets
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from deploy.owner.join import Membership
+from deploy.plumbing import processes
+from deploy.plumbing.control import flower_environment
+from fedtune_strategies.errors import ConfigError, LinkError
+
+LOOK_EVERY = 0.5
+
+# What the SuperNode logs, and what that means. {} is what the pattern's group found.
+MEANINGS = [
+    (r"SuperNode ID: (\d+)", "connected"),
+    (r"Connection attempt failed, retrying in ([\d.]+)", "the server cannot be reached; trying again"),
+    (r"Connection successful after", "connected again"),
+    (r"Sent successfully", "answered a task"),
+    (r"Exit Code: 305", "the server refuses this node; trying again (see `fedtune doctor`)"),
+]
+
+
+def run_node(membership: Membership, on_event: Callable[[str], None]) -> None:
+    """Run a node until the caller is interrupted; whatever ends is started again, with pauses that grow.
+
+    Parameters
+    ----------
+    membership : Membership
+        The federation.
+    on_event : callable
+        Called with a line when something changed.
+
+    Raises
+    ------
+    LinkError
+        This node runs already.
+    """
+    folder = membership.folder
+    token = secrets.token_hex(16)
+    environment = {**flower_environment(folder), processes.TOKEN: token}
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(folder / "node.lock", timeout=0))
+        except Timeout:
+            raise LinkError(
+                f"node {membership.name} runs already, perhaps as a service: it needs no second one"
+            ) from None
+        stack.enter_context(processes.termination_as_exit())
+        stack.enter_context(processes.watchdog(token))
+        stack.callback(processes.sweep, token)
+        log = folder / "logs" / "supernode.log"
+        log.parent.mkdir(exist_ok=True)
+        pause = 0.0
+        while True:
+            started = time.monotonic()
+            code = _run_once(supernode_command(membership, processes.free_port()), environment, log, on_event)
+            pause = processes.next_pause(pause, time.monotonic() - started)
+            on_event(f"the SuperNode ended with code {code}; starting it again in {pause:.0f} s")
+            time.sleep(pause)
+
+
+def supernode_command(membership: Membership, port: int) -> list[str]:
+    """The command of Flower's SuperNode for a membership; ``port`` is its own, on loopback."""
+    settings = {"name": membership.name, "data": membership.data, "format": membership.format}
+    settings |= {"model": membership.model, "device": membership.device}
+    if quoted := [value for value in settings.values() if '"' in value]:
+        raise ConfigError(f"{quoted[0]}: Flower takes no path with a quote in it: move it")
+    return [
+        "flower-supernode",
+        *("--grpc-rere", "--superlink", membership.address),
+        *("--root-certificates", str(membership.authority), "--auth-supernode-private-key", str(membership.key)),
+        *("--node-config", " ".join(f'{key}="{value}"' for key, value in settings.items() if value)),
+        *("--host", "127.0.0.1", "--port", str(port)),
+    ]
+
+
+def _run_once(command: list[str], environment: dict[str, str], log: Path, on_event: Callable[[str], None]) -> int:
+    process: subprocess.Popen[bytes] = processes.start(command, environment, log)
+    last, tasks, start = "", 0, 0
+    while True:
+        code = process.poll()
+        text, start = _grown(log, start)
+        for meaning in meanings(text):
+            if meaning == "answered a task":
+                tasks += 1
+                on_event(f"answered task {tasks}")
+            elif meaning != last:
+                on_event(meaning)
+            last = meaning
+        if code is not None:
+            return code
+        time.sleep(LOOK_EVERY)
+
+
+def meanings(text: str) -> list[str]:
+    """Say what lines of a SuperNode's log mean; lines that mean nothing to an owner are left out."""
+    return [meaning for line in text.splitlines() for pattern, meaning in MEANINGS if re.search(pattern, line)]
+
+
+def _grown(log: Path, start: int) -> tuple[str, int]:
+    with log.open("rb") as stream:
+        stream.seek(start)
+        data = stream.read()
+    whole = data.rpartition(b"\n")[0]
+    return whole.decode(errors="replace"), start + len(whole) + (1 if whole else 0)

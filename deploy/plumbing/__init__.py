@@ -1,0 +1,1 @@
+"""What all sides stand on: processes, keys, Flower's programs, addresses, private files, a small web server."""

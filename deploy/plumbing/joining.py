@@ -1,0 +1,94 @@
+"""What both sides of joining agree on: the token, one line of text that joins once, and the words at the desk."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import ssl
+import struct
+import time
+import zlib
+from dataclasses import dataclass, field
+
+from fedtune_strategies.errors import LinkError
+
+JOIN = "fedtune-join"  # the application protocol by which the published port knows joiners
+LONGEST = 1 << 16  # bytes of a request or an answer, one line of JSON
+PREFIX = "fedtune1-"
+_HEAD = struct.Struct(">32s16sIB")  # fingerprint, secret, expiry, length of the name
+
+
+@dataclass(frozen=True)
+class JoinToken:
+    """What a node must know to join.
+
+    Attributes
+    ----------
+    address : str
+        ``host:port`` of the server's one published port.
+    name : str
+        Name that the node gets.
+    authority : bytes
+        SHA-256 of the federation's certificate authority (DER), 32 bytes.
+    secret : bytes
+        Registration secret, 16 bytes; good for one key. Left out of every representation.
+    expires : int
+        Seconds since the epoch.
+    """
+
+    address: str
+    name: str
+    authority: bytes
+    secret: bytes = field(repr=False)
+    expires: int
+
+    def encode(self) -> str:
+        """Return the token as one word: base64 with a check sum."""
+        name = self.name.encode()
+        body = _HEAD.pack(self.authority, self.secret, self.expires, len(name)) + name + self.address.encode()
+        return PREFIX + base64.urlsafe_b64encode(body + struct.pack(">I", zlib.crc32(body))).rstrip(b"=").decode()
+
+    def check_time(self, now: float | None = None) -> None:
+        """Raise `LinkError` if the token has expired by this machine's clock."""
+        late = (time.time() if now is None else now) - self.expires
+        if late > 0:
+            raise LinkError(
+                f"this join token expired {late / 3600:.1f} hours ago by this machine's clock: ask the operator for "
+                f"another (`fedtune nodes invite {self.name}`)"
+            )
+
+
+def decode_token(text: str) -> JoinToken:
+    """Read a token.
+
+    Raises
+    ------
+    LinkError
+        It is none, or not whole; the line never quotes it.
+    """
+    word = "".join(text.split())
+    if not word.startswith(PREFIX):
+        raise LinkError(f"this is no join token: it must begin with {PREFIX}, as `fedtune serve` printed it")
+    try:
+        data = word.removeprefix(PREFIX).encode()
+        raw = base64.urlsafe_b64decode(data + b"=" * (-len(data) % 4))
+        body, (check,) = raw[:-4], struct.unpack(">I", raw[-4:])
+        authority, secret, expires, length = _HEAD.unpack_from(body)
+        rest = body[_HEAD.size :]
+        name, address = rest[:length].decode(), rest[length:].decode()
+    except (binascii.Error, struct.error, UnicodeDecodeError):
+        check, body = 1, b""
+    if zlib.crc32(body) != check:
+        raise LinkError("this join token is not whole: copy it again, from its first to its last character")
+    return JoinToken(address, name, authority, secret, expires)
+
+
+def authority_hash(certificate: str) -> bytes:
+    """SHA-256 of a certificate's DER, by which a token names the authority."""
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate)).digest()
+
+
+def leaving(name: str, at: int) -> bytes:
+    """What a node signs to leave."""
+    return f"fedtune leave {name} {at}".encode()

@@ -1,0 +1,201 @@
+import io
+import re
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from deploy.local import progress
+from deploy.local.demo import _deal, _show, _write
+from deploy.local.progress import Progress, follow
+from deploy.local.proxy import Traffic
+from deploy.local.report import markdown, samples, summarise
+from deploy.plumbing.control import RunStatus
+from deploy.plumbing.units import clock, size
+from fedtune_strategies.errors import DataError, FingerprintError, NodesError, RunError
+from server_app.ledger import Ledger
+
+
+def evaluation(loss, answer):
+    answers = [{"prompt": f"ask {i}\nnow", "reference": f"right {i}", "answer": f"{answer} {i}"} for i in range(6)]
+    return {"eval/loss": loss, "eval/perplexity": 2.0**loss, "eval/rougeL": 1 / loss, "answers": answers}
+
+
+def write_run(folder, pause=0.0, ending="finished"):
+    """Write what a run of two rounds with two nodes writes."""
+    ledger = Ledger(folder)
+    ledger.append("start")
+    ledger.append("evaluation", body=evaluation(4.0, "before"))
+    for number in (1, 2):
+        ledger.append("asked", round=number, body={"nodes": ["node-0", "node-1"]})
+        for node in ("node-0", "node-1"):
+            ledger.append("reply", round=number, node=node, body={"peak_memory": 100_000_000 * number, "loss": 3.0})
+        time.sleep(pause)
+        ledger.append("round", round=number, body={"metrics": {"train/loss": 3.5 / number}, "files": {}})
+        ledger.append("evaluation", round=number, body=evaluation(4.0 - number, "after"))
+    if ending == "finished":
+        ledger.append("finished", round=2, body={"model": str(folder / "model")})
+    elif ending == "failed":
+        ledger.append("failed", body={"exit_code": FingerprintError.exit_code, "message": "another base model"})
+    ledger.close()
+
+
+@pytest.fixture
+def results(tmp_path):
+    for method in ("fedkseed", "fedcybgd"):
+        write_run(tmp_path / method)
+    traffic = {"fedkseed": Traffic(7_200, 72_000), "fedcybgd": Traffic(4_000_000, 40_000_000)}
+    return [summarise(tmp_path / name, name, 2, traffic[name], 61.0) for name in traffic]
+
+
+class Running:
+    """A federation whose run writes its ledger in a thread."""
+
+    def __init__(self, folder, state="finished:completed", **kwargs):
+        self.thread = threading.Thread(target=write_run, args=(folder,), kwargs=kwargs)
+        self.thread.start()
+        self.state = state
+        self.bytes = 0
+
+    def check(self):
+        pass
+
+    def alive(self):
+        return ["node-0", "node-1"]
+
+    def traffic(self):
+        self.bytes += 500
+        return {"node-0": Traffic(self.bytes, 2 * self.bytes), "node-1": Traffic(self.bytes, 2 * self.bytes)}
+
+    def status(self, run_id):
+        return RunStatus("running" if self.thread.is_alive() else self.state, "some details")
+
+    def run_log(self, run_id):
+        return "first\n\nsecond\nthird\nfourth\n"
+
+
+def followed(running, folder, monkeypatch, terminal=False):
+    monkeypatch.setattr(progress, "LOOK_EVERY", 0.02)
+    monkeypatch.setattr(progress, "ASK_EVERY", 0.2)
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=100, color_system=None)
+    try:
+        follow(running, 7, folder, Progress("fedkseed", 2, 2, time.time()), console)
+    finally:
+        running.thread.join()
+    return console.file.getvalue()
+
+
+def test_figures_are_those_of_the_ledger_and_the_connections(results):
+    first = results[0]
+    assert (first.rounds, first.nodes, first.peak_memory) == (2, 2, 200_000_000)
+    assert first.per_node_and_round == Traffic(1_800, 18_000)
+    assert (first.before["eval/loss"], first.after["eval/loss"]) == (4.0, 2.0)
+
+
+def test_markdown_table_is_complete_and_rectangular(results):
+    lines = markdown(results).splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert {line.count("|") for line in rows} == {4}
+    assert "| held-out loss, nats a token | 4.000 → 2.000 | 4.000 → 2.000 |" in rows
+    assert "| held-out perplexity | 16.00 → 4.00 | 16.00 → 4.00 |" in rows
+    assert "| Rouge-L | 0.250 → 0.500 | 0.250 → 0.500 |" in rows
+    assert "| up, per node and round | 1.8 kB | 1.0 MB |" in rows
+    assert "| down, per node and round | 18.0 kB | 10.0 MB |" in rows
+    assert "| up and down, whole run | 79.2 kB | 44.0 MB |" in rows
+    assert "| peak memory of a node | 200.0 MB | 200.0 MB |" in rows
+    assert "| seconds | 61 | 61 |" in rows
+
+
+def test_samples_are_spread_evenly_not_chosen(results):
+    shown = samples(results)
+    assert [sample["expected"] for sample in shown] == ["right 0", "right 2", "right 4"]
+    answers = {"expected": "right 2", "before": "before 2", "fedkseed": "after 2", "fedcybgd": "after 2"}
+    assert shown[1] == {"prompt": "ask 2\nnow", **answers}
+
+
+def test_the_demo_ends_with_table_samples_and_the_path_of_every_model(results, tmp_path):
+    console = Console(file=io.StringIO(), width=80, color_system=None)
+    _write(results, tmp_path)
+    _show(results, tmp_path, console)
+    text = console.file.getvalue()
+    assert (
+        "4.000 → 2.000" in text
+        and "before 2" in text
+        and str(tmp_path / "fedcybgd" / "model") in text.replace("\n", "")
+    )
+    assert (tmp_path / "table.md").read_text() == markdown(results)
+    assert '"per_node_and_round"' in (tmp_path / "results.json").read_text()
+
+
+def test_an_unfinished_run_has_no_result(tmp_path):
+    write_run(tmp_path, ending="")
+    with pytest.raises(RunError, match="no result yet"):
+        summarise(tmp_path, "fedkseed", 2, Traffic(), 1.0)
+
+
+def test_following_prints_a_line_for_each_evaluation(tmp_path, monkeypatch):
+    lines = followed(Running(tmp_path, pause=0.2), tmp_path, monkeypatch).splitlines()
+    assert len(lines) == 3
+    assert re.search(
+        r"^fedkseed +round 2/2, 0:00 left, loss 1.750, held-out 2.000, 2/2 nodes, up .* kB, down", lines[-1]
+    )
+
+
+def test_following_on_a_terminal_shows_one_live_line(tmp_path, monkeypatch):
+    text = followed(Running(tmp_path, pause=0.5), tmp_path, monkeypatch, terminal=True)
+    assert "round 1/2" in text and "held-out 3.000" in text
+
+
+def test_the_error_that_the_server_recorded_is_raised_again(tmp_path, monkeypatch):
+    running = Running(tmp_path, state="finished:failed", ending="failed")
+    with pytest.raises(FingerprintError, match=r"^another base model$"):
+        followed(running, tmp_path, monkeypatch)
+
+
+def test_a_run_that_died_without_a_word_is_quoted_from_its_log(tmp_path, monkeypatch):
+    running = Running(tmp_path, state="finished:failed", ending="")
+    with pytest.raises(RunError, match=r"run 7 ended as finished:failed \(some details\).*second / third / fourth"):
+        followed(running, tmp_path, monkeypatch)
+
+
+def test_a_federation_that_breaks_ends_the_following(tmp_path, monkeypatch):
+    running = Running(tmp_path)
+    running.check = lambda: (_ for _ in ()).throw(NodesError("no node is left"))
+    with pytest.raises(NodesError):
+        followed(running, tmp_path, monkeypatch)
+
+
+def test_time_left_follows_the_pace_of_the_rounds():
+    shown = Progress("fedkseed", 10, 4, started=time.time() - 30)
+    record = SimpleNamespace(kind="round", body={"metrics": {}})
+    assert shown.seconds_left() is None
+    for number in (1, 2, 3):
+        shown.take(SimpleNamespace(**vars(record), round=number, time=time.time() - 15 + 5 * number))
+    assert shown.seconds_left() == pytest.approx(35, abs=1)
+    assert "0:3" in shown.line()
+
+
+def test_sizes_and_times_are_for_people():
+    assert [size(n) for n in (0, 999, 1000, 17_984, 5_000_000, 2.5e12)] == [
+        "0 B", "999 B", "1.0 kB", "18.0 kB", "5.0 MB", "2500.0 GB"
+    ]  # fmt: skip
+    assert [clock(s) for s in (0, 59.9, 61, 3600)] == ["0:00", "0:59", "1:01", "60:00"]
+
+
+def test_a_users_file_is_dealt_out_without_loss(tmp_path):
+    source = tmp_path / "mine.jsonl"
+    lines = [f'{{"prompt": "p{i}", "completion": "c{i}"}}' for i in range(103)]
+    source.write_text("\n".join(lines) + "\n")
+    files, held_out = _deal(source, tmp_path, 4)
+    dealt = [file.read_text().splitlines() for file in [*files, held_out]]
+    assert [len(part) for part in dealt] == [21, 21, 21, 20, 20]
+    assert sorted(line for part in dealt for line in part) == sorted(lines)
+
+
+def test_a_file_too_small_to_deal_is_refused(tmp_path):
+    source = tmp_path / "mine.jsonl"
+    source.write_text('{"prompt": "p", "completion": "c"}\n' * 4)
+    with pytest.raises(DataError, match="4 records: too few for 4 nodes"):
+        _deal(source, tmp_path, 4)

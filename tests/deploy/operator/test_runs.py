@@ -1,0 +1,191 @@
+"""Following, resuming and showing runs; Flower's control interface is a stand-in that writes ledgers itself."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from deploy.cli import app
+from deploy.commands import runs as commands
+from deploy.operator import runs
+from deploy.operator.members import Members
+from deploy.operator.offer import announce, read_offer
+from deploy.operator.runs import find_run, settings_of, tune
+from deploy.operator.watch import Lines, Screen, sparkline
+from deploy.plumbing.control import Control, RunStatus
+from deploy.status.view import RunView
+from fedtune_strategies.errors import ConfigError, LedgerError, NodesError, RunError
+from server_app.ledger import Ledger
+from tests.federations import run as run_in_memory
+
+
+class Scripted(Control):
+    """Every submission does the next thing of a script to the run's ledger."""
+
+    def begin(self, folder, *script):
+        object.__setattr__(self, "script", list(script))
+        object.__setattr__(self, "run", folder)
+        object.__setattr__(self, "submitted", 0)
+        return self
+
+    def submit(self, app, run_config):
+        object.__setattr__(self, "submitted", self.submitted + 1)
+        ledger = Ledger(self.run)
+        ledger.append("start", body={"config": dict(run_config), "run_id": str(self.submitted), "version": "0"})
+        self.script.pop(0)(ledger)
+        ledger.close()
+        return self.submitted
+
+    def status(self, run_id):
+        ended = RunView(self.run)
+        ended.update()
+        return RunStatus("finished:completed" if ended.end else "running", "")
+
+
+def dies(ledger):
+    pass
+
+
+def gets_on(ledger):
+    number = 1 + sum(1 for _ in ledger.records("round"))
+    ledger.append("round", round=number, body={"metrics": {}, "files": {}, "replies": []})
+
+
+def finishes(ledger):
+    ledger.append("finished", round=3, body={"model": "/tuned"})
+
+
+def fails(ledger):
+    ledger.append("failed", body={"exit_code": 14, "message": "nobody came"})
+
+
+@pytest.fixture
+def control(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(runs, "announce", lambda *_: None)
+    monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path / "home"))
+    return Scripted(tmp_path, {})
+
+
+def follow(control, folder, *script):
+    said = []
+    settings = {"run.dir": str(folder)}
+    model = tune(control.begin(folder, *script), settings, RunView(folder), lambda view: None, said.append)
+    return str(model), said
+
+
+def test_a_run_that_dies_is_submitted_again_until_it_is_done(control, tmp_path):
+    model, said = follow(control, tmp_path / "run", dies, gets_on, gets_on, finishes)
+    assert model == "/tuned" and control.submitted == 4
+    assert sum("going on from its record" in line for line in said) == 3
+
+
+def test_a_run_that_fails_is_not_tried_again(control, tmp_path):
+    with pytest.raises(NodesError, match="nobody came"):
+        follow(control, tmp_path / "run", dies, fails)
+    assert control.submitted == 2
+
+
+def test_a_run_that_dies_again_and_again_is_given_up(control, tmp_path):
+    with pytest.raises(RunError, match="died 5 times in a row"):
+        follow(control, tmp_path / "run", *[dies] * 6)
+    assert control.submitted == runs.MOST_RESTARTS
+
+
+def test_a_run_that_was_stopped_is_left_alone(control, tmp_path, monkeypatch):
+    monkeypatch.setattr(Scripted, "status", lambda self, run_id: RunStatus("finished:stopped", ""))
+    with pytest.raises(RunError, match="was stopped; `fedtune resume"):
+        follow(control, tmp_path / "run", gets_on, finishes)
+    assert control.submitted == 1
+
+
+def test_an_old_end_is_not_taken_for_that_of_a_resumed_run(control, tmp_path):
+    with pytest.raises(NodesError):
+        follow(control, tmp_path / "run", fails)
+    assert follow(control, tmp_path / "run", finishes)[0] == "/tuned"
+
+
+def test_runs_are_found_by_name_and_by_age(control, tmp_path):
+    with pytest.raises(LedgerError, match="no run in"):
+        find_run(None)
+    for name in ("older", "newer"):
+        with_settings = Ledger(runs.runs_folder() / name)
+        with_settings.append("start", body={"config": {"method.name": name}})
+        with_settings.close()
+    assert find_run(None).name == "newer" and find_run(runs.Path("older")).name == "older"
+    assert settings_of(find_run(None)) == {"method.name": "newer"}
+
+
+def shown(renderable):
+    console = Console(width=110, record=True, file=io.StringIO())
+    console.print(renderable)
+    return console.export_text()
+
+
+def test_a_run_is_shown_as_screen_lines_and_json(settings, data_files, tmp_path, monkeypatch):
+    run_in_memory(settings, data_files).close()
+    view, news = RunView(tmp_path / "run"), Lines()
+    view.update()
+    lines = news(view)
+    assert [line.split(":")[0] for line in lines] == [
+        *(f"round {i}/3" for i in (1, 2, 3)),
+        *(f"round {i}/3" for i in range(4)),
+    ]
+    assert "3 of 3 replies" in lines[0] and news(view) == []
+    text = shown(Screen(view))
+    assert (
+        "fedkseed on" in text
+        and "finished" in text
+        and "round 3/3" in text
+        and "node-2" in text
+        and "3 of 3 alive" in text
+    )
+    monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path))
+    result = CliRunner().invoke(app, ["status", str(tmp_path / "run"), "--format", "json"])
+    assert json.loads(result.stdout)["run"]["state"] == "finished"
+    result = CliRunner().invoke(app, ["status", str(tmp_path / "run")])
+    assert result.exit_code == 0 and "\x1b[" not in result.stdout and "The tuned model:" in result.stdout
+    result = CliRunner().invoke(
+        app,
+        ["eval", "--run", str(tmp_path / "run"), "--data", settings["eval.data"], "--answers", "0", "--format", "json"],
+    )
+    assert json.loads(result.stdout)["eval/loss"] == pytest.approx(view.report()["evaluations"][-1]["loss"], abs=1e-4)
+
+
+def test_small_bars_follow_the_numbers():
+    assert sparkline([3.0, 2.0, 1.0]) == "█▅▁" and sparkline([1.0, 1.0]) == "▁▁" and sparkline([]) == ""
+    assert len(sparkline(list(map(float, range(100))))) == 40
+
+
+def test_the_offer_says_what_a_run_takes(tmp_path, tiny_llama):
+    assert read_offer(tmp_path) == {}
+    announce(tmp_path, {"method.name": "fedkseed", "model.name": str(tiny_llama)}, 3)
+    offer = read_offer(tmp_path)
+    assert offer["settings"]["method.name"] == "fedkseed" and offer["plan"]["up"] > 0
+    announce(tmp_path, {"method.name": "fedavg", "model.name": str(tiny_llama)}, 3)
+    assert read_offer(tmp_path)["plan"] is None
+    with pytest.raises(ConfigError, match=r"fedkseed\.lr"):
+        announce(tmp_path, {"fedkseed.lr": -1.0}, 3)
+
+
+def test_what_cannot_work_is_not_submitted(tmp_path, monkeypatch, capsys):
+    control = Control(tmp_path, {})
+    monkeypatch.setattr(Control, "node_states", lambda self: {})
+    Members(tmp_path).invite("alice", 60)
+    with pytest.raises(NodesError, match="nobody has joined yet"):
+        commands._preflight(control, {"run.dir": str(tmp_path / "run")})
+    with pytest.raises(ConfigError, match="unknown key"):
+        commands._preflight(control, {"no-key": 1})
+    shown = capsys.readouterr().err
+    assert "✓ model" in shown and "✗ nodes" in shown and "✗ settings" in shown
+
+
+def test_a_configuration_file_is_read_flat(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('num-server-rounds = 3\n[fedkseed]\nlr = 1e-4\n[model]\nname = "x"\n')
+    assert commands._from_file(file) == {"num-server-rounds": 3, "fedkseed.lr": 1e-4, "model.name": "x"}
+    file.write_text("= 3")
+    with pytest.raises(ConfigError, match="not TOML"):
+        commands._from_file(file)
