@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from deploy.commands.output import SetOption, setting
+from deploy.commands.output import Format, FormatOption, SetOption, setting, show, words
 
 
 def demo(
@@ -25,13 +25,14 @@ def demo(
         ),
     ] = None,
     changes: SetOption = None,
-    out: Annotated[Path, typer.Option(help="Folder for the tuned models, ledgers, logs and the table.")] = Path(
-        "out/demo"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the tuned models, ledgers, logs and the table.", resolve_path=True)
+    ] = Path("out/demo"),
     keep: Annotated[
         bool,
         typer.Option("--keep", help="Leave the federation running afterwards, for runs of your own, until Ctrl-C."),
     ] = False,
+    form: FormatOption = Format.text,
 ) -> None:
     """Run a real federation on this machine and see what each method does and costs.
 
@@ -41,7 +42,17 @@ def demo(
 
     The table is written to `table.md` and `results.json` in the folder of `--out`, beside the tuned models.
     """
-    from deploy.local.demo import run_demo
+    from deploy.local.demo import run_demo, show_results
+    from deploy.local.report import as_facts
 
-    changed = dict(map(setting, changes or []))
-    run_demo(nodes=nodes, methods=methods.split(","), model=model, data=data, changes=changed, out=out, keep=keep)
+    run_demo(
+        nodes=nodes,
+        methods=methods.split(","),
+        model=model,
+        data=data,
+        changes=dict(map(setting, changes or [])),
+        out=out,
+        keep=keep,
+        console=words(form),
+        on_results=lambda results: show(as_facts(results), form, lambda: show_results(results, out, words(form))),
+    )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from deploy.commands.output import console
-from deploy.commands.serve import event_line
+from deploy.commands.output import Format, FormatOption, agree, console, log, show, words
 from fedtune_strategies.errors import ConfigError
 
 NameOption = Annotated[str | None, typer.Option("--name", help="Which federation, where this machine joined several.")]
@@ -44,6 +44,7 @@ def join(
     install_service: Annotated[
         bool, typer.Option("--install-service", help="Run as a systemd service of yours instead of in this terminal.")
     ] = False,
+    form: FormatOption = Format.text,
 ) -> None:
     """Join a federation with the token that its operator gave you, and take part until Ctrl-C.
 
@@ -56,7 +57,6 @@ def join(
     from deploy.owner.join import find_membership
     from deploy.owner.node import run_node
 
-    log = event_line(Console(stderr=True, highlight=False, soft_wrap=True))
     if not token:
         membership = find_membership(name)
     else:
@@ -64,12 +64,13 @@ def join(
             raise ConfigError("--data is missing: name the file with your examples, such as --data ~/notes.jsonl")
         word = sys.stdin.readline() if token == "-" else token
         node = {"data": str(data.expanduser().resolve()), "format": data_format, "model": model, "device": device}
-        membership = _join(word, node, yes, log)
+        membership = _join(word, node, yes, form)
+    show(_facts(membership), form, lambda: None)
     if install_service:
         from deploy.owner.service import install
 
         for line in install(membership):
-            console.print(line, markup=False)
+            words(form).print(line, markup=False)
         return
     log(f"{membership.name} takes part at {membership.address}; Ctrl-C stops it, `fedtune leave` ends it")
     with node_page(membership.folder, metrics):
@@ -82,21 +83,26 @@ def leave(
     force: Annotated[
         bool, typer.Option("--force", help="Forget the membership here even if the server cannot be reached.")
     ] = False,
+    form: FormatOption = Format.text,
 ) -> None:
     """Leave a federation: the server forgets this node's key, and this machine the federation. Your data stay."""
     from deploy.owner.join import find_membership, give_back
     from deploy.owner.service import remove
 
     membership = find_membership(name)
-    console.print(f"Leaving {membership.address} as {membership.name} removes {membership.folder}. Your data stay.")
-    if not yes and not typer.confirm("Leave?"):
-        raise typer.Exit(1)
+    words(form).print(f"Leaving {membership.address} as {membership.name} removes {membership.folder}. Your data stay.")
+    if not yes:
+        agree("Leave?", form)
     remove(membership)
     give_back(membership, tell_server=not force)
-    console.print("Left.")
+    show(_facts(membership), form, lambda: console.print("Left."))
 
 
-def _join(word: str, node: dict[str, str], yes: bool, log: Any) -> Any:
+def _facts(membership: Any) -> dict[str, Any]:
+    return {**asdict(membership), "folder": membership.folder}
+
+
+def _join(word: str, node: dict[str, str], yes: bool, form: Format) -> Any:
     from deploy.owner.join import Membership, meet, redeem
     from deploy.plumbing.joining import decode_token
 
@@ -108,9 +114,9 @@ def _join(word: str, node: dict[str, str], yes: bool, log: Any) -> Any:
         )
     token.check_time()
     authority, server = meet(token)
-    membership = _tell(membership, server["offer"])
-    if not yes and not typer.confirm("\nDo you agree?"):
-        raise typer.Exit(1)
+    membership = _tell(membership, server["offer"], words(form))
+    if not yes:
+        agree("\nDo you agree?", form)
     return redeem(
         token,
         authority,
@@ -119,18 +125,18 @@ def _join(word: str, node: dict[str, str], yes: bool, log: Any) -> Any:
     )
 
 
-def _tell(membership: Any, offer: dict[str, Any]) -> Any:
+def _tell(membership: Any, offer: dict[str, Any], out: Console) -> Any:
     """Show what a device owner agrees to; returns the membership with the place that its model comes from."""
     from deploy.owner.consent import NEVER, leaves, terms, with_model
     from fedtune_strategies.language.data import read_rows
 
     rows = read_rows(Path(membership.data), membership.format)
     membership, model = with_model(membership, offer)
-    console.print(f"[bold]You are invited[/bold] to {membership.address} as [bold]{membership.name}[/bold].\n")
+    out.print(f"[bold]You are invited[/bold] to {membership.address} as [bold]{membership.name}[/bold].\n")
     told = [("your data", f"{membership.data}: {len(rows)} examples, all readable"), ("model", model), *terms(offer)]
     for label, text in told:
-        console.print(f"  {label:12}{text}", markup=False)
-    console.print(f"\n{NEVER}")
+        out.print(f"  {label:12}{text}", markup=False)
+    out.print(f"\n{NEVER}")
     for line in leaves(offer):
-        console.print(f"  • {line}", markup=False)
+        out.print(f"  • {line}", markup=False)
     return membership

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from deploy.commands.output import Format, FormatOption, show
+
 
 def keys(
     folder: Path,
@@ -17,6 +19,7 @@ def keys(
     node: Annotated[
         list[str] | None, typer.Option(help="Name of a node that gets a key pair; repeat for several.")
     ] = None,
+    form: FormatOption = Format.text,
 ) -> None:
     """Make the certificates and node keys of a federation in FOLDER; what lies there is kept.
 
@@ -26,8 +29,17 @@ def keys(
     from deploy.plumbing.certificates import node_key, server_files
 
     server = server_files(folder, name or [])
-    typer.echo(f"server: {server.certificate}, {server.key}")
-    typer.echo(f"for every node: {server.authority}")
-    for one in node or []:
-        pair = node_key(folder, one)
-        typer.echo(f"node {one}: {pair.private} (the node alone), {pair.public} (to register)")
+    pairs = {one: node_key(folder, one) for one in node or []}
+    facts = {
+        "server": {"certificate": server.certificate, "key": server.key},
+        "authority": server.authority,
+        "nodes": {one: {"private": pair.private, "public": pair.public} for one, pair in pairs.items()},
+    }
+
+    def as_text() -> None:
+        typer.echo(f"server: {server.certificate}, {server.key}")
+        typer.echo(f"for every node: {server.authority}")
+        for one, pair in pairs.items():
+            typer.echo(f"node {one}: {pair.private} (the node alone), {pair.public} (to register)")
+
+    show(facts, form, as_text)

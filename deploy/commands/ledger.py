@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,7 @@ _FIRST = ("reason", "message", "train/loss", "loss", "eval/loss")
 
 
 @app.command()
-def verify(run: Run) -> None:
+def verify(run: Run, form: FormatOption = Format.text) -> None:
     """Check every record and every file of a run against its hash. Changes nothing; works while the run goes on."""
     from server_app.ledger import Ledger
 
@@ -30,19 +31,21 @@ def verify(run: Run) -> None:
     for name in names:
         ledger.check_file(name)
     records = sum(1 for _ in ledger.records())
-    console.print(f"{run}: {records} records and {len(names)} files, all as they were written")
+    line = f"{run}: {records} records and {len(names)} files, all as they were written"
+    show({"run": run, "records": records, "files": len(names)}, form, lambda: console.print(line))
 
 
 @app.command()
-def cut(run: Run) -> None:
+def cut(run: Run, form: FormatOption = Format.text) -> None:
     """Go back to the last record before the damage, even if good ones follow it. The damaged file is kept."""
     from server_app.ledger import Ledger
 
     ledger = Ledger(run, cut_anywhere=True)
     newest = ledger.last("cut")
     ledger.close()
-    last = f"cut back to record {newest.body['after']}" if newest else "nothing is damaged, nothing was cut"
-    console.print(f"{run}: {last}")
+    after = newest.body["after"] if newest else None
+    last = "nothing is damaged, nothing was cut" if after is None else f"cut back to record {after}"
+    show({"run": run, "cut_after": after}, form, lambda: console.print(f"{run}: {last}"))
 
 
 @app.command("show")
@@ -81,6 +84,7 @@ def replay(
     without: Annotated[list[str] | None, typer.Option(help="A node to leave out; repeat for several.")] = None,
     round: Annotated[int | None, typer.Option(min=1, help="Fold up to this round; the last one by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="Export the model into this folder.")] = None,
+    form: FormatOption = Format.text,
 ) -> None:
     """Fold the replies of a run anew: check that they make the recorded model, or leave nodes out of it.
 
@@ -93,7 +97,8 @@ def replay(
         raise LedgerError("--without makes another model: name a folder for it with --out.")
     done = fold(run, without or (), round, out)
     told = f"{done.rounds} rounds, {done.kept} replies"
-    if not without:
-        console.print(f"{run}: {told} make the recorded model, bit for bit")
+    if without:
+        line = f"{out}: the model of {told}, without {done.left_out} of {', '.join(without)}"
     else:
-        console.print(f"{out}: the model of {told}, without {done.left_out} of {', '.join(without)}")
+        line = f"{run}: {told} make the recorded model, bit for bit"
+    show({"run": run, "model": out, **asdict(done)}, form, lambda: console.print(line))

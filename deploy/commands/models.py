@@ -16,12 +16,13 @@ def export(
     round: Annotated[
         int | None, typer.Option(min=0, help="The round; the last one by default, 0 for the base model.")
     ] = None,
+    form: FormatOption = Format.text,
 ) -> None:
     """Write the model after any round of a run as a Hugging Face folder, also while the run goes on."""
     from server_app.export import export_round
 
     done = export_round(run, round, out)
-    typer.echo(f"{out}: the model after round {done}")
+    show({"model": out, "round": done}, form, lambda: typer.echo(f"{out}: the model after round {done}"))
 
 
 def evaluate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import tomllib
 from collections.abc import Callable
 from enum import StrEnum
@@ -27,6 +28,23 @@ FormatOption = Annotated[Format, typer.Option("--format", help="For a person, or
 
 # Colours and widths follow the terminal; without one, plain text.
 console = Console(highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def words(form: Format) -> Console:
+    """Where a command speaks to a person: stdout, or stderr where stdout is a program's."""
+    return errors if form is Format.json else console
+
+
+def log(line: str) -> None:
+    """Say on stderr that something happened, and when."""
+    errors.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim] {line}")
+
+
+def agree(question: str, form: Format) -> None:
+    """Ask a person; whoever says no ends the command with code 1."""
+    if not typer.confirm(question, err=form is Format.json):
+        raise typer.Exit(1)
 
 
 def show(facts: Any, form: Format, as_text: Callable[[], None]) -> None:

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.live import Live
 
-from deploy.commands.output import Format, FormatOption, SetOption, console, setting, show
-from deploy.commands.serve import FolderOption, event_line
+from deploy.commands.output import Format, FormatOption, SetOption, console, errors, log, setting, show
+from deploy.commands.serve import FolderOption
 from deploy.plumbing.home import server_folder
 from fedtune_strategies.config import Scalar
 
@@ -78,7 +77,7 @@ def resume(
     _tune(control, settings_of(found) | {"run.dir": str(found.resolve())}, detach, form)
 
 
-def stop(run: RunArgument = None, folder: FolderOption = None) -> None:
+def stop(run: RunArgument = None, folder: FolderOption = None, form: FormatOption = Format.text) -> None:
     """Stop a run. What it has done is kept; `fedtune resume` goes on with it."""
     from deploy.operator.runs import find_run
     from deploy.operator.runs import stop as stop_run
@@ -87,7 +86,8 @@ def stop(run: RunArgument = None, folder: FolderOption = None) -> None:
     control, _ = running(folder or server_folder())
     found = find_run(run)
     stop_run(control, found)
-    console.print(f"Stopped {found}; `fedtune resume {found}` goes on with it", markup=False)
+    line = f"Stopped {found}; `fedtune resume {found}` goes on with it"
+    show({"folder": found, "state": "stopped"}, form, lambda: console.print(line, markup=False))
 
 
 def status(
@@ -112,7 +112,7 @@ def status(
 
     if html is not None:
         write_page(run if run is not None and newest_runs(run) else find_run(run), html)
-        console.print(f"Wrote {html}", markup=False)
+        show({"page": html}, form, lambda: console.print(f"Wrote {html}", markup=False))
         return
     view = RunView(find_run(run))
     view.update()
@@ -137,17 +137,21 @@ def _tune(control: Any, settings: dict[str, Scalar], detach: bool, form: Format)
         facts = {"run_id": submit(control, settings), "folder": folder}
         show(facts, form, lambda: console.print(f"Submitted; its record: {folder}. See `fedtune status`", markup=False))
         return
-    log = event_line(Console(stderr=True, highlight=False, soft_wrap=True))
     view = RunView(Path(str(folder)))
     if form is Format.text and console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
             model = tune(control, settings, view, lambda view: live.update(Screen(view), refresh=True), log)
     else:
         news = Lines()
+
+        def tell(view: RunView) -> None:
+            for line in news(view):
+                log(line)
+
         with contextlib.suppress(LedgerError):  # of a run that is resumed, what happened before is no news
             view.update()
             news(view)
-        model = tune(control, settings, view, lambda view: [log(text) for text in news(view)], log)
+        model = tune(control, settings, view, tell, log)
     show(view.report(), form, lambda: console.print(f"The tuned model: {model}", markup=False))
 
 
@@ -156,7 +160,6 @@ def _preflight(control: Any, settings: dict[str, Scalar]) -> None:
     from deploy.plumbing.checks import show_checks
     from fedtune_strategies.errors import error_from_code
 
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
     if failed := show_checks(_checks(control, settings), errors):
         raise error_from_code(failed[0].exit_code, f"{failed[0].label}: {failed[0].detail}")
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from deploy.commands.output import Format, FormatOption, SetOption, console, setting, show
+from deploy.commands.output import Format, FormatOption, SetOption, console, log, setting, show
 from deploy.plumbing.home import server_folder
 
 nodes_app = typer.Typer(help="See who may take part; invite, approve and revoke nodes.")
@@ -60,7 +58,6 @@ def serve(
 
     folder = folder or server_folder()
     place = address if ":" in address else f"{address or own_host()}:9092"
-    log = event_line(Console(stderr=True, highlight=False, soft_wrap=True))
     with (
         serving(folder, address=place, listen=listen, approval=approval, on_event=log) as server,
         operators_page(folder, status) as page,
@@ -104,18 +101,19 @@ def invite_nodes(
 
 
 @nodes_app.command()
-def approve(context: typer.Context, name: str) -> None:
+def approve(context: typer.Context, name: str, form: FormatOption = Format.text) -> None:
     """Let a waiting node in. Compare the key that `fedtune nodes` shows with the one that its owner sees first."""
     from deploy.operator.members import Members
     from deploy.operator.serve import running
 
     control, _ = running(context.obj or server_folder())
     member = Members(control.folder).change(name, "approved", expected=("waiting", "approved"))
-    console.print(f"{name} with key {member.fingerprint} may join: it will do so within seconds")
+    line = f"{name} with key {member.fingerprint} may join: it will do so within seconds"
+    show({"name": name, "state": "approved", "key": member.fingerprint}, form, lambda: console.print(line))
 
 
 @nodes_app.command()
-def revoke(context: typer.Context, name: str) -> None:
+def revoke(context: typer.Context, name: str, form: FormatOption = Format.text) -> None:
     """Shut a node out: its token is void, and its key is refused from now on."""
     from deploy.operator.desk import revoke as revoke_member
     from deploy.operator.members import Members
@@ -123,7 +121,7 @@ def revoke(context: typer.Context, name: str) -> None:
 
     control, _ = running(context.obj or server_folder())
     revoke_member(Members(control.folder), control, name)
-    console.print(f"{name} is shut out")
+    show({"name": name, "state": "revoked"}, form, lambda: console.print(f"{name} is shut out"))
 
 
 def list_nodes(folder: Path) -> list[dict[str, Any]]:
@@ -144,11 +142,6 @@ def list_nodes(folder: Path) -> list[dict[str, Any]]:
         }
         for member in members.values()
     ]
-
-
-def event_line(out: Console) -> Callable[[str], None]:
-    """Make a function that prints a line with the time before it."""
-    return lambda line: out.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim] {line}")
 
 
 def _uninvited(members: Any, names: list[str]) -> list[str]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import random
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -17,7 +16,7 @@ from rich.console import Console
 from deploy.local.federation import Federation, federation
 from deploy.local.progress import Progress, follow
 from deploy.local.proxy import Traffic
-from deploy.local.report import Result, markdown, samples, summarise, table
+from deploy.local.report import Result, as_facts, markdown, samples, summarise, table
 from deploy.plumbing.app_folder import write_app
 from deploy.plumbing.control import CONNECTION
 from deploy.plumbing.units import clock
@@ -50,6 +49,8 @@ def run_demo(
     changes: Mapping[str, Scalar],
     out: Path,
     keep: bool,
+    console: Console,
+    on_results: Callable[[Sequence[Result]], None],
 ) -> None:
     """Start a federation, run the methods one after another, and show what each did and cost.
 
@@ -66,18 +67,20 @@ def run_demo(
     changes : mapping
         Keys of the run configuration that shall differ from what the demo sets.
     out : Path
-        Folder for everything that is written. Earlier results there are replaced.
+        Folder for everything that is written, an absolute path. Earlier results there are replaced.
     keep : bool
         Afterwards leave the federation running until Ctrl-C.
+    console : Console
+        Where progress is shown.
+    on_results : callable
+        Called once with the results, one for each method.
 
     Raises
     ------
     FedTuneError
         Something a user can act on; everything that was started has been stopped.
     """
-    out = out.resolve()
     started = time.monotonic()
-    console = Console()
     configs = [_config(method, model, nodes, out, changes) for method in methods]
     with _alone(out):
         node_files, _ = _data(out / "data", nodes, data)
@@ -94,7 +97,7 @@ def run_demo(
                 results = [_tune(running, app, config, console) for config in configs]
                 _write(results, out)
                 write_page(out, out / "status.html")
-                _show(results, out, console)
+                on_results(results)
                 console.print(f"The whole demo took {clock(time.monotonic() - started)}.")
                 if keep:
                     _wait(running, app, console)
@@ -183,14 +186,11 @@ def _deal(source: Path, folder: Path, nodes: int) -> tuple[list[Path], Path]:
 
 def _write(results: Sequence[Result], out: Path) -> None:
     (out / "table.md").write_text(markdown(results), encoding="utf-8")
-    facts = [
-        {**dataclasses.asdict(result), "per_node_and_round": dataclasses.asdict(result.per_node_and_round)}
-        for result in results
-    ]
-    (out / "results.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False), encoding="utf-8")
+    (out / "results.json").write_text(json.dumps(as_facts(results), indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def _show(results: Sequence[Result], out: Path, console: Console) -> None:
+def show_results(results: Sequence[Result], out: Path, console: Console) -> None:
+    """Print the table, some answers, and where everything lies."""
     console.print(table(results))
     for sample in samples(results):
         for label, text in sample.items():

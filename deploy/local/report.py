@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,11 @@ def markdown(results: Sequence[Result]) -> str:
     lines += [_row(label, *(value(result) for result in results)) for label, value in ROWS]
     lines += ["", *(line for sample in samples(results) for line in _quoted(sample))]
     return "\n".join(lines) + "\n"
+
+
+def as_facts(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """The results as ``results.json`` has them."""
+    return [{**asdict(result), "per_node_and_round": asdict(result.per_node_and_round)} for result in results]
 
 
 def samples(results: Sequence[Result], count: int = 3) -> list[dict[str, str]]:

@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 from deploy.cli import app
 from deploy.commands.configuration import with_run_config
 from deploy.local import demo
+from deploy.plumbing import processes
 from fedtune_strategies.config import as_toml, defaults, keys
 from fedtune_strategies.errors import ConfigError, PortError, ResourceError
 
@@ -116,6 +118,20 @@ def test_settings_are_read_as_toml_and_checked_before_anything_starts(tmp_path, 
         code, _, error = call("demo", "--out", str(tmp_path / "out"), "--set", setting)
         assert code == ConfigError.exit_code and line in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+COMPLETE = """eval "$(fedtune --show-completion)"
+COMP_WORDS=(fedtune %s) COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+_fedtune_completion fedtune; echo "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.parametrize(("typed", "offered"), [("nod", "nodes"), ("nodes approve --form", "--format")])
+def test_bash_completes_what_is_typed(typed, offered):
+    environment = os.environ | {"PATH": processes.environment_path()}
+    command = ["bash", "-c", COMPLETE % typed]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == [offered] and not done.stderr
 
 
 def test_the_installed_command_works():

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from deploy.local import progress
-from deploy.local.demo import _deal, _show, _write
+from deploy.local.demo import _deal, _write, show_results
 from deploy.local.progress import Progress, follow
 from deploy.local.proxy import Traffic
 from deploy.local.report import markdown, samples, summarise
@@ -118,7 +118,7 @@ def test_samples_are_spread_evenly_not_chosen(results):
 def test_the_demo_ends_with_table_samples_and_the_path_of_every_model(results, tmp_path):
     console = Console(file=io.StringIO(), width=80, color_system=None)
     _write(results, tmp_path)
-    _show(results, tmp_path, console)
+    show_results(results, tmp_path, console)
     text = console.file.getvalue()
     assert (
         "4.000 → 2.000" in text
