@@ -131,12 +131,13 @@ def _round(
     for attempt in range(1, config.round.attempts + 1):
         fleet.set_aside(())
         fleet.gather(config.strategy.min_nodes, config.round.node_wait)
-        fleet.set_aside(late := _take_late(number, strategy, fleet, ledger))
+        _take_late(number, strategy, fleet, ledger)
+        answered = _answered(number, ledger)
+        # Whose late reply counts in this round is not asked in it, also after a restart.
+        fleet.set_aside(answered - _asked(number, ledger) if attempt == 1 else answered)
         _log_missing(number, ledger)
-        if attempt > 1:
-            answered = _answered(number, ledger)
-            others = set(fleet.nodes) - answered - failed
-            fleet.set_aside(answered | failed if others else answered | late)
+        if attempt > 1 and set(fleet.nodes) - failed:
+            fleet.set_aside(answered | failed)
         # A server that was stopped in the round goes on with the nodes that it had asked.
         only = _unanswered(number, ledger) if attempt == 1 else None
         failed |= _ask(number, strategy, arrays, fleet, ledger, config, only)
@@ -198,20 +199,17 @@ def _ask(
     return failed
 
 
-def _take_late(number: int, strategy: TuningStrategy, fleet: Fleet, ledger: Ledger) -> set[str]:
-    """Let replies to earlier rounds count in this one, where the strategy wants them; return their nodes' names."""
-    taken = set()
+def _take_late(number: int, strategy: TuningStrategy, fleet: Fleet, ledger: Ledger) -> None:
+    """Let replies to earlier rounds count in this one, where the strategy wants them."""
     for received in fleet.late():
         name = received.node.name
         try:
-            if name in _answered(number, ledger):
+            if name in _answered(number, ledger) | _answered(getattr(received.message, "round", number), ledger):
                 raise ProtocolError("it has answered for this round already: the reply is left out.")
-            if _accept(number, received, strategy.accept_late, ledger):
-                taken.add(name)
+            _accept(number, received, strategy.accept_late, ledger)
         except FedTuneError as error:
             log.warning("round %d: %s answered late: %s", number, name, error, extra={"node": name})
             ledger.append("late", round=number, node=name, body={"reason": str(error)})
-    return taken
 
 
 def _answered(round: int, ledger: Ledger) -> set[str]:
@@ -219,10 +217,13 @@ def _answered(round: int, ledger: Ledger) -> set[str]:
 
 
 def _unanswered(round: int, ledger: Ledger) -> set[str] | None:
-    """Return who was asked and has not answered; None where nobody has."""
-    answered = _answered(round, ledger)
-    asked = set().union(*(record.body["nodes"] for record in ledger.records("asked", round=round)))
-    return asked - answered if answered else None
+    """Return who was asked and has not answered; None where nobody was, or nobody has."""
+    asked, answered = _asked(round, ledger), _answered(round, ledger)
+    return asked - answered if asked & answered else None
+
+
+def _asked(round: int, ledger: Ledger) -> set[str]:
+    return set().union(*(record.body["nodes"] for record in ledger.records("asked", round=round)))
 
 
 def _log_missing(round: int, ledger: Ledger) -> None:

@@ -12,7 +12,6 @@ from fedtune_strategies.blocks.exchange import frozen_form, turn_fingerprint
 from fedtune_strategies.blocks.find import Block
 from fedtune_strategies.blocks.notation import Codec
 from fedtune_strategies.blocks.rest import Calibration, blocks_inside, dropped_layers
-from fedtune_strategies.blocks.train import apply_delta
 from fedtune_strategies.seed_space import fingerprint
 
 CALIBRATION = "calibration"
@@ -52,9 +51,9 @@ class Master:
         self._calibration: Calibration | None = None
         self._prints: dict[int, str] = {}
 
-    def commit(self, block: int, delta: Mapping[str, Tensor], gamma: float) -> None:
-        """Move a block by gamma times its change, to its next version."""
-        self.weights[block] = apply_delta(self.weights[block], delta, gamma)
+    def commit(self, block: int, weights: dict[str, Tensor]) -> None:
+        """Take up a block's next version."""
+        self.weights[block] = weights
         self.versions = self.versions.clone()
         self.versions[block] += 1
         self._prints.pop(block, None)

@@ -147,25 +147,25 @@ def apply_delta(weights: Mapping[str, Tensor], delta: Mapping[str, Tensor], gamm
     return {name: value.float() + delta[name].float() * gamma for name, value in weights.items()}
 
 
-def mean_delta(deltas: Sequence[Mapping[str, Tensor]], examples: Sequence[int]) -> dict[str, Tensor]:
-    """Average the changes that several nodes made to one block (FedBAvg), weighed by their examples.
+def weighted_mean(blocks: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Average the changes that several nodes made to one block (FedBAvg), or several states of a block.
 
     Parameters
     ----------
-    deltas : sequence of mapping of str to Tensor
+    blocks : sequence of mapping of str to Tensor
         One for each node; the order of the sequence fixes the order of the sums, so give it sorted by node.
-    examples : sequence of int
-        Number of examples of each node.
+    weights : sequence of float
+        Weight of each, such as the node's number of examples.
 
     Returns
     -------
     dict of str to Tensor
         The mean, float32.
     """
-    weights = [count / sum(examples) for count in examples]
-    mean = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in deltas[0].items()}
-    for delta, weight in zip(deltas, weights, strict=True):
-        mean = apply_delta(mean, delta, weight)
+    shares = [weight / sum(weights) for weight in weights]
+    mean = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in blocks[0].items()}
+    for block, share in zip(blocks, shares, strict=True):
+        mean = apply_delta(mean, block, share)
     return mean
 
 

@@ -47,6 +47,12 @@ class FedCyBGDConfig:
     )
     calibration: str = option("", "File of text on the server by which wanda and drop choose.")
     upload: str = option("float32", "Coding of the block's change.", choices=("float32", "bf16", "int8"))
+    stale: str = option(
+        "refuse",
+        "What becomes of a change that comes after another node's of the same block, a round late at most: it is left "
+        "out, added with the weight of 'strategy.late', or averaged with the block by that weight.",
+        choices=("refuse", "rebase", "average"),
+    )
     prefetch: bool = option(True, "Send the next node what it lacks while the present one trains.")
     train_embeddings: bool = option(True, "Visit the embedding, final norm and head blocks too.")
     layers_per_block: int = option(1, "Transformer layers in one block.", low=1)
@@ -100,6 +106,11 @@ def check_fedcybgd(settings: FedCyBGDConfig, nodes: StrategyConfig) -> None:
         raise ConfigError(
             f"run config: 'strategy.min-replies' is {nodes.min_replies}, but must be 1 where 'fedcybgd.structure' is "
             "'parallel': blocks that did not come are trained in the next round."
+        )
+    if settings.stale != "refuse" and not nodes.late:
+        raise ConfigError(
+            f"run config: 'fedcybgd.stale' is '{settings.stale}', which needs a weight of late changes: "
+            "set 'strategy.late' above 0, or 'fedcybgd.stale' to 'refuse'."
         )
     if not nodes.min_replies <= settings.nodes_per_round <= nodes.min_nodes:
         raise ConfigError(

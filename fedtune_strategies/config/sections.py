@@ -69,7 +69,7 @@ class StrategyConfig:
     faulty_nodes: int = option(1, "Nodes that krum expects to be faulty.", low=0)
     late: float = option(
         0.0,
-        "FedKSeed: a reply that comes one round late counts so much of a prompt one; 0 leaves it out.",
+        "FedKSeed, FedCyBGD: a reply that comes one round late counts so much of a prompt one; 0 leaves it out.",
         low=0.0,
         high=1.0,
     )

@@ -8,6 +8,7 @@ does not hold yet; it sends back the block's change, and the block's version gro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, MetricRecordValues
@@ -27,7 +28,8 @@ from fedtune_strategies.blocks.schedule import (
     nodes_for,
     rounds_in_cycle,
 )
-from fedtune_strategies.blocks.train import mean_delta
+from fedtune_strategies.blocks.stale import averaged, rebased
+from fedtune_strategies.blocks.train import apply_delta, weighted_mean
 from fedtune_strategies.config import Config
 from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.fleet import Fleet, decoded, task
@@ -37,6 +39,22 @@ from fedtune_strategies.strategies.base import State, TuningStrategy, arrays_of,
 
 # A task is cut into several above this: Flower holds a message several times over in memory.
 PART_BYTES = 64 * 2**20
+
+
+class Lease(NamedTuple):
+    """What a node was given to train in a round.
+
+    Attributes
+    ----------
+    block, version : int
+        The block, and the version on which the node was to start.
+    fingerprint : str
+        Fingerprint of all weights on which it was to start.
+    """
+
+    block: int
+    version: int
+    fingerprint: str
 
 
 class FedCyBGD(TuningStrategy):
@@ -71,10 +89,11 @@ class FedCyBGD(TuningStrategy):
         self.plan: dict[str, int] = {}
         self._round = 0
         self._accepted: list[int] = []
-        self.expected: dict[int, str] = {}
+        self.leases: dict[tuple[int, str], Lease] = {}
         self.owed: list[int] = []
         self.past: list[tuple[int, int, float]] = []
         self._changed: list[int] = []
+        self._before: dict[int, dict[str, Tensor]] = {}
 
     def summary(self) -> None:
         """Log the blocks and their schedule."""
@@ -99,8 +118,10 @@ class FedCyBGD(TuningStrategy):
         if server_round != self._round:
             self._round, self.plan, self._accepted = server_round, {}, []
         self.plan = self._plan(server_round, nodes, self.plan, self._accepted)
-        self.expected = {block: self.master.turn_fingerprint(block) for block in self.plan.values()}
+        self.leases = {key: lease for key, lease in self.leases.items() if key[0] >= server_round - 1}
+        prints = {block: self.master.turn_fingerprint(block) for block in self.plan.values()}
         for name, block in self.plan.items():
+            self.leases[server_round, name] = Lease(block, int(self.master.versions[block]), prints[block])
             for message in self._turn(server_round, name, block):
                 yield task(grid.nodes[name], message, server_round)
         if self.settings.prefetch and server_round < self.config.num_server_rounds:
@@ -120,9 +141,26 @@ class FedCyBGD(TuningStrategy):
             return False
         if not isinstance(reply, protocol.BlockReply):
             raise ProtocolError(f"a node answered a block task with a '{reply.kind}'.")
-        planned = self.plan.get(reply.node)
-        check_origin(reply, round, reply.fingerprint if planned is None else self.expected[planned])
-        if reply.block != planned or reply.base_version != int(self.master.versions[reply.block]):
+        self._check(reply, round, self.leases.get((round, reply.node)) if reply.node in self.plan else None)
+        self._accepted.append(reply.block)
+        return True
+
+    def accept_late(self, round: int, reply: protocol.Message) -> bool:
+        """Take a turn of this round or the one before whose lease ran out, if ``fedcybgd.stale`` lets it count."""
+        if (
+            not isinstance(reply, protocol.BlockReply)
+            or self.settings.stale == "refuse"
+            or reply.round not in (round, round - 1)
+        ):
+            return super().accept_late(round, reply)
+        self._check(reply, reply.round, self.leases.get((reply.round, reply.node)))
+        if reply.round == round:
+            self._accepted.append(reply.block)
+        return True
+
+    def _check(self, reply: protocol.BlockReply, round: int, lease: Lease | None) -> None:
+        check_origin(reply, round, lease.fingerprint if lease else reply.fingerprint)
+        if lease is None or (reply.block, reply.base_version) != (lease.block, lease.version):
             raise ProtocolError(
                 f"{reply.node} trained version {reply.base_version} of block {reply.block}, not the one in turn: "
                 "the reply is left out."
@@ -133,30 +171,41 @@ class FedCyBGD(TuningStrategy):
             raise ProtocolError(f"{reply.node} sent other tensors than block {reply.block} has: the reply is left out.")
         if reply.steps < 1 or not all(value.isfinite().all() for value in delta.values()):
             raise ProtocolError(f"{reply.node} sent an update that is not finite: the reply is left out.")
-        self._accepted.append(reply.block)
-        return True
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Commit the changes of the round's blocks, each the mean of those that came: version + 1."""
+        """Commit the changes of the round's blocks, each the mean of those that came: version + 1.
+
+        A late change whose block nobody else has committed since is one of these; to the others happens what
+        ``fedcybgd.stale`` says.
+        """
         answers = sorted((decoded(reply.content, protocol.BlockReply) for reply in replies), key=lambda own: own.node)
         if not answers:
             return None, None
         snapshot = self.master.versions
+        committed = {(at, block) for at, block, _ in self.past}
+        stale = {answer.node for answer in answers if (answer.round, answer.block) in committed}
         self._changed = sorted({answer.block for answer in answers})
-        self.owed = [block for block in dict.fromkeys(self._due(server_round)) if block not in self._changed]
+        done = {answer.block for answer in answers if answer.node not in stale}
+        self.owed = [block for block in dict.fromkeys(self._due(server_round)) if block not in done]
+        before = {block: self.master.weights[block] for block in self._changed}
         for block in self._changed:
             group = [answer for answer in answers if answer.block == block]
-            self.master.commit(block, self._mean(group), self.settings.gamma)
+            fresh = [answer for answer in group if answer.node not in stale]
+            self.master.commit(block, self._next(block, fresh, [answer for answer in group if answer.node in stale]))
             for answer in group:
-                own = self.holdings.trained(answer.node, server_round, snapshot, self.master.absent_blocks(block))
-                if len(group) == 1:
+                own = self.holdings.of(answer.node)
+                if answer.round == server_round:
+                    own = self.holdings.trained(answer.node, server_round, snapshot, self.master.absent_blocks(block))
+                own.committed = answer.round
+                if len(group) == len(fresh) == 1:
                     # The node makes the new version from its own change.
                     own.exact = (block, int(self.master.versions[block]))
                     own.versions[block] = self.master.versions[block]
             values = [a.decrease if self.settings.importance == "loss" else a.grad_norm for a in group]
             self.past.append((server_round, block, sum(values) / len(values)))
+        self._before = before if self.settings.stale == "average" else {}
         return arrays_of(versions=self.master.versions), self._metrics(answers)
 
     def materialise(self, arrays: ArrayRecord, parameters: Mapping[str, Tensor]) -> str:
@@ -168,13 +217,17 @@ class FedCyBGD(TuningStrategy):
         return fingerprint(parameters)
 
     def state(self) -> State:
-        """Return versions, holdings, history and what is owed; of the blocks those that changed."""
+        """Return versions, holdings, history and what is owed; of the blocks those that changed, as they are and were.
+
+        How they were is needed to average a stale change with them, and is there already, unless it is the base model.
+        """
         tensors = {
             "versions": self.master.versions,
             "owed": torch.tensor(self.owed, dtype=torch.int64),
             "past": torch.tensor(self.past, dtype=torch.float64).view(-1, 3),
         }
-        return State(tensors | self.holdings.state(), self.master.state(self._changed))
+        before = {f"before-{block}": weights for block, weights in self._before.items()}
+        return State(tensors | self.holdings.state(), self.master.state(self._changed) | before)
 
     def restore(self, tensors: dict[str, Tensor], load: Callable[[str], dict[str, Tensor] | None]) -> ArrayRecord:
         """Take up what `state` returned, with the newest file of every block."""
@@ -182,6 +235,9 @@ class FedCyBGD(TuningStrategy):
         self.holdings.restore(tensors)
         self.owed = tensors["owed"].tolist()
         self.past = [(int(round), int(block), value) for round, block, value in tensors["past"].tolist()]
+        if self.settings.stale == "average":
+            changed = [block for at, block, _ in self.past if at == self.past[-1][0]]
+            self._before = {block: weights for block in changed if (weights := load(f"before-{block}"))}
         return arrays_of(versions=self.master.versions)
 
     def _plan(
@@ -270,12 +326,26 @@ class FedCyBGD(TuningStrategy):
     def _coded(self, blocks: Iterable[int]) -> dict[str, Tensor]:
         return {key: part for block in blocks for key, part in self.master.coded(block).items()}
 
+    def _next(
+        self, block: int, fresh: Sequence[protocol.BlockReply], stale: Sequence[protocol.BlockReply]
+    ) -> dict[str, Tensor]:
+        """Move a block by gamma times the mean change of its newest version; then take in those of the one before."""
+        own, weight, weights = self.settings, self.config.strategy.late, self.master.weights[block]
+        if fresh:
+            weights = apply_delta(weights, self._mean(fresh), own.gamma)
+        deltas = [decode(answer.delta) for answer in stale]
+        if not deltas:
+            return weights
+        if own.stale == "rebase":
+            return rebased(weights, deltas, own.gamma, weight)
+        return averaged(weights, self._before[block], deltas, own.gamma, weight)
+
     def _mean(self, group: Sequence[protocol.BlockReply]) -> Mapping[str, Tensor]:
         deltas = [decode(answer.delta) for answer in group]
         if len(deltas) == 1:
             return deltas[0]
         weights = [answer.num_examples if self.config.strategy.weighting == "examples" else 1 for answer in group]
-        return mean_delta(deltas, weights)
+        return weighted_mean(deltas, weights)
 
     def _metrics(self, answers: Sequence[protocol.BlockReply]) -> MetricRecord:
         weight = sum(answer.num_examples for answer in answers)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune_strategies.blocks.find import find_blocks
-from fedtune_strategies.blocks.train import adamw_8bit, apply_delta, mean_delta, train_block
+from fedtune_strategies.blocks.train import adamw_8bit, apply_delta, train_block, weighted_mean
 from fedtune_strategies.errors import ConfigError
 
 from .models import ARCHITECTURES, lm_loss, quick, tiny_batches, tiny_model
@@ -160,9 +160,9 @@ def test_8_bit_state_is_that_of_bitsandbytes_or_a_clear_error(monkeypatch):
     assert adamw_8bit() is torch.optim.AdamW
 
 
-def test_mean_delta_weighs_by_examples():
+def test_a_mean_weighs_by_examples():
     deltas = [{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([5.0, -2.0])}]
-    assert mean_delta(deltas, [3, 1])["w"].tolist() == [2.0, 1.0]
+    assert weighted_mean(deltas, [3, 1])["w"].tolist() == [2.0, 1.0]
 
 
 def test_an_error_leaves_the_model_as_it_was():
