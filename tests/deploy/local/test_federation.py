@@ -59,10 +59,11 @@ def main(grid, context):
 """
 
 LAUNCHER = """
-import json, sys, time
+import json, signal, sys, time
 from pathlib import Path
 from deploy.plumbing import processes
 from deploy.local.federation import federation
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job would have ignored
 folder, app = map(Path, sys.argv[1:])
 with federation(folder / "state", {"alone": folder / "alone.jsonl"}) as running:
     running.submit(app, {"out": str(folder / "facts.json"), "hang": True})

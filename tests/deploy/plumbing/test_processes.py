@@ -22,9 +22,10 @@ time.sleep(float(sys.argv[1]))
 
 # A launcher that is killed before it can stop anything.
 LAUNCHER = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from deploy.plumbing import processes
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job would have ignored
 token, log, forgetful = sys.argv[1:]
 with processes.watchdog(token):
     processes.start([sys.executable, "-c", forgetful, "300"], {**os.environ, processes.TOKEN: token}, Path(log))
