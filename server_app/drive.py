@@ -243,14 +243,16 @@ def _accept(number: int, received: Received, check: Callable[[int, protocol.Mess
     sender = getattr(message, "node", None)
     if sender != received.node.name:
         raise ProtocolError(f"the reply bears the name of {sender!r}: it is left out.")
+    traffic = {"kind": message.kind, "bytes_down": received.bytes_down, "bytes_up": received.bytes_up}
     if not check(number, message):
+        ledger.append("acknowledged", round=number, node=received.node.name, body=traffic)
         return False
     assert received.content is not None
-    kind, payload = from_record(received.content)
+    _, payload = from_record(received.content)
     facts: dict[str, Any] = {
         key: value for key, value in vars(message).items() if isinstance(value, str | int | float) and key != "node"
     }
-    facts |= {"kind": kind, "bytes_down": received.bytes_down, "bytes_up": received.bytes_up}
+    facts |= traffic
     ledger.append("reply", round=number, node=received.node.name, body=facts, blob=payload)
     return True
 

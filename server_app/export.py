@@ -155,7 +155,8 @@ def model_card(config: Config, ledger: Ledger, round: int, without: Sequence[str
     replies = [record for record in ledger.records("reply") if record.round <= round]
     evaluations = [record for record in ledger.records("evaluation") if record.round <= round and not without]
     nodes = {record.node for record in replies} - set(without)
-    sent = sum(record.body["bytes_down"] + record.body["bytes_up"] for record in replies)
+    others = [record for record in ledger.records("acknowledged") if record.round <= round]
+    sent = sum(record.body["bytes_down"] + record.body["bytes_up"] for record in (*replies, *others))
     lines = [
         "---",
         "library_name: transformers",

@@ -85,7 +85,7 @@ class _Report:
 
     def _metrics(self, record: Record) -> dict[str, float]:
         body = record.body
-        if record.kind == "reply":
+        if record.kind in ("reply", "acknowledged"):
             self._bytes = {key: count + body.get(key, 0) for key, count in self._bytes.items()}
         elif record.kind == "round":
             counts = {"nodes/replies": len(body["replies"])}

@@ -129,6 +129,9 @@ class RunView:
                 one["asked"] |= {name: record.time for name in body["nodes"] if name not in one["asked"]}
             case "reply":
                 self._reply(record)
+            case "acknowledged":
+                self._open_round(record)["acknowledged"].append({"node": record.node, **body})
+                self._count(record)
             case "round":
                 self._open_round(record).update(committed=record.time, metrics=body.get("metrics", {}))
                 self._forget_details(record.round - MAX_TURNS)
@@ -143,8 +146,8 @@ class RunView:
         self.seq, self._last = record.seq, record.time
 
     def _open_round(self, record: Record) -> dict[str, Any]:
-        new = {"began": record.time, "asked": {}, "replies": {}, "refused": {}, "committed": None, "metrics": {}}
-        return self.rounds.setdefault(record.round, new)
+        new: dict[str, Any] = {"began": record.time, "committed": None, "metrics": {}, "acknowledged": []}
+        return self.rounds.setdefault(record.round, new | {"asked": {}, "replies": {}, "refused": {}})
 
     def _forget_details(self, number: int) -> None:
         """Of a round that the timeline no longer shows, keep the sums alone: runs may be long and fleets large."""
@@ -164,13 +167,17 @@ class RunView:
     def _reply(self, record: Record) -> None:
         body = record.body
         self._open_round(record)["replies"][record.node] = {"time": record.time, **body}
-        node = self._node(record)
+        node = self._count(record)
         node["replies"] += 1
         node["examples"] = body.get("num_examples", node["examples"])
-        for key in ("bytes_up", "bytes_down", "seconds"):
-            node[key] += body.get(key, 0)
         node["peak_memory"] = max(node["peak_memory"], body.get("peak_memory", 0))
         node |= {key: body[key] for key in ("loss", "fingerprint") if key in body}
+
+    def _count(self, record: Record) -> dict[str, Any]:
+        node = self._node(record)
+        for key in ("bytes_up", "bytes_down", "seconds"):
+            node[key] += record.body.get(key, 0)
+        return node
 
     def _note(self, record: Record) -> None:
         reason = record.body.get("reason", "")
@@ -234,6 +241,7 @@ class RunView:
 
     def _round(self, number: int) -> dict[str, Any]:
         one, replies = self.rounds[number], list(self.rounds[number]["replies"].values())
+        messages = [*replies, *one["acknowledged"]]
         return {
             "round": number,
             "began": one["began"],
@@ -243,8 +251,8 @@ class RunView:
             "asked": len(one["asked"]),
             "replies": len(replies),
             "refused": len(one["refused"]),
-            "bytes_up": sum(reply.get("bytes_up", 0) for reply in replies),
-            "bytes_down": sum(reply.get("bytes_down", 0) for reply in replies),
+            "bytes_up": sum(message.get("bytes_up", 0) for message in messages),
+            "bytes_down": sum(message.get("bytes_down", 0) for message in messages),
             "slowest": max((reply.get("seconds", 0.0) for reply in replies), default=None),
             "seconds": self._phases(number),
             "fingerprints": sorted({reply["fingerprint"] for reply in replies if "fingerprint" in reply}),
@@ -290,8 +298,14 @@ def _state(node: dict[str, Any], newest: dict[str, Any] | None) -> str:
     if node["event"] in ("lost", "refused"):
         return str(node["event"])
     if newest and name in newest["asked"] and name not in newest["replies"]:
-        return "silent" if newest["committed"] else "working"
+        if not newest["committed"]:
+            return "working"
+        return "present" if name in _acknowledged(newest) else "silent"
     return "present"
+
+
+def _acknowledged(one: dict[str, Any]) -> set[str]:
+    return {message["node"] for message in one["acknowledged"]}
 
 
 def _round_turns(number: int, one: dict[str, Any]) -> list[dict[str, Any]]:
@@ -301,6 +315,8 @@ def _round_turns(number: int, one: dict[str, Any]) -> list[dict[str, Any]]:
         state = "replied" if reply else "refused" if name in one["refused"] else "none"
         if state == "none" and not one["committed"]:
             state = "working"
+        if state == "none" and name in _acknowledged(one):
+            continue  # it got what it needs for its next turn, and had none in this round
         facts = {key: reply[key] for key in ("block", "loss") if key in reply}
         seconds = {"seconds": round(reply["time"] - began, 2)} if reply else {}
         turns.append({"round": number, "node": name, "state": state} | seconds | facts)

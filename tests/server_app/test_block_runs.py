@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from client_app.remainders import Remainders
+from deploy.status.view import report
 from fedtune_strategies.blocks.codecs import decode
 from fedtune_strategies.blocks.find import find_blocks
 from fedtune_strategies.errors import ConfigError
@@ -153,6 +155,24 @@ def test_prefetching_changes_what_waits_and_not_a_bit(settings, data_files, tmp_
             names = {key.partition(":")[0] for key in task.rest}
             block = find_blocks(AutoModelForCausalLM.from_pretrained(settings["model.name"]))[training.block]
             assert not names & set(block.parameters)
+
+
+def test_bytes_of_parts_sent_ahead_are_in_the_ledger(settings, data_files):
+    sent = Counter()
+    for number, task, size in spied(settings, data_files):
+        sent[f"node-{number - 1}", task.round] += size
+    ledger, counted = Ledger.read(Path(settings["run.dir"])), Counter()
+    for record in [*ledger.records("reply"), *ledger.records("acknowledged")]:
+        counted[record.node, record.round] += record.body["bytes_down"]
+    assert {record.body["kind"] for record in ledger.records("acknowledged")} == {"kept"}
+    assert counted == sent
+    shown = report(ledger.folder)
+    assert {node["name"]: node["bytes_down"] for node in shown["nodes"]} == {
+        name: sum(size for (node, _), size in sent.items() if node == name) for name in data_files
+    }
+    assert shown["totals"]["bytes_down"] == sum(one["bytes_down"] for one in shown["rounds"]) == sent.total()
+    total = sum(r.body["bytes_up"] for kind in ("reply", "acknowledged") for r in ledger.records(kind)) + sent.total()
+    assert f"{total:,} bytes" in (ledger.folder / "model" / "README.md").read_text()
 
 
 def test_parallel_nodes_train_different_blocks_of_one_snapshot(settings, data_files):

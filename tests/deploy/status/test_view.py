@@ -50,6 +50,26 @@ def test_what_each_node_does_and_did(tmp_path):
     assert {node["name"]: node["state"] for node in report(tmp_path)["nodes"]}["carol"] == "silent"
 
 
+def test_a_node_that_only_kept_a_part_had_no_turn_and_is_not_silent(tmp_path):
+    ledger = begin(tmp_path, "fedcybgd")
+    play(ledger, 1, answering=("alice",))
+    shown = report(tmp_path)
+    assert {turn["node"]: turn["state"] for turn in shown["turns"]} == {
+        "alice": "replied",
+        "bob": "none",
+        "carol": "none",
+    }
+    ledger.append("acknowledged", round=1, node="bob", body={"kind": "kept", "bytes_down": 500, "bytes_up": 70})
+    ledger.close()
+    shown = report(tmp_path)
+    assert {node["name"]: node["state"] for node in shown["nodes"]} == {
+        "alice": "present", "bob": "present", "carol": "silent",
+    }  # fmt: skip
+    assert {turn["node"]: turn["state"] for turn in shown["turns"]} == {"alice": "replied", "carol": "none"}
+    assert (shown["rounds"][0]["bytes_down"], shown["rounds"][0]["bytes_up"]) == (1500, 170)
+    assert (shown["rounds"][0]["replies"], shown["totals"]["bytes_down"]) == (1, 1500)
+
+
 def test_refusals_are_counted_and_told(tmp_path):
     ledger = begin(tmp_path)
     ledger.append("refused", node="node 0012", body={"reason": "holds another base model"})
