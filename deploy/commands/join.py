@@ -114,7 +114,7 @@ def _join(word: str, node: dict[str, str], yes: bool, form: Format) -> Any:
         )
     token.check_time()
     authority, server = meet(token)
-    membership = _tell(membership, server["offer"], words(form))
+    _tell(membership, server["offer"], words(form))
     if not yes:
         agree("\nDo you agree?", form)
     return redeem(
@@ -125,18 +125,17 @@ def _join(word: str, node: dict[str, str], yes: bool, form: Format) -> Any:
     )
 
 
-def _tell(membership: Any, offer: dict[str, Any], out: Console) -> Any:
-    """Show what a device owner agrees to; returns the membership with the place that its model comes from."""
-    from deploy.owner.consent import NEVER, leaves, terms, with_model
+def _tell(membership: Any, offer: dict[str, Any], out: Console) -> None:
+    """Show what a device owner agrees to."""
+    from deploy.owner.consent import NEVER, base_model, leaves, terms
     from fedtune_strategies.language.data import read_rows
 
     rows = read_rows(Path(membership.data), membership.format)
-    membership, model = with_model(membership, offer)
     out.print(f"[bold]You are invited[/bold] to {membership.address} as [bold]{membership.name}[/bold].\n")
-    told = [("your data", f"{membership.data}: {len(rows)} examples, all readable"), ("model", model), *terms(offer)]
+    told = [("your data", f"{membership.data}: {len(rows)} examples, all readable")]
+    told += [("model", base_model(membership, offer)), *terms(offer)]
     for label, text in told:
         out.print(f"  {label:12}{text}", markup=False)
     out.print(f"\n{NEVER}")
     for line in leaves(offer):
         out.print(f"  • {line}", markup=False)
-    return membership

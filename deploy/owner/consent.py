@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -29,23 +28,19 @@ NEVER = "Your texts never leave, in no form. What leaves is computed from them a
 UNKNOWN = "the operator names it when a run starts"
 
 
-def with_model(membership: Membership, offer: Mapping[str, Any]) -> tuple[Membership, str]:
-    """Decide where the base model comes from: what the owner named, what lies here, or the server.
-
-    Returns
-    -------
-    tuple of Membership and str
-        The membership with its model, and the decision with its reason.
-    """
+def base_model(membership: Membership, offer: Mapping[str, Any]) -> str:
+    """Say where the base model will come from: what the owner named, what lies here, or the server."""
+    if membership.model == "server":
+        return "it comes from the server, once"
     if membership.model:
-        return membership, membership.model
+        return membership.model
     name = offer.get("settings", {}).get("model.name")
     if name is None:
-        return replace(membership, model="server"), f"{UNKNOWN}; it comes from the server where it is not here"
+        return f"{UNKNOWN}; it comes from the server where it is not here"
     try:
-        return membership, f"{name}, here in {model_folder(name)}"
+        return f"{name}, here in {model_folder(name)}"
     except ModelError:
-        return replace(membership, model="server"), f"{name}; not on this machine, so it comes from the server, once"
+        return f"{name}; not on this machine, so it comes from the server, once"
 
 
 def terms(offer: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ import pytest
 
 from deploy.plumbing import processes
 from deploy.plumbing.joining import decode_token
+from fedtune_strategies.language.model_files import model_folder
 from fedtune_strategies.tiny.tasks import write_federation
 from tests.deploy.machines import SERVER, Machines, available
 
@@ -74,7 +75,8 @@ def test_from_zero_to_a_tuned_model(machines):
     owners = {}
     for token in tokens:
         name = decode_token(token).name
-        owners[name] = machines.start(name, join.replace("TOKEN", token) + " --yes", f"join-{name}.log")
+        line = join.replace("TOKEN", token) + " --yes" + (" --model server" if name == "alice" else "")
+        owners[name] = machines.start(name, line, f"join-{name}.log")
     wait_for(
         lambda: all("connected" in (machines.folder / f"join-{name}.log").read_text() for name in NODES), 300, show
     )
@@ -98,6 +100,10 @@ def test_from_zero_to_a_tuned_model(machines):
     assert {node["name"] for node in report["nodes"]} == set(NODES) and report["totals"]["replies"] >= 4, show()
     assert (Path(report["run"]["exported"]) / "model.safetensors").exists()
     assert "held-out loss" in machines.call("server", "fedtune status")[1]
+    # To the one who asked for it the base model came over the wire, whole, and to nobody else.
+    (received,) = machines.folder.glob("*/.fedtune/models/*/model.safetensors")
+    assert received.is_relative_to(machines.folder / "alice")
+    assert received.read_bytes() == (model_folder("fedtune-tiny") / "model.safetensors").read_bytes()
 
     check_what_is_open(machines, json.loads((home / ".fedtune/server/serve.json").read_text()))
     check_no_secret_was_written(machines.folder, tokens)

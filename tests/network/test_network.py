@@ -1,5 +1,6 @@
 """Runs over real SuperLink and SuperNode processes, with TLS and node keys."""
 
+import json
 import os
 import signal
 import time
@@ -48,6 +49,15 @@ def workers(running):
     return found
 
 
+def check_each_line_stands_once(running, run_id):
+    """In the run's log and in a node's: as JSON, and in no other form beside it."""
+    told = running.run_log(run_id)
+    lines = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
+    assert sorted(line["node"] for line in lines if " joined with " in line["message"]) == sorted(running.nodes)
+    assert told.count(" joined with ") == len(running.nodes) and told.count("held-out loss") == 4
+    assert running.log("node-0").read_text(errors="replace").count("examples, model") == 1
+
+
 def bytes_of_rounds(running, settings):
     """Run; yields, from each committed round to the next, the seconds and the bytes of every node's connection."""
     folder, marks = Path(settings["run.dir"]), {}
@@ -77,8 +87,9 @@ def test_all_that_a_connection_carries_in_a_warm_round(settings, data_files, tmp
     assert min(spent) < 18_000, rounds
 
 
-def test_a_networked_run_equals_the_in_memory_one(settings, data_files, tmp_path):
-    """FedKSeed-Pro (test_faults has the other methods); a SuperNode killed with -9; a run that cannot start."""
+def test_a_networked_run_equals_the_in_memory_one(settings, data_files, tmp_path, monkeypatch):
+    """FedKSeed-Pro (test_faults has the others); its log; a SuperNode killed with -9; a run that cannot start."""
+    monkeypatch.setenv("FEDTUNE_LOG", "json")
     with federation(tmp_path / "federation", data_files) as running:
         memory = settings | {"method.name": "fedkseed-pro", "run.dir": str(tmp_path / "memory")}
         network = memory | {"run.dir": str(tmp_path / "network")}
@@ -89,6 +100,7 @@ def test_a_networked_run_equals_the_in_memory_one(settings, data_files, tmp_path
         assert final_state(network) == final_state(memory)
         # The model was loaded once: one worker for each node.
         assert len(workers(running)) == 3
+        check_each_line_stands_once(running, run_id)
 
         # A user's mistake fails the run with one line, no trace.
         broken = settings | {"model.name": str(tmp_path / "nothing"), "run.dir": str(tmp_path / "broken")}

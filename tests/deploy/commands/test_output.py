@@ -98,7 +98,7 @@ def test_an_owner_s_words_and_questions(tmp_path, monkeypatch):
     monkeypatch.setattr(owner_node, "run_node", lambda membership, log: None)
     monkeypatch.setattr(service, "_systemctl", lambda *_: False)
     result = CliRunner().invoke(app, ["join", word, "--data", str(data), "--format", "json"], input="y\n")
-    mine = Membership("alice", "server.example:9092", str(data), model="server")
+    mine = Membership("alice", "server.example:9092", str(data))
     found = json.loads(result.stdout)
     assert found.pop("folder") == str(mine.folder) and Membership(**found) == mine
     assert "Your texts never leave" in result.stderr and "Do you agree?" in result.stderr
