@@ -211,12 +211,12 @@ def tiny(folder: Path, nodes: int = 4) -> Files:
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        Protocol("dolly-0.5", lambda folder: dolly(folder, 0.5), rounds=8, steps=20, asked=4),
+        Protocol("dolly-0.5", lambda folder: dolly(folder, 0.5), rounds=4, steps=20, asked=4),
         Protocol(
-            "fedkseed-options", lambda folder: dolly(folder, 0.5), rounds=8, steps=20, asked=4,
+            "fedkseed-options", lambda folder: dolly(folder, 0.5), rounds=4, steps=20, asked=4,
             list_entrants=seed_options, config="dolly-0.5",
         ),
-        Protocol("dolly-5.0", lambda folder: dolly(folder, 5.0), rounds=8, steps=20, asked=4),
+        Protocol("dolly-5.0", lambda folder: dolly(folder, 5.0), rounds=4, steps=20, asked=4),
         Protocol("natural-instructions", natural_instructions, rounds=10, steps=20, asked=2),
         Protocol(
             "tiny", tiny, rounds=4, steps=24, asked=4,
