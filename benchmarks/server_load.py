@@ -21,8 +21,9 @@ import psutil
 import torch
 from flwr.app import ConfigRecord, Message, MessageType
 
+from fedtune_strategies.admission import Node
 from fedtune_strategies.config import parse
-from fedtune_strategies.fleet import Fleet, Node
+from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.memory import peak_memory
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.records import to_record

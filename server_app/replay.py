@@ -9,9 +9,10 @@ from pathlib import Path
 import safetensors.torch
 from flwr.app import ArrayRecord, ConfigRecord
 
+from fedtune_strategies.admission import Node
 from fedtune_strategies.config import parse
 from fedtune_strategies.errors import LedgerError
-from fedtune_strategies.fleet import Fleet, Node
+from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.language.model import base_tensors, load_model
 from fedtune_strategies.seed_space import tuned_parameters
 from fedtune_strategies.strategies.base import TuningStrategy

@@ -10,6 +10,8 @@ PACKAGES = ("client_app", "server_app", "fedtune_strategies", "deploy")
 MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 MAY_IMPORT_FLOWER = (
     "fedtune_strategies/protocol/records.py",
+    "fedtune_strategies/protocol/mail.py",
+    "fedtune_strategies/admission.py",
     "fedtune_strategies/fleet.py",
     "fedtune_strategies/testing.py",
     "fedtune_strategies/strategies/",

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-import fedtune_strategies.fleet
+import fedtune_strategies.admission
 from client_app.tasks import Node
 from fedtune_strategies.errors import ConfigError, NodesError, ProtocolError, ResourceError
+from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.provision import ModelCache, ModelSource, as_bytes, read_manifest
 from fedtune_strategies.testing import InMemoryGrid
@@ -111,7 +112,7 @@ def test_nodes_without_a_model_take_part_like_others(settings, data_files, metho
     run(settings, data_files)
     bare = settings | {"run.dir": str(tmp_path / "bare")}
     monkeypatch.setattr(ModelSource.__init__, "__defaults__", (2000,))
-    monkeypatch.setattr(fedtune_strategies.fleet, "_REFUSED_FOR_S", 0.0)
+    monkeypatch.setattr(fedtune_strategies.admission, "_REFUSED_FOR_S", 0.0)
     cut = iter([True])
     kinds = []
 
@@ -145,7 +146,7 @@ def test_nodes_without_a_model_take_part_like_others(settings, data_files, metho
 
 def test_a_node_of_a_server_without_the_model_to_give(settings, data_files, tmp_path):
     node = Node(settings, {"data": str(data_files["node-0"]), "model": "server", "cache": str(tmp_path / "c")}, 1)
-    fleet = fedtune_strategies.fleet.Fleet(InMemoryGrid({1: node.handle}), "abcd")
+    fleet = Fleet(InMemoryGrid({1: node.handle}), "abcd")
     with pytest.raises(NodesError, match="none to send"):
         fleet.gather(1, 1.0)
 

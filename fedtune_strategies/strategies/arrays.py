@@ -13,8 +13,9 @@ from torch import Tensor
 from fedtune_strategies.config import Config
 from fedtune_strategies.draws import sample
 from fedtune_strategies.errors import ProtocolError
-from fedtune_strategies.fleet import Fleet, address, decoded
+from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.protocol.mail import address, decoded
 from fedtune_strategies.seed_space import fingerprint
 from fedtune_strategies.strategies.base import State, TuningStrategy, arrays_of, check_origin, log
 
@@ -64,7 +65,7 @@ class ArraysStrategy(TuningStrategy):
         count = max(settings.min_replies, round(settings.fraction_train * len(grid.nodes)))
         chosen = sample((self.config.train.seed, server_round), list(grid.nodes), min(count, len(grid.nodes)))
         payload = protocol.encode(protocol.ArraysTask(server_round, self.current))
-        return [address(grid.nodes[name], protocol.ArraysTask.kind, payload, server_round) for name in chosen]
+        return [address(grid.nodes[name].id, protocol.ArraysTask.kind, payload, server_round) for name in chosen]
 
     def accept(self, round: int, reply: protocol.Message) -> bool:
         """Check type, round, starting weights, names, shapes and finiteness of a reply."""

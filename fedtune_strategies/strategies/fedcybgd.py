@@ -32,8 +32,9 @@ from fedtune_strategies.blocks.stale import averaged, rebased
 from fedtune_strategies.blocks.train import apply_delta, weighted_mean
 from fedtune_strategies.config import Config
 from fedtune_strategies.errors import ProtocolError
-from fedtune_strategies.fleet import Fleet, decoded, task
+from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.protocol.mail import decoded, task
 from fedtune_strategies.seed_space import fingerprint
 from fedtune_strategies.strategies.base import State, TuningStrategy, arrays_of, check_origin, log
 
@@ -123,12 +124,12 @@ class FedCyBGD(TuningStrategy):
         for name, block in self.plan.items():
             self.leases[server_round, name] = Lease(block, int(self.master.versions[block]), prints[block])
             for message in self._turn(server_round, name, block):
-                yield task(grid.nodes[name], message, server_round)
+                yield task(grid.nodes[name].id, message, server_round)
         if self.settings.prefetch and server_round < self.config.num_server_rounds:
             for name, block in self._plan(server_round + 1, nodes).items():
                 if name not in self.plan:
                     for message in self._ahead(server_round, name, block):
-                        yield task(grid.nodes[name], message, server_round)
+                        yield task(grid.nodes[name].id, message, server_round)
 
     def accept(self, round: int, reply: protocol.Message) -> bool:
         """Check round, block, version, shapes and starting weights of a reply."""

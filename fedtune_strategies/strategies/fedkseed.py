@@ -27,8 +27,9 @@ from torch import Tensor
 from fedtune_strategies.config import Config
 from fedtune_strategies.draws import draw_seeds, importance, odds_of_levels, sample, seed_key
 from fedtune_strategies.errors import ProtocolError
-from fedtune_strategies.fleet import Fleet, address, decoded
+from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.protocol.mail import address, decoded
 from fedtune_strategies.protocol.packing import SCALAR_TYPES, pack, read_scalars
 from fedtune_strategies.seed_space import fingerprint
 from fedtune_strategies.strategies.aggregation import (
@@ -109,7 +110,7 @@ class FedKSeed(TuningStrategy):
         since = {name: self.versions.since(name) for name in chosen}
         payloads = {version: protocol.encode(self._task(server_round, version)) for version in set(since.values())}
         kind = protocol.SeedTask.kind
-        return [address(nodes[name], kind, payloads[since[name]], server_round) for name in chosen]
+        return [address(nodes[name].id, kind, payloads[since[name]], server_round) for name in chosen]
 
     def note_asked(self, nodes: Mapping[str, int]) -> None:
         """Count what privacy has cost each node: with its task it is spent, whether or not a reply comes."""

@@ -9,8 +9,9 @@ from flwr.app import ConfigRecord
 
 from fedtune_strategies.config import parse
 from fedtune_strategies.draws import draw_seeds, seed_key
-from fedtune_strategies.fleet import Fleet, Node, task
+from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.protocol.mail import task
 from fedtune_strategies.strategies.aggregation import schedule
 from fedtune_strategies.strategies.base import arrays_of
 from fedtune_strategies.strategies.fedkseed import FedKSeed
@@ -39,7 +40,7 @@ def play(strategy, rounds, first=1):
             )
             for i, one in enumerate(answers)
         ]
-        messages = [task(Node(reply.node, 1, 1), reply, number) for reply in replies]
+        messages = [task(1, reply, number) for reply in replies]
         arrays, _ = strategy.aggregate_train(number, messages)
         points.append(arrays["theta"].numpy().astype(np.float64))
     return points

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from fedtune_strategies.config import parse
 from fedtune_strategies.draws import LEVELS, MAX_ODDS, draw_seeds
 from fedtune_strategies.errors import ConfigError, ProtocolError
-from fedtune_strategies.fleet import Node, task
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.protocol.mail import task
 from fedtune_strategies.strategies.fedkseed import FedKSeed
 from fedtune_strategies.strategies.fedkseed_pro import FedKSeedPro
 from fedtune_strategies.testing import InMemoryGrid
@@ -28,7 +28,7 @@ def make(cls=FedKSeed, **changes):
 def reply(name, scalars, examples=1, round=1):
     values = torch.tensor(scalars, dtype=torch.float32)
     message = protocol.SeedReply(name, round, values, 1.0, 2.0, "", examples, 1.0, 1, 1e-4, 1e-3, 0.1)
-    return task(Node(name, 1, examples), message, round)
+    return task(1, message, round)
 
 
 UNIFORM = np.empty(0, dtype=np.int16)

@@ -3,8 +3,9 @@ import time
 import pytest
 
 from fedtune_strategies.errors import DataError, FedTuneError, FingerprintError, NodesError
-from fedtune_strategies.fleet import Fleet, task
+from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.protocol.mail import task
 from fedtune_strategies.testing import InMemoryGrid
 
 
@@ -33,7 +34,7 @@ def make(nodes, events=None):
 
 
 def kept(node, round=1):
-    return task(node, protocol.Kept(node.name, round), round)
+    return task(node.id, protocol.Kept(node.name, round), round)
 
 
 def test_admitted_nodes_come_by_name_in_sorted_order():

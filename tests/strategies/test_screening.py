@@ -10,8 +10,8 @@ from hypothesis.extra import numpy as arrays
 from fedtune_strategies.config import parse
 from fedtune_strategies.draws import draw_seeds, importance, seed_key
 from fedtune_strategies.errors import ProtocolError
-from fedtune_strategies.fleet import Node, task
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.protocol.mail import task
 from fedtune_strategies.strategies.fedkseed import FedKSeed
 from fedtune_strategies.strategies.fedkseed_pro import FedKSeedPro
 from fedtune_strategies.strategies.screening import amplitude, clipped, out_of_line, running_amplitude
@@ -32,7 +32,7 @@ def reply(name, scalars, round=1):
 
 
 def play(strategy, replies):
-    strategy.aggregate_train(replies[0].round, [task(Node(one.node, 1, 1), one, one.round) for one in replies])
+    strategy.aggregate_train(replies[0].round, [task(1, one, one.round) for one in replies])
 
 
 def honest(count, round=1):

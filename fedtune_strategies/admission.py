@@ -1,0 +1,207 @@
+"""Who takes part in a run: those that answered a `Hello`, hold its base model and bear a name of their own.
+
+A node that lacks the base model is sent it first. A refused node is asked again after a minute. A node that comes back
+under another id of Flower waits until its old connection is given up, and then takes over its name.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedtune_strategies.errors import FedTuneError, FingerprintError, NodesError, ProtocolError
+from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.protocol.mail import answer, query
+
+log = logging.getLogger("fedtune")
+
+_REFUSED_FOR_S = 60.0
+_PIECE_S = 600.0
+# Loading a large model takes its time; after this the message is given up and the node greeted anew.
+_HELLO_S = 1800.0
+
+
+@dataclass(frozen=True)
+class Node:
+    """An admitted node.
+
+    Attributes
+    ----------
+    name : str
+        The name from its node configuration, unique in the run.
+    id : int
+        Flower's id of the node.
+    num_examples : int
+        Training examples that it holds.
+    """
+
+    name: str
+    id: int
+    num_examples: int
+
+
+class Admission:
+    """The nodes that are admitted, and the greeting of others.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's grid.
+    fingerprint : str
+        Fingerprint of the base model; nodes with another one are not admitted.
+    on_event : callable
+        Called with (kind, node name, line) for ``"joined"``, ``"refused"``, ``"lost"`` and ``"supplied"``.
+    nodes : iterable of Node
+        Nodes that are admitted already.
+    supply : callable
+        Answers a node that wants the base model.
+
+    Attributes
+    ----------
+    nodes : dict of int to Node
+        The admitted nodes by id.
+    supplied : float
+        When a part of the base model was sent last, by the monotonic clock; 0 for never.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        fingerprint: str,
+        on_event: Callable[[str, str, str], None],
+        nodes: Iterable[Node],
+        supply: Callable[[protocol.ModelWanted], protocol.Message],
+    ) -> None:
+        self.nodes = {node.id: node for node in nodes}
+        self.supplied = 0.0
+        self._grid = grid
+        self._fingerprint = fingerprint
+        self._on_event = on_event
+        self._supply = supply
+        self._hellos: dict[str, int] = {}
+        self._refused: dict[int, tuple[float, FedTuneError]] = {}
+        self._claims: dict[int, Node] = {}
+
+    def greet(self) -> set[int]:
+        """Give up nodes that are gone, ask strangers who they are, and take what was answered.
+
+        Returns
+        -------
+        set of int
+            Ids of all that are connected.
+        """
+        present = set(self._grid.get_node_ids())
+        for lost in set(self.nodes) - present:
+            self.lose(lost, "is no longer connected")
+        self._claims = {i: node for i, node in self._claims.items() if i in present}
+        for claim in list(self._claims.values()):
+            if not self._is_taken(claim.name):
+                self._join(self._claims.pop(claim.id))
+        now = time.monotonic()
+        self._refused = {i: r for i, r in self._refused.items() if i in present and now - r[0] < _REFUSED_FOR_S}
+        strangers = sorted(present - {*self.nodes, *self._hellos.values(), *self._refused, *self._claims})
+        self._hellos = {key: node_id for key, node_id in self._hellos.items() if node_id in present}
+        if strangers:
+            hello = protocol.Hello(protocol.PROTOCOL_VERSION, self._fingerprint)
+            hellos = [query(node_id, hello, _HELLO_S) for node_id in strangers]
+            self._hellos |= dict(zip(self._grid.push_messages(hellos), strangers, strict=True))
+        self.hear()
+        return present
+
+    def hear(self) -> None:
+        """Take what greeted nodes answered."""
+        if self._hellos:
+            for reply in self._grid.pull_messages(list(self._hellos)):
+                self._admit(self._hellos.pop(reply.metadata.reply_to_message_id), reply)
+
+    def lose(self, node_id: int, line: str) -> Node | None:
+        """Give up a node; returns it, or None where it is given up already."""
+        node = self.nodes.pop(node_id, None)
+        if node is not None:
+            self._event("lost", node.name, line)
+        return node
+
+    def is_hopeless(self) -> bool:
+        """Say whether all that are connected were refused, and nobody is being asked."""
+        refused = bool(self._refused) and not self._hellos and not self.nodes
+        return refused and set(self._grid.get_node_ids()) <= set(self._refused)
+
+    def too_few(self, found: int, count: int, wait: float) -> FedTuneError:
+        """Say that only so many nodes came, and why others were refused.
+
+        Where every refused node had the same kind of error, it is an error of that kind, otherwise `NodesError`.
+        """
+        errors = [error for _, error in self._refused.values()]
+        errors += [NodesError(f"{_taken(claim)}.") for claim in self._claims.values()]
+        reasons = "; ".join(
+            f"{label(i)}: {error}" for i, error in zip([*self._refused, *self._claims], errors, strict=True)
+        )
+        kind = type(errors[0]) if errors and len({type(error) for error in errors}) == 1 else NodesError
+        if reasons:
+            return kind(f"{found} of {count} nodes can take part. Refused: {reasons}")
+        return NodesError(
+            f"{found} of {count} nodes joined within {wait:.0f} s: "
+            "start more nodes, lower 'strategy.min-nodes' or raise 'round.node-wait'."
+        )
+
+    def _admit(self, node_id: int, reply: Message) -> None:
+        try:
+            hello = answer(reply)
+            if isinstance(hello, protocol.ModelWanted):
+                self._send_model(node_id, hello)
+                return
+            if not isinstance(hello, protocol.HelloReply):
+                raise ProtocolError(f"answered a hello with a '{hello.kind}'.")
+            if hello.protocol != protocol.PROTOCOL_VERSION:
+                raise ProtocolError(
+                    f"speaks protocol {hello.protocol}, the server {protocol.PROTOCOL_VERSION}: "
+                    "install the same FedTune version on both."
+                )
+            if hello.fingerprint != self._fingerprint:
+                raise FingerprintError(
+                    f"holds another base model (fingerprint {hello.fingerprint}, the server's is {self._fingerprint}): "
+                    "give it the same model folder and dtype."
+                )
+        except FedTuneError as error:
+            self._refused[node_id] = (time.monotonic(), error)
+            self._event("refused", label(node_id), str(error))
+            return
+        node = Node(hello.node, node_id, hello.num_examples)
+        if self._is_taken(node.name):
+            # It may be the same node under a new connection: it takes over when the old one is given up.
+            self._claims[node_id] = node
+            self._event("refused", label(node_id), f"{_taken(node)} or wait until that one is gone.")
+            return
+        self._join(node)
+
+    def _send_model(self, node_id: int, wanted: protocol.ModelWanted) -> None:
+        if wanted.piece < 0:
+            self._event("supplied", wanted.node, "lacks the base model: sending it")
+        message = query(node_id, self._supply(wanted), _PIECE_S)
+        self._hellos |= dict.fromkeys(self._grid.push_messages([message]), node_id)
+        self.supplied = time.monotonic()
+
+    def _join(self, node: Node) -> None:
+        self.nodes[node.id] = node
+        self._event("joined", node.name, f"joined with {node.num_examples} examples")
+
+    def _is_taken(self, name: str) -> bool:
+        return any(node.name == name for node in self.nodes.values())
+
+    def _event(self, kind: str, node: str, line: str) -> None:
+        log.info("%s %s", node, line, extra={"node": node})
+        self._on_event(kind, node, line)
+
+
+def label(node_id: int) -> str:
+    """Name a node whose own name is not known."""
+    return f"node {node_id & (2**64 - 1):016x}"
+
+
+def _taken(node: Node) -> str:
+    return f"has the name '{node.name}' of a node that is present: give it one of its own"
