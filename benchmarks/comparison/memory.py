@@ -1,10 +1,12 @@
 """Peak memory of a node by method, against plain inference: each node in a process of its own.
 
     python benchmarks/comparison/memory.py [--layers 12] [--width 512] [--rows 4] [--length 128]
+    python benchmarks/comparison/memory.py --model ../shared/data/models/stories260K-hf
 
 A random Llama, written to disk once, is tuned for one round of two local steps by a real server and a real node, the
-latter in a fresh process, asked over a pipe. "Inference" is one loss of a batch, nothing kept. Bytes are the peak
-resident memory that the node reports, less what a process has that loaded the same libraries and no model.
+latter in a fresh process, asked over a pipe. "Inference" is such a node too: it is greeted, loads and answers the same
+task of the same run, only that each of its steps is two plain forward passes on that step's batch. In every process the
+peak is counted from the same moment: libraries imported, kernels compiled, no model loaded yet. Linux only.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import logging
 import multiprocessing
 import sys
 import tempfile
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -28,23 +29,29 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from client_app.tasks import Node
 from fedtune_strategies.language.examples import batches
 from fedtune_strategies.language.loss import response_loss
-from fedtune_strategies.language.model_files import model_folder
+from fedtune_strategies.language.model_files import count_parameters, model_folder, weight_files
 from fedtune_strategies.memory import peak_memory
+from fedtune_strategies.protocol import messages
+from fedtune_strategies.seed_space import make_pool
 from fedtune_strategies.testing import InMemoryGrid
-from server_app.ledger import Ledger
+from fedtune_strategies.zeroth_order import local_steps
 from server_app.run import execute
 
-METHODS: dict[str, dict[str, Any]] = {
-    "fedkseed": {"fedkseed.local-steps": 2},
-    "fedzo": {"fedavg.local-steps": 2},
-    "fedcybgd": {"fedcybgd.local-steps": 2, "num-server-rounds": 2},  # the second turn: a transformer layer
-    "fedit": {"fedavg.local-steps": 2},
-    "fedavg": {"fedavg.local-steps": 2},
+STEPS = 2
+SEEDS = {"method.name": "fedkseed", "fedkseed.local-steps": STEPS}
+NODES: dict[str, dict[str, Any]] = {
+    "inference": SEEDS,
+    "fedkseed": SEEDS,
+    "fedzo": {"method.name": "fedzo", "fedavg.local-steps": STEPS},
+    # The second turn: a transformer layer.
+    "fedcybgd": {"method.name": "fedcybgd", "fedcybgd.local-steps": STEPS, "num-server-rounds": 2},
+    "fedit": {"method.name": "fedit", "fedavg.local-steps": STEPS},
+    "fedavg": {"method.name": "fedavg", "fedavg.local-steps": STEPS},
 }
 
 
-def write_model(folder: Path, layers: int, width: int) -> int:
-    """Write a random model with the embedded model's tokenizer; returns its number of parameters."""
+def write_model(folder: Path, layers: int, width: int) -> None:
+    """Write a random model with the embedded model's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder("fedtune-tiny"))
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -56,34 +63,47 @@ def write_model(folder: Path, layers: int, width: int) -> int:
     )  # fmt: skip
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
-def serve(pipe: Connection, settings: dict[str, Any], data: str) -> None:
-    """Be a node: answer (kind, payload) from the pipe until it closes."""
+def serve(pipe: Connection, name: str, settings: dict[str, Any], data: str) -> None:
+    """Be a node: answer (kind, payload) from the pipe until it closes, then say how much memory that took."""
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    node = Node(settings, {"name": "node", "data": data}, 1)
-    while (task := pipe.recv()) is not None:
-        pipe.send(node.handle(*task))
-
-
-def infer(settings: dict[str, Any], data: str) -> tuple[int, int]:
-    """Return the peak memory before a model was loaded, and after one loss of one batch."""
-    torch.set_num_threads(1)
+    compile_kernels()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = peak_memory()
     node = Node(settings, {"name": "node", "data": data}, 1)
-    (batch,) = batches(node.examples, node.config.train.batch_size, 1, (0,))
-    with torch.no_grad():
-        response_loss(node.language.model, batch)
-    return before, peak_memory()
+    if name == "inference":
+        node.answer = lambda task: forward_passes(node, task)
+    while (task := pipe.recv()) is not None:
+        pipe.send(node.handle(*task))
+    pipe.send(peak_memory() - before)
 
 
-def tune(settings: dict[str, Any], data: str) -> int:
-    """Return the peak memory of a node that took part in a run."""
+def compile_kernels() -> None:
+    """Use the kernels of the seed space once, on next to nothing."""
+    small = torch.nn.Linear(4, 4)
+    pool = make_pool("walsh", 1, 4096)
+    local_steps(small, pool, lambda model, x: model(x).mean(), [torch.zeros(1, 4)], [0], eps=1e-4, lr=1e-7)
+
+
+@torch.no_grad()
+def forward_passes(node: Node, task: messages.Message) -> messages.Message:
+    """Answer FedKSeed's task without a direction: slopes of zero, two losses of each batch."""
+    for batch in batches(node.examples, node.config.train.batch_size, STEPS, (0,)):
+        losses = [float(response_loss(node.language.model, batch)) for _ in range(2)]
+    return messages.SeedReply(
+        node=node.name, round=task.round, scalars=torch.zeros(STEPS), unit=1.0, loss=losses[0],
+        fingerprint=node.base_fingerprint, num_examples=len(node.examples), seconds=0.0, peak_memory=peak_memory(),
+        lr=task.lr, eps=task.eps, noise=0.0,
+    )  # fmt: skip
+
+
+def tune(name: str, settings: dict[str, Any], data: str) -> int:
+    """Return by how much a node's memory grew at most while it took part in a run, bytes."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=serve, args=(there, settings, data))
+    process = context.Process(target=serve, args=(there, name, settings, data))
     process.start()
     there.close()  # or a node that died would be waited for
 
@@ -95,19 +115,15 @@ def tune(settings: dict[str, Any], data: str) -> int:
         execute(InMemoryGrid({1: ask}), settings, run_id=1)
     finally:
         here.send(None)
+        grown = here.recv()
         process.join()
-    return max(record.body["peak_memory"] for record in Ledger.read(Path(settings["run.dir"])).records("reply"))
-
-
-def in_process(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function in a fresh process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
+    return int(grown)
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a folder instead of the random model")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--rows", type=int, default=4)
@@ -116,24 +132,23 @@ def main() -> None:
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        parameters = write_model(folder / "model", args.layers, args.width)
+        if not args.model:
+            write_model(folder / "model", args.layers, args.width)
+        model = Path(args.model) if args.model else folder / "model"
         data = folder / "data.jsonl"
         data.write_text((json.dumps({"text": "a b c d " * 200}) + "\n") * 16)
         common = {
-            "model.name": str(folder / "model"), "train.seq-length": args.length, "train.batch-size": args.rows,
+            "model.name": str(model), "train.seq-length": args.length, "train.batch-size": args.rows,
             "num-server-rounds": 1,
         }  # fmt: skip
-        before, inference = in_process(infer, common, str(data))
-        weights = 4 * parameters
-        print(f"{parameters / 1e6:.1f} M parameters in float32, {weights / 1e6:.0f} MB")
+        weights = 4 * count_parameters(weight_files(model))
+        print(f"{weights / 4e6:.1f} M parameters in float32, {weights / 1e6:.0f} MB")
         print("| node | peak above an empty process | against inference | times the weights |\n| --- |" + " ---: |" * 3)
-        rows = {"inference": inference}
-        for method, own in METHODS.items():
-            settings = common | {"method.name": method, "run.dir": str(folder / method)} | own
-            rows[method] = tune(settings, str(data))
-        for method, peak in rows.items():
-            ratio = (peak - before) / (inference - before)
-            print(f"| {method} | {(peak - before) / 1e6:.0f} MB | {ratio:.2f} | {(peak - before) / weights:.1f} |")
+        peaks = {
+            node: tune(node, common | own | {"run.dir": str(folder / node)}, str(data)) for node, own in NODES.items()
+        }
+        for node, peak in peaks.items():
+            print(f"| {node} | {peak / 1e6:.0f} MB | {peak / peaks['inference']:.2f} | {peak / weights:.1f} |")
 
 
 if __name__ == "__main__":
