@@ -23,7 +23,7 @@ from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.seed_space import fingerprint, make_pool, tuned_parameters
 from fedtune_strategies.zeroth_order import local_steps
 
-Train = Callable[[protocol.ArraysTask], tuple[dict[str, Tensor], float]]
+Train = Callable[[protocol.ArraysTask], tuple[dict[str, Tensor], list[float]]]
 
 
 class LocalTraining:
@@ -54,19 +54,21 @@ class LocalTraining:
         if {name: value.shape for name, value in task.arrays.items()} != expected:
             raise ProtocolError("a task does not fit this node's model: give all nodes the same base model and PEFT.")
         start = time.monotonic()
-        arrays, loss = self._train(task)
+        arrays, losses = self._train(task)
+        finite = [loss for loss in losses if math.isfinite(loss)]
         return protocol.ArraysReply(
             node=self._name,
             round=task.round,
             arrays=arrays,
-            loss=loss,
+            loss=float(np.mean(finite)) if finite else math.nan,
+            skipped=self._config.fedavg.local_steps - len(finite),
             fingerprint=fingerprint(task.arrays),
             num_examples=len(self._examples),
             seconds=time.monotonic() - start,
             peak_memory=peak_memory(),
         )
 
-    def _adamw(self, task: protocol.ArraysTask) -> tuple[dict[str, Tensor], float]:
+    def _adamw(self, task: protocol.ArraysTask) -> tuple[dict[str, Tensor], list[float]]:
         """AdamW with fresh moments, on float32 copies: all that is trained is one block, below which nothing lies."""
         settings, size = self._config.fedavg, self._config.train.batch_size
         update = train_block(
@@ -79,9 +81,9 @@ class LocalTraining:
             weight_decay=settings.weight_decay,
             start=task.arrays,
         )
-        return apply_delta(task.arrays, update.delta), float(np.mean(update.losses)) if update.losses else math.nan
+        return apply_delta(task.arrays, update.delta), update.losses
 
-    def _zeroth_order(self, task: protocol.ArraysTask) -> tuple[dict[str, Tensor], float]:
+    def _zeroth_order(self, task: protocol.ArraysTask) -> tuple[dict[str, Tensor], list[float]]:
         """MeZO's steps (arXiv 2305.17333), each along a Gaussian direction that no other step or node has."""
         settings, size = self._config.fedavg, self._config.train.batch_size
         with torch.no_grad():
@@ -96,9 +98,7 @@ class LocalTraining:
             eps=settings.eps,
             lr=settings.lr,
         )
-        arrays = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
-        finite = steps.loss[np.isfinite(steps.loss)]
-        return arrays, float(finite.mean()) if finite.size else math.nan
+        return {name: parameter.detach().clone() for name, parameter in self._parameters.items()}, steps.loss.tolist()
 
     def _key(self, task: protocol.ArraysTask) -> tuple[int, int, str]:
         return (self._config.train.seed, task.round, self._name)

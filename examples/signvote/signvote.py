@@ -76,6 +76,7 @@ class Voter:
             round=task.round,
             arrays=votes,
             loss=loss.item(),
+            skipped=0,
             fingerprint=fingerprint(task.arrays),
             num_examples=len(node.examples),
             seconds=time.monotonic() - start,

@@ -109,7 +109,7 @@ class ArraysStrategy(TuningStrategy):
 
     def _as_flower(self, answer: protocol.ArraysReply) -> Message:
         weight = answer.num_examples if self.config.strategy.weighting == "examples" else 1
-        metrics = MetricRecord({"num-examples": weight, "train/loss": answer.loss})
+        metrics = MetricRecord({"num-examples": weight, "train/loss": answer.loss, "train/skipped": answer.skipped})
         arrays = arrays_of(**{name: answer.arrays[name].to(torch.float32) for name in self.current})
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), dst_node_id=0, message_type="train")
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from client_app import local_training
 from client_app.local_training import LocalTraining
 from client_app.tasks import Node
 from fedtune_strategies.errors import ProtocolError
@@ -34,6 +35,22 @@ def test_fedavg_trains_as_adamw_does(settings, data_files):
     assert reply.loss == pytest.approx(sum(losses) / 3, rel=1e-5)
     for name, parameter in parameters.items():
         torch.testing.assert_close(reply.arrays[name], parameter.detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedzo"])
+def test_steps_that_are_not_finite_are_left_out_and_counted(settings, data_files, method, monkeypatch):
+    losses = []
+
+    def second_is_lost(model, batch):
+        losses.append(response_loss(model, batch))
+        return losses[-1] * (torch.inf if len(losses) == 2 else 1)
+
+    monkeypatch.setattr(local_training, "response_loss", second_is_lost)
+    node = make_node(settings, data_files, method)
+    reply = node.answer(protocol.ArraysTask(1, {name: value.clone() for name, value in node.base.items()}))
+    assert reply.skipped == 1 and all(value.isfinite().all() for value in reply.arrays.values())
+    if method == "fedavg":
+        assert reply.loss == pytest.approx((losses[0].item() + losses[2].item()) / 2)
 
 
 def test_fedit_sends_adapters_alone(settings, data_files):

@@ -124,7 +124,7 @@ def forge(node, change):
     def handle(kind, payload):
         kind, payload = node.handle(kind, payload)
         message = protocol.decode(kind, payload)
-        if isinstance(message, protocol.SeedReply):
+        if isinstance(message, protocol.SeedReply | protocol.ArraysReply):
             message = change(message)
         return message.kind, protocol.encode(message)
 
@@ -172,6 +172,16 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(settings, data_files)
     last = Ledger.read(Path(settings["run.dir"])).last("round")
     assert last.body["metrics"]["train/skipped"] > 0
     assert safetensors.torch.load(last.blob)["theta"].isfinite().all()
+
+
+def test_steps_skipped_in_averaging_are_recorded(settings, data_files):
+    settings |= {"num-server-rounds": 1, "method.name": "fedavg"}
+    nodes = make_nodes(settings, data_files)
+    grid = {number: forge(node, lambda reply: replace(reply, skipped=2)) for number, node in nodes.items()}
+    execute(InMemoryGrid(grid), settings, run_id=1)
+    ledger = Ledger.read(Path(settings["run.dir"]))
+    assert {record.body["skipped"] for record in ledger.records("reply")} == {2}
+    assert ledger.last("round").body["metrics"]["train/skipped"] == pytest.approx(2)
 
 
 def test_a_node_with_another_base_model_takes_no_part(settings, data_files, tmp_path):

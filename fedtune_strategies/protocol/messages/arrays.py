@@ -38,7 +38,9 @@ class ArraysReply:
     arrays : dict of str to Tensor
         Same names and shapes as in the task, if the method does not say otherwise.
     loss : float
-        Mean training loss, nats a token.
+        Mean training loss over the finite steps, nats a token.
+    skipped : int
+        Steps left out because their loss was not finite.
     fingerprint : str
         Fingerprint of the weights on which the node started.
     num_examples : int
@@ -54,6 +56,7 @@ class ArraysReply:
     round: int
     arrays: dict[str, Tensor]
     loss: float
+    skipped: int
     fingerprint: str
     num_examples: int
     seconds: float

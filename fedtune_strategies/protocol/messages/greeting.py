@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 @dataclass(frozen=True)
