@@ -75,6 +75,7 @@ STUDIES: dict[str, dict[str, dict]] = {
         "blocks, cosine, lr 0.006": blocks(6e-3, lr_schedule="cosine", warmup=0.05),
         "blocks, cosine, 10 steps a turn": blocks(3e-3, 10, lr_schedule="cosine", warmup=0.05),
         "blocks, cosine, five layers a block": blocks(3e-3, layers_per_block=5, lr_schedule="cosine", warmup=0.05),
+        "blocks, cosine, layers alone": blocks(3e-3, train_embeddings=False, lr_schedule="cosine", warmup=0.05),
         "blocks, exact rest": blocks(3e-3, rest="none"),
         "blocks, nf4 rest": blocks(3e-3, rest="nf4"),
         "blocks, int8 up": blocks(3e-3, upload="int8"),
