@@ -307,10 +307,12 @@ class Ledger:
 
     def _open(self, writable: bool) -> sqlite3.Connection:
         # Autocommit: every append is a transaction of its own; FULL makes it survive a power cut.
-        uri = f"file:{self._path.absolute().as_posix()}?mode={'rwc' if writable else 'ro'}"
+        if writable and not self._path.exists():
+            mend.make(self._path)
+        uri = f"file:{self._path.absolute().as_posix()}?mode={'rw' if writable else 'ro'}"
         db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=10.0)
         if writable:
-            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA journal_mode = WAL")  # older ones may be in another
             db.execute("PRAGMA synchronous = FULL")
             mend.bring_up_to_date(db, self._put)
         mend.check_format(db, self._path)

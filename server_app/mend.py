@@ -97,7 +97,7 @@ def find_damage(path: Path, head: int) -> Damage | None:
         It is of a newer format.
     """
     with contextlib.closing(_tolerant(path)) as db:
-        if db.execute("SELECT 1 FROM sqlite_master").fetchone():  # else it was killed before it made its tables
+        if path.stat().st_size:  # an empty file has no format
             check_format(db, path, oldest=1)
         good, last = 0, b""
         for row in _readable(db, 0):
@@ -109,6 +109,20 @@ def find_damage(path: Path, head: int) -> Damage | None:
             return None
         good_after = _good_after(db, good, end)
         return Damage(good, good_after, end - good - good_after)
+
+
+def make(path: Path) -> None:
+    """Make a new ledger without records; nobody ever sees a part of it.
+
+    Parameters
+    ----------
+    path : Path
+        The SQLite file, which must not be there.
+    """
+    with contextlib.closing(_unfinished(path)):
+        pass
+    _partial(path).replace(path)
+    sync_folder(path.parent)
 
 
 def keep_first(path: Path, count: int) -> Path:
@@ -128,10 +142,7 @@ def keep_first(path: Path, count: int) -> Path:
     """
     kept = next(p for n in range(1, 10**6) if not (p := path.with_name(f"ledger.damaged-{n}.sqlite")).exists())
     log = path.with_name(path.name + "-wal")
-    partial = path.with_suffix(".partial")
-    _unlink(partial)
-    with contextlib.closing(_tolerant(path)) as old, contextlib.closing(sqlite3.connect(partial)) as new:
-        new.executescript(f"{_SCHEMA} PRAGMA user_version = {FORMAT};")
+    with contextlib.closing(_tolerant(path)) as old, contextlib.closing(_unfinished(path)) as new:
         rows = (row for row in _readable(old, 0) if row[0] <= count)
         new.executemany(f"INSERT INTO records ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
         new.commit()
@@ -140,13 +151,13 @@ def keep_first(path: Path, count: int) -> Path:
         if log.exists():
             shutil.copyfile(log, kept.with_name(kept.name + "-wal"))
     _unlink(log)
-    partial.replace(path)
+    _partial(path).replace(path)
     sync_folder(path.parent)
     return kept
 
 
 def bring_up_to_date(db: sqlite3.Connection, put: Callable[[bytes], str]) -> None:
-    """Make a new ledger's tables, or bring an older format up to date, in one transaction.
+    """Bring an older format up to date, in one transaction.
 
     Parameters
     ----------
@@ -156,9 +167,7 @@ def bring_up_to_date(db: sqlite3.Connection, put: Callable[[bytes], str]) -> Non
         Stores bytes as a file and returns its name.
     """
     found = db.execute("PRAGMA user_version").fetchone()[0]
-    if found == 0 and not db.execute("SELECT 1 FROM sqlite_master").fetchone():
-        db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")
-    elif found == 1:
+    if found == 1:
         db.execute("BEGIN")
         db.execute("ALTER TABLE records ADD COLUMN file TEXT NOT NULL DEFAULT ''")
         long = db.execute("SELECT seq FROM records WHERE length(blob) > ?", [INLINE_BYTES]).fetchall()
@@ -202,6 +211,18 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_suffix(".partial")
+
+
+def _unfinished(path: Path) -> sqlite3.Connection:
+    """Make an empty ledger beside the place where it belongs."""
+    _unlink(_partial(path))
+    db = sqlite3.connect(_partial(path))
+    db.executescript(f"PRAGMA journal_mode = WAL; {_SCHEMA} PRAGMA user_version = {FORMAT};")
+    return db
 
 
 def _tolerant(path: Path) -> sqlite3.Connection:

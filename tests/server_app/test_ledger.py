@@ -3,6 +3,8 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -247,6 +249,45 @@ def test_a_damaged_or_missing_file_is_found(ledger):
 def test_no_ledger_to_read(tmp_path):
     with pytest.raises(LedgerError, match=r"run\.dir"):
         Ledger.read(tmp_path / "none")
+
+
+def test_nobody_sees_a_ledger_that_is_being_made(tmp_path):
+    """Readers look all the time: there is none, or there is a whole one."""
+    folders, told, done = [tmp_path / str(number) for number in range(40)], Counter(), threading.Event()
+
+    def look():
+        while not done.is_set():
+            for folder in folders:
+                try:
+                    Ledger.read(folder).close()
+                    told["whole"] += 1
+                except LedgerError as error:
+                    told["none" if "no ledger in" in str(error) else str(error)] += 1
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    for folder in folders:
+        Ledger(folder).close()
+    done.set()
+    reader.join()
+    assert set(told) <= {"whole", "none"}
+
+
+def test_a_ledger_whose_making_was_cut_off_is_made_anew(tmp_path, monkeypatch):
+    def cut_off(*paths):
+        raise OSError("cut off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", cut_off)
+        with pytest.raises(ResourceError, match="cut off"):
+            Ledger(tmp_path)
+    with pytest.raises(LedgerError, match="no ledger in"):
+        Ledger.read(tmp_path)
+    ledger = Ledger(tmp_path)
+    ledger.append("start")
+    ledger.close()
+    assert [record.kind for record in Ledger.read(tmp_path).records()] == ["start"]
+    assert not list(tmp_path.glob("*.partial*"))
 
 
 def test_a_file_that_is_no_ledger(tmp_path):
