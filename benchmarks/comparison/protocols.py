@@ -241,7 +241,8 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as lines:  # not splitlines(), which also cuts at separators inside a string
+        return [json.loads(line) for line in lines]
 
 
 def _write(path: Path, rows: list[dict]) -> Path:
