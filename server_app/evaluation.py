@@ -24,12 +24,12 @@ class HeldOut:
     ----------
     loss : Examples
         For loss and perplexity.
-    answers : Examples
-        For Rouge-L of greedy answers; a spread over the file.
+    answers : Examples or None
+        For Rouge-L of greedy answers, a spread over the file; None where ``eval.answers`` is 0.
     """
 
     loss: Examples
-    answers: Examples
+    answers: Examples | None
 
 
 def load_held_out(config: Config, language: LanguageModel) -> HeldOut | None:
@@ -45,10 +45,10 @@ def load_held_out(config: Config, language: LanguageModel) -> HeldOut | None:
     rows = read_rows(Path(config.eval.data), config.eval.format)
 
     def spread(count: int) -> Examples:
-        stride = max(1, len(rows) // max(count, 1))
-        return tokenise(rows[::stride][: max(count, 1)], language.tokenizer, config.train.seq_length)
+        stride = max(1, len(rows) // count)
+        return tokenise(rows[::stride][:count], language.tokenizer, config.train.seq_length)
 
-    return HeldOut(spread(config.eval.max_examples), spread(config.eval.answers))
+    return HeldOut(spread(config.eval.max_examples), spread(config.eval.answers) if config.eval.answers else None)
 
 
 def evaluate(language: LanguageModel, held_out: HeldOut, config: Config, *, with_answers: bool) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def evaluate(language: LanguageModel, held_out: HeldOut, config: Config, *, with
         "tokens": loss.tokens,
     }
     examples = held_out.answers
-    if with_answers and config.eval.answers and all(examples.references):
+    if with_answers and examples is not None and all(examples.references):
         generated = evaluate_generation(
             language.model, language.tokenizer, examples, config.eval.max_new_tokens, config.eval.batch_size
         )
