@@ -59,7 +59,7 @@ def block_gradients(
         The batches; one index is always the same batch.
     autocast : torch.dtype, optional
         16-bit type in which matrix products are computed; by default the model's own. Where float16 is computed in,
-        losses are scaled, and the scale is halved whenever it was too large.
+        losses are scaled; while the scale is too large, it is halved and the gradient computed again.
     checkpoint : bool
         Compute the activations from the block upwards again in backward instead of keeping them: same bits.
     cache_bytes : int
@@ -80,9 +80,8 @@ def block_gradients(
         with torch.autocast(parameters[0].device.type, autocast, enabled=autocast is not None):
             return loss_fn(model, batches[index])
 
-    def gradient(indices: Iterable[int]) -> BlockGradient:
-        nonlocal scale
-        chosen, total = list(indices), 0.0
+    def scaled(chosen: Sequence[int]) -> BlockGradient:
+        total = 0.0
         for index in chosen:
             loss = loss_of(index)
             total += loss.item() / len(chosen)
@@ -92,10 +91,16 @@ def block_gradients(
         tensors = [_taken(parameter, scale) for parameter in parameters]
         if not math.isfinite(total):
             return BlockGradient(total, tensors, math.nan)
-        norm = torch.stack([tensor.norm() for tensor in tensors]).norm().item()
-        if scale > 1.0 and not math.isfinite(norm):
+        return BlockGradient(total, tensors, torch.stack([tensor.norm() for tensor in tensors]).norm().item())
+
+    def gradient(indices: Iterable[int]) -> BlockGradient:
+        nonlocal scale
+        chosen = list(indices)
+        found = scaled(chosen)
+        while scale > 1.0 and math.isfinite(found.loss) and not math.isfinite(found.norm):
             scale /= 2
-        return BlockGradient(total, tensors, norm)
+            found = scaled(chosen)
+        return found
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_only_trainable(model, parameters))
