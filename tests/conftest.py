@@ -14,12 +14,13 @@ import hypothesis
 import pytest
 import torch
 
-from tests.language.models import CONFIGS, make_model, make_tokenizer
+from tests.models import CONFIGS, make_model, make_tokenizer
 
 torch.set_num_threads(1)
 # A busy machine is slow now and then: that is no failure.
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("patient")
+quick = hypothesis.settings(max_examples=30, deadline=None)
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "dog", "run"]
 

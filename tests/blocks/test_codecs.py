@@ -15,8 +15,7 @@ from fedtune_strategies.blocks.codecs import (
 )
 from fedtune_strategies.blocks.notation import Codec, parse_codec
 from fedtune_strategies.errors import ConfigError, ModelError, ProtocolError
-
-from .models import quick
+from tests.conftest import quick
 
 CODECS = ["none", "bf16", "int8", "nf4", "prune:0.5", "prune:0.3+bf16", "prune:0.5+int8", "prune:0.9+nf4"]
 

@@ -6,11 +6,10 @@ from torch import nn
 
 from fedtune_strategies.blocks.find import block_sizes, blocks_table, decoder_layers, find_blocks
 from fedtune_strategies.errors import ConfigError, ModelError
+from tests.models import CONFIGS, tiny_model
 
-from .models import ARCHITECTURES, tiny_model
 
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(
     "options", [{}, {"layers_per_block": 2}, {"split": "attention-mlp"}, {"train_embeddings": False}]
 )
@@ -23,7 +22,7 @@ def test_every_parameter_is_in_exactly_one_block(name, options):
     assert all(block.frozen == (block.kind != "layer") for block in blocks) or options.get("train_embeddings", True)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_layers_become_blocks_in_order(name):
     blocks = [block for block in find_blocks(tiny_model(name)) if block.kind == "layer"]
     assert [block.layer for block in blocks] == [0, 1, 2]
@@ -31,7 +30,7 @@ def test_layers_become_blocks_in_order(name):
 
 
 def test_kinds_follow_from_the_structure():
-    untied = find_blocks(tiny_model("gpt_neox"))
+    untied = find_blocks(tiny_model("gpt-neox"))
     assert [block.kind for block in untied] == ["embedding", "layer", "layer", "layer", "norm", "head"]
     tied = find_blocks(tiny_model("gpt2"))
     assert [block.kind for block in tied] == ["embedding", "layer", "layer", "layer", "norm"]
@@ -43,7 +42,7 @@ def test_last_group_of_layers_may_be_short():
     assert [block.name for block in blocks] == ["embedding", "layers 0-1", "layer 2", "norm", "head"]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_split_layers_hold_matrices_only_in_the_mlp_half(name):
     model = tiny_model(name)
     halves = [block for block in find_blocks(model, split="attention-mlp") if block.kind == "layer"]

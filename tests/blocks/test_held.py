@@ -10,8 +10,7 @@ from fedtune_strategies.blocks.find import find_blocks
 from fedtune_strategies.blocks.held import coded_loader, empty_model, empty_parameters, held_outside
 from fedtune_strategies.blocks.notation import Codec
 from fedtune_strategies.blocks.train import train_block
-
-from .models import ARCHITECTURES, lm_loss, tiny_batches, tiny_model
+from tests.models import CONFIGS, lm_loss, tiny_batches, tiny_model
 
 
 def rest_of(model, block):
@@ -23,7 +22,7 @@ def rest_of(model, block):
     return list(weights), parts
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_held_weights_train_to_the_same_bits(name, checkpoint):
     model, batches = tiny_model(name), tiny_batches(2)
@@ -81,7 +80,7 @@ def test_an_error_inside_brings_the_weights_back():
     assert lm_loss(model, batch).item() == expected
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_model_that_was_never_whole_trains_to_the_same_bits(name):
     model, batches = tiny_model(name), tiny_batches(1)
     block = find_blocks(model)[2]

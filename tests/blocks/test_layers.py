@@ -4,8 +4,7 @@ import torch
 from fedtune_strategies.blocks.find import decoder_layers, find_blocks
 from fedtune_strategies.blocks.layers import PrefixCache, without_layers
 from fedtune_strategies.blocks.train import train_block
-
-from .models import ARCHITECTURES, lm_loss, tiny_batches, tiny_model
+from tests.models import CONFIGS, lm_loss, tiny_batches, tiny_model
 
 
 def count_runs(model):
@@ -27,7 +26,7 @@ def same(first, second):
     assert all(torch.equal(first.delta[name], second.delta[name]) for name in second.delta)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_cached_prefix_and_checkpoints_change_no_bit(name):
     model, batches = tiny_model(name), tiny_batches(2)
     for block in find_blocks(model)[::2]:
@@ -73,7 +72,7 @@ def test_checkpoints_run_the_layers_from_the_block_upwards_twice():
     assert counted == [1, 2, 2]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_left_out_layer_does_not_run_and_the_others_do(name):
     model, batch = tiny_model(name).eval(), tiny_batches(1)[0]
     whole = lm_loss(model, batch).item()

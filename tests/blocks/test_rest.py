@@ -15,15 +15,14 @@ from fedtune_strategies.blocks.rest import (
     layer_influence,
 )
 from fedtune_strategies.errors import ConfigError
-
-from .models import ARCHITECTURES, lm_loss, tiny_batches, tiny_model
+from tests.models import CONFIGS, lm_loss, tiny_batches, tiny_model
 
 
 def layer_block(layer, depth=1):
     return Block(0, f"layer {layer}", "layer", (), layer, depth)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_influence_of_a_layer_that_does_nothing_is_zero(name):
     model = tiny_model(name).eval()
     _, layers = decoder_layers(model)

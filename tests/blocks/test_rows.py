@@ -8,8 +8,7 @@ from fedtune_strategies.blocks.find import find_blocks
 from fedtune_strategies.blocks.frozen import FrozenRest
 from fedtune_strategies.blocks.notation import parse_codec
 from fedtune_strategies.blocks.train import train_block
-
-from .models import lm_loss, tiny_batches, tiny_model
+from tests.models import lm_loss, tiny_batches, tiny_model
 
 
 @pytest.mark.parametrize("codec", ["none", "bf16", "int8", "nf4", "prune:0.5+int8"])

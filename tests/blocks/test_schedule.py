@@ -15,8 +15,7 @@ from fedtune_strategies.blocks.schedule import (
     turn_at,
 )
 from fedtune_strategies.errors import ConfigError
-
-from .models import quick
+from tests.conftest import quick
 
 
 @quick

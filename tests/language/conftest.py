@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .models import CONFIGS, make_model, make_tokenizer
+from tests.models import CONFIGS, make_model, make_tokenizer
 
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 

@@ -6,7 +6,7 @@ import torch
 from fedtune_strategies.config.fedavg import FedAvgConfig
 from fedtune_strategies.errors import ConfigError
 from fedtune_strategies.language.adapters import add_adapters, sharing_weights, weight_changes
-from tests.language.models import CONFIGS, make_model
+from tests.models import CONFIGS, make_model
 
 IDS = torch.tensor([[1, 5, 9, 2, 7]])
 

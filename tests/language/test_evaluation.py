@@ -9,8 +9,7 @@ from fedtune_strategies.language.evaluation import evaluate_generation, evaluate
 from fedtune_strategies.language.examples import collate, tokenise
 from fedtune_strategies.language.loss import token_losses
 from fedtune_strategies.language.model import load_model
-
-from .models import CONFIGS, CONTEXT
+from tests.models import CONFIGS, CONTEXT
 
 ROWS = [Row("who is it?", "ada", ("ada", "ada l")), Row("a", "42.", ("42.",)), Row("count: ", "0 1 2 3", ("0 1 2 3",))]
 

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from fedtune_strategies.errors import DataError
 from fedtune_strategies.language.data import Row
 from fedtune_strategies.language.examples import CHUNK, IGNORE, Examples, _fit, batches, collate, tokenise
-
-from .models import make_tokenizer
+from tests.models import make_tokenizer
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}|{{ m['role'] }}:{{ m['content'] }}</s>{% endfor %}"

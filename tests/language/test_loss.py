@@ -6,8 +6,7 @@ from fedtune_strategies.language.data import Row
 from fedtune_strategies.language.examples import collate, tokenise
 from fedtune_strategies.language.loss import loss_in_parts, response_loss, token_losses
 from fedtune_strategies.language.model import load_model
-
-from .models import CONFIGS, make_model
+from tests.models import CONFIGS, make_model
 
 ROWS = [Row("who is it?", "ada"), Row("a", "the answer is 42."), Row("count: ", "0 1 2 3 4 5 6 7"), Row(None, "once")]
 

@@ -16,8 +16,7 @@ from fedtune_strategies.language import model as model_module
 from fedtune_strategies.language.evaluation import generate_answers
 from fedtune_strategies.language.model import base_tensors, check_context, load_model, save_model
 from fedtune_strategies.tiny import MODEL_FOLDER
-
-from .models import CONFIGS, CONTEXT, make_model, make_tokenizer
+from tests.models import CONFIGS, CONTEXT, make_model, make_tokenizer
 
 
 @pytest.fixture

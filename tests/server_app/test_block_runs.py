@@ -21,7 +21,7 @@ from server_app.ledger import Ledger
 from server_app.run import execute
 from tests.conftest import write_rows
 from tests.federations import assert_resumes_exactly, make_nodes, run
-from tests.language.models import CONFIGS, make_model, make_tokenizer
+from tests.models import CONFIGS, make_model, make_tokenizer
 
 
 @pytest.fixture(scope="module")

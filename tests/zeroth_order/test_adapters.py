@@ -14,7 +14,7 @@ from fedtune_strategies.seed_space import make_pool, tuned_parameters
 from fedtune_strategies.strategies.base import arrays_of
 from fedtune_strategies.strategies.fedkseed import FedKSeed
 from fedtune_strategies.zeroth_order import local_steps
-from tests.language.models import CONFIGS, make_model
+from tests.models import CONFIGS, make_model
 
 peft = pytest.importorskip("peft")
 K, ADAPTER = 16, "lora_"

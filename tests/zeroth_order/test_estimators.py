@@ -8,7 +8,7 @@ from torch import nn
 from fedtune_strategies.errors import ConfigError
 from fedtune_strategies.seed_space import make_pool, tuned_parameters
 from fedtune_strategies.zeroth_order import local_steps
-from tests.language.models import CONFIGS, make_model
+from tests.models import CONFIGS, make_model
 
 EXACT = ["two-sided", "one-sided", "forward"]
 

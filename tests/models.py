@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture, and a tokenizer of single characters."""
+"""Tiny random models of every architecture, batches for them, and a tokenizer of single characters."""
 
 import torch
 import transformers
@@ -24,7 +24,7 @@ CONFIGS = {
         **SIZES, intermediate_size=24, num_key_value_heads=1, head_dim=8, max_position_embeddings=CONTEXT
     ),
     "gpt2": transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=CONTEXT),
-    "opt": transformers.OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=CONTEXT),
+    "opt": transformers.OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=8, max_position_embeddings=CONTEXT),
     "gpt-neox": transformers.GPTNeoXConfig(**SIZES, intermediate_size=24, max_position_embeddings=CONTEXT),
     "mistral": transformers.MistralConfig(
         **SIZES, intermediate_size=24, num_key_value_heads=1, max_position_embeddings=CONTEXT
@@ -42,6 +42,25 @@ def make_tokenizer(**options):
     backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"} | options
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **tokens)
+
+
+def tiny_model(name="llama", dtype=torch.float32, **changes):
+    """Make a random model of three layers, or with other changes of its configuration."""
+    torch.manual_seed(0)
+    known = {key: value for key, value in CONFIGS[name].to_dict().items() if key != "layer_types"}  # a list by layer
+    config = type(CONFIGS[name]).from_dict(known | {"num_hidden_layers": 3} | changes)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def tiny_batches(count=4, seed=0):
+    """Make batches of two random texts for `lm_loss`."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 64, (2, 12), generator=generator) for _ in range(count)]
+
+
+def lm_loss(model, batch):
+    """Mean loss over all tokens of a batch."""
+    return model(input_ids=batch, labels=batch, use_cache=False).loss
 
 
 def make_model(config):
