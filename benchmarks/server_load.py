@@ -76,7 +76,20 @@ def measure(count: int, method: str, seeds: int, steps: int) -> Load:
     tasks, configure = timed(lambda: list(strategy.configure_train(1, arrays, ConfigRecord(), crowd)))
     assert len(tasks) == count
     replies = [
-        protocol.SeedReply(name, 1, scalars[i % 16], 1.0, 2.0, print_of_weights, 10, 1.0, 10)
+        protocol.SeedReply(
+            node=name,
+            round=1,
+            scalars=scalars[i % 16],
+            unit=1.0,
+            loss=2.0,
+            fingerprint=print_of_weights,
+            num_examples=10,
+            seconds=1.0,
+            peak_memory=10,
+            lr=1e-4,
+            eps=1e-3,
+            noise=0.0,
+        )  # fmt: skip
         for i, name in enumerate(names)
     ]
     accepted, accept = timed(lambda: [strategy.accept(1, reply) for reply in replies])
