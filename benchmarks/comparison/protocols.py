@@ -119,6 +119,7 @@ def methods(protocol: Protocol) -> list[Entrant]:
     # Half the steps for twice the rounds, or most blocks would not have their turn.
     averaged = {"fedcybgd.local-steps": protocol.steps // 2, "num-server-rounds": 2 * protocol.rounds, "eval.every": 2}
     averaged |= {"fedcybgd.structure": "averaged", "fedcybgd.nodes-per-round": protocol.asked}
+    falling = {"fedcybgd.lr-schedule": "cosine", "fedcybgd.warmup": 0.05}
     alone = {"fedavg.local-steps": protocol.steps * protocol.asked}
 
     def entrant(name: str, method: str, lr: str, start: float, own: dict[str, Any], **more: Any) -> Entrant:
@@ -128,6 +129,7 @@ def methods(protocol: Protocol) -> list[Entrant]:
         entrant("FedKSeed", "fedkseed", "fedkseed.lr", 1e-4, zeroth),
         entrant("FedKSeed-Pro", "fedkseed-pro", "fedkseed.lr", 1e-4, zeroth, tuned_as="FedKSeed"),
         entrant("FedCyBGD", "fedcybgd", "fedcybgd.lr", 3e-3, turns),
+        entrant("FedCyBGD, cosine", "fedcybgd", "fedcybgd.lr", 3e-3, turns | falling),
         entrant("FedAvg", "fedavg", "fedavg.lr", 1e-3, local),
         entrant("FedIT (LoRA)", "fedit", "fedavg.lr", 1e-2, local),
         entrant("FedBAvg", "fedcybgd", "fedcybgd.lr", 3e-3, averaged, tuned_as="FedCyBGD"),
