@@ -84,7 +84,10 @@ def main() -> None:
         codec = parse_codec(name)
         if codec.drop > len(influence) - 3:
             continue
-        wire, held, error, perplexity, cosine = [], [], [], [], []
+        wire: list[float] = []
+        held: list[float] = []
+        error: list[float] = []
+        perplexity, cosine = [], []
         for block, before in zip(blocks, exact, strict=True):
             for values, value in zip((wire, held, error), sizes(model, block, codec, influence, norms), strict=True):
                 values.append(value)

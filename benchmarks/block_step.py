@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -29,14 +30,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedtune_strategies.blocks.codecs import decode_rows, encode, encoded_size
 from fedtune_strategies.blocks.find import Block, find_blocks
-from fedtune_strategies.blocks.gradients import block_gradients
+from fedtune_strategies.blocks.gradients import LossFn, block_gradients
 from fedtune_strategies.blocks.held import coded_loader, empty_model, held_outside
 from fedtune_strategies.blocks.notation import Codec, parse_codec
 from fedtune_strategies.blocks.rows import by_rows, large_modules
 from fedtune_strategies.blocks.train import train_block
 
 LOW, MIDDLE, TOP = 0.0, 0.5, 1.0
-ROWS = [
+ROWS: list[tuple[str, dict[str, Any], list[float | None]]] = [
     ("all parameters", {}, [None]),
     ("block", {"rest": "none"}, [LOW, MIDDLE, TOP]),
     ("block, checkpoints", {"rest": "none", "checkpoint": True}, [LOW]),
@@ -168,7 +169,7 @@ def warm_up() -> None:
     train_all(LlamaForCausalLM(config), lambda model, batch: model(batch, labels=batch).loss, batch, 2)
 
 
-def train_all(model: nn.Module, loss_fn, batch: Tensor, steps: int) -> None:
+def train_all(model: nn.Module, loss_fn: LossFn, batch: Tensor, steps: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     for _ in range(steps):
         optimizer.zero_grad()

@@ -92,8 +92,7 @@ def faulty(node: Node, attack: str) -> Handler:
     random = np.random.default_rng(0)
 
     def handle(kind: str, payload: bytes) -> tuple[str, bytes]:
-        kind, payload = node.handle(kind, payload)
-        message = protocol.decode(kind, payload)
+        message = protocol.decode(*node.handle(kind, payload))
         if isinstance(message, protocol.SeedReply):
             message = replace(message, scalars=ATTACKS[attack](message.scalars, random))
         return message.kind, protocol.encode(message)
@@ -106,7 +105,7 @@ def measure(settings: dict, files: list[Path], attack: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         flat = settings | {"run.dir": folder}
         nodes = [Node(flat, {"name": f"node-{i}", "data": str(file)}, i) for i, file in enumerate(files)]
-        handlers = {i: node.handle for i, node in enumerate(nodes)}
+        handlers: dict[int, Handler] = {i: node.handle for i, node in enumerate(nodes)}
         handlers[0] = faulty(nodes[0], attack)
         execute(InMemoryGrid(handlers), flat, run_id=1)
         ledger = Ledger.read(Path(folder))

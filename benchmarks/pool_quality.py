@@ -118,7 +118,7 @@ class Bench:
                 pools[run].move(name, stacked[run], moves[run], out=stacked[run])
 
         pending: list[list[tuple[int, float]]] = [[] for _ in jobs]
-        for t, batch in enumerate(data):
+        for t, batch in enumerate(map(list, data)):
             ks = [draw[t] for draw in draws]
             move([[*moves, (k, EPS)] for moves, k in zip(pending, ks, strict=True)])
             above = losses(self.model, weights, batch)
@@ -142,8 +142,8 @@ class Bench:
         return np.average(means, axis=0, weights=tokens)
 
 
-def text(prompt: str | list[dict[str, str]]) -> str:
-    return prompt if isinstance(prompt, str) else prompt[0]["content"]
+def text(prompt: str | list[dict[str, str]] | None) -> str:
+    return prompt[0]["content"] if isinstance(prompt, list) else prompt or ""
 
 
 def losses(model: torch.nn.Module, weights: dict[str, Tensor], batch: list[Batch]) -> np.ndarray:

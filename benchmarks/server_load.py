@@ -14,7 +14,9 @@ import gc
 import logging
 import multiprocessing
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import psutil
@@ -89,7 +91,7 @@ def measure(count: int, method: str, seeds: int, steps: int) -> Load:
             lr=1e-4,
             eps=1e-3,
             noise=0.0,
-        )  # fmt: skip
+        )
         for i, name in enumerate(names)
     ]
     accepted, accept = timed(lambda: [strategy.accept(1, reply) for reply in replies])
@@ -102,7 +104,7 @@ def measure(count: int, method: str, seeds: int, steps: int) -> Load:
     return Load(configure, accept, aggregate, peak_memory() - held)
 
 
-def timed(action):
+def timed(action: Callable[[], Any]) -> tuple[Any, float]:
     """Return what an action returns, and its processor seconds."""
     start = time.process_time()
     result = action()

@@ -13,14 +13,17 @@ import json
 import logging
 import random
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+from flwr.app import Message
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from client_app.tasks import Node
-from fedtune_strategies.testing import InMemoryGrid
+from fedtune_strategies.testing import Handler, InMemoryGrid
 from fedtune_strategies.tiny import MODEL_FOLDER
 from fedtune_strategies.tiny.tasks import write_federation
 from server_app.ledger import Ledger
@@ -43,41 +46,48 @@ SMALL = {
 class Churn(InMemoryGrid):
     """Nodes come and go; samples what the process uses."""
 
-    def __init__(self, settings, files, every, folder):
+    def __init__(self, settings: dict[str, Any], files: list[Path], every: int, folder: Path) -> None:
         self.rng, self.process, self.every, self.folder = random.Random(0), psutil.Process(), every, folder
         self.workers = [Node(settings, {"name": f"node-{i}", "data": str(file)}, i) for i, file in enumerate(files)]
         self.make = lambda i: Node(settings, {"name": f"node-{i}", "data": str(files[i])}, i)
-        self.away, self.fresh, self.events, self.looks, self.samples = {}, 100, {}, 0, []
-        super().__init__({i + 1: self.handler(i) for i in range(len(files))})
+        self.away: dict[int, int] = {}
+        self.events: dict[str, int] = {}
+        self.samples: list[dict[str, float]] = []
+        self.fresh, self.looks = 100, 0
+        # Which node answers under an id of Flower's: a node that comes back may have another one.
+        self.number = {i + 1: i for i in range(len(files))}
+        self.present = {i + 1: self.handler(i) for i in range(len(files))}
+        super().__init__(self.present)
 
-    def handler(self, i):
+    def handler(self, i: int) -> Handler:
         """Make what answers for a node: now and then it fails."""
 
-        def handle(kind, payload):
+        def handle(kind: str, payload: bytes) -> tuple[str, bytes]:
             if kind != "hello" and self.rng.random() < 0.05:
                 self.count("failed")
                 raise RuntimeError("power cut")
             return self.workers[i].handle(kind, payload)
 
-        handle.number = i
         return handle
 
-    def count(self, event):
+    def count(self, event: str) -> None:
         """Count what happened."""
         self.events[event] = self.events.get(event, 0) + 1
 
-    def get_node_ids(self):
+    def get_node_ids(self) -> list[int]:
         """Let somebody leave or come back."""
         self.looks += 1
         for i, due in list(self.away.items()):
             if due <= self.looks:
                 del self.away[i]
                 self.fresh += self.rng.random() < 0.5
-                self.nodes[self.fresh * 100 + i if self.rng.random() < 0.5 else i + 1] = self.handler(i)
+                node_id = self.fresh * 100 + i if self.rng.random() < 0.5 else i + 1
+                self.present[node_id], self.number[node_id] = self.handler(i), i
                 self.count("came back")
-        if len(self.nodes) > 1 and self.rng.random() < 0.3:
-            gone = self.rng.choice(list(self.nodes))
-            self.away[self.nodes.pop(gone).number] = self.looks + self.rng.randint(1, 6)
+        if len(self.present) > 1 and self.rng.random() < 0.3:
+            gone = self.rng.choice(list(self.present))
+            del self.present[gone]
+            self.away[self.number[gone]] = self.looks + self.rng.randint(1, 6)
             self.count("left")
         if self.rng.random() < 0.02:
             i = self.rng.randrange(len(self.workers))
@@ -85,20 +95,20 @@ class Churn(InMemoryGrid):
             self.count("lost its worker")
         return super().get_node_ids()
 
-    def push_messages(self, messages):
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Sample now and then."""
-        messages = list(messages)
-        rounds = [int(m.metadata.group_id) for m in messages if m.metadata.group_id.isdigit()]
+        asked = list(messages)
+        rounds = [int(m.metadata.group_id) for m in asked if m.metadata.group_id.isdigit()]
         if rounds and rounds[0] % self.every == 0 and (not self.samples or self.samples[-1]["round"] < rounds[0]):
             self.samples.append(self.sample(rounds[0]))
             print(json.dumps(self.samples[-1]), flush=True)
-        return super().push_messages(messages)
+        return super().push_messages(asked)
 
-    def sample(self, round):
+    def sample(self, round: int) -> dict[str, float]:
         """Say what the process uses now."""
         return {
             "round": round,
-            "memory_mb": round_(self.process.memory_info().rss / 1e6),
+            "memory_mb": rounded(self.process.memory_info().rss / 1e6),
             "files": self.process.num_fds(),
             "threads": self.process.num_threads(),
             "processes": len(self.process.children(recursive=True)),
@@ -108,22 +118,24 @@ class Churn(InMemoryGrid):
         }
 
 
-def write_model(folder):
+def write_model(folder: Path) -> str:
     """Write a Llama of a few thousand parameters: what may grow does not depend on the model's size."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
-    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
 
-def round_(value):
+def rounded(value: float) -> float:
     return round(value, 1)
 
 
-def soak(method, rounds, folder):
-    """Run one soak; returns its samples and events."""
+def soak(method: str, rounds: int, folder: Path) -> dict[str, Any]:
+    """Run one soak; returns what grew and what happened."""
     files, _ = write_federation(folder / "data", NODES, train_per_task=8, heldout_per_task=2)
     run = folder / method
     model = write_model(folder / "model")
@@ -133,8 +145,9 @@ def soak(method, rounds, folder):
     execute(grid, settings, run_id=1)
     end = psutil.Process().cpu_times()
     ledger = Ledger.read(run)
-    assert ledger.last("round").round == rounds and ledger.damage() is None
-    kinds = {}
+    final = ledger.last("round")
+    assert final is not None and final.round == rounds and ledger.damage() is None
+    kinds: dict[str, int] = {}
     for record in ledger.records():
         kinds[record.kind] = kinds.get(record.kind, 0) + 1
     ledger.close()
@@ -143,7 +156,7 @@ def soak(method, rounds, folder):
         "method": method,
         "rounds": rounds,
         "cpu_seconds": round(end.user + end.system - start.user - start.system),
-        "growth": {key: round_(last[key] - quarter[key]) for key in last if key != "round"},
+        "growth": {key: rounded(last[key] - quarter[key]) for key in last if key != "round"},
         "events": grid.events,
         "records": kinds,
     }

@@ -43,8 +43,9 @@ def main() -> None:
         return
     memory = {way: float(child(way)) for way in ("plain", *WAYS)}
     times = measure(args)
+    parameters = sum(p.numel() for p in model(args).parameters())
     print(
-        f"Llama, {model(args).num_parameters() / 1e6:.0f} M parameters, {args.dtype}, 1 × {args.tokens} tokens,",
+        f"Llama, {parameters / 1e6:.0f} M parameters, {args.dtype}, 1 × {args.tokens} tokens,",
         end=" ",
     )
     layer = max(sum(p.nbytes for p in module.parameters(recurse=False)) for module in model(args).modules())

@@ -117,9 +117,13 @@ def methods(protocol: Protocol) -> list[Entrant]:
     turns = {"fedcybgd.local-steps": protocol.steps, "num-server-rounds": protocol.rounds * protocol.asked}
     turns |= {"eval.every": protocol.asked}
     # Half the steps for twice the rounds, or most blocks would not have their turn.
-    averaged = {"fedcybgd.local-steps": protocol.steps // 2, "num-server-rounds": 2 * protocol.rounds, "eval.every": 2}
+    averaged: dict[str, Any] = {
+        "fedcybgd.local-steps": protocol.steps // 2,
+        "num-server-rounds": 2 * protocol.rounds,
+        "eval.every": 2,
+    }
     averaged |= {"fedcybgd.structure": "averaged", "fedcybgd.nodes-per-round": protocol.asked}
-    falling = {"fedcybgd.lr-schedule": "cosine", "fedcybgd.warmup": 0.05}
+    falling: dict[str, Any] = {"fedcybgd.lr-schedule": "cosine", "fedcybgd.warmup": 0.05}
     alone = {"fedavg.local-steps": protocol.steps * protocol.asked}
 
     def entrant(name: str, method: str, lr: str, start: float, own: dict[str, Any], **more: Any) -> Entrant:
@@ -150,7 +154,7 @@ def seed_options(protocol: Protocol) -> list[Entrant]:
 
     def entrant(name: str, seeds: int = 1024, steps: int = protocol.steps, asked: int = protocol.asked) -> Entrant:
         nodes = protocol.settings()["strategy.min-nodes"]
-        settings = {
+        settings: dict[str, Any] = {
             "method.name": "fedkseed", "fedkseed.seeds": seeds, "fedkseed.local-steps": steps,
             "strategy.fraction-train": asked / nodes, "num-server-rounds": protocol.budget // (steps * asked),
         }  # fmt: skip
