@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import multiprocessing
 import sys
 import tempfile
 from multiprocessing.connection import Connection
@@ -24,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from apart import tune_apart
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from client_app.tasks import Node
@@ -33,9 +33,7 @@ from fedtune_strategies.language.model_files import count_parameters, model_fold
 from fedtune_strategies.memory import peak_memory
 from fedtune_strategies.protocol import messages
 from fedtune_strategies.seed_space import make_pool
-from fedtune_strategies.testing import InMemoryGrid
 from fedtune_strategies.zeroth_order import local_steps
-from server_app.run import execute
 
 STEPS = 2
 SEEDS = {"method.name": "fedkseed", "fedkseed.local-steps": STEPS}
@@ -65,7 +63,7 @@ def write_model(folder: Path, layers: int, width: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def serve(pipe: Connection, name: str, settings: dict[str, Any], data: str) -> None:
+def serve(pipe: Connection, settings: dict[str, Any], name: str, data: str) -> None:
     """Be a node: answer (kind, payload) from the pipe until it closes, then say how much memory that took."""
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
@@ -88,8 +86,9 @@ def compile_kernels() -> None:
 
 
 @torch.no_grad()
-def forward_passes(node: Node, task: messages.Message) -> messages.Message:
+def forward_passes(node: Node, task: messages.Message) -> messages.SeedReply:
     """Answer FedKSeed's task without a direction: slopes of zero, two losses of each batch."""
+    assert isinstance(task, messages.SeedTask)
     for batch in batches(node.examples, node.config.train.batch_size, STEPS, (0,)):
         losses = [float(response_loss(node.language.model, batch)) for _ in range(2)]
     return messages.SeedReply(
@@ -97,27 +96,6 @@ def forward_passes(node: Node, task: messages.Message) -> messages.Message:
         fingerprint=node.base_fingerprint, num_examples=len(node.examples), seconds=0.0, peak_memory=peak_memory(),
         lr=task.lr, eps=task.eps, noise=0.0,
     )  # fmt: skip
-
-
-def tune(name: str, settings: dict[str, Any], data: str) -> int:
-    """Return by how much a node's memory grew at most while it took part in a run, bytes."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=serve, args=(there, name, settings, data))
-    process.start()
-    there.close()  # or a node that died would be waited for
-
-    def ask(kind: str, payload: bytes) -> tuple[str, bytes]:
-        here.send((kind, payload))
-        return here.recv()
-
-    try:
-        execute(InMemoryGrid({1: ask}), settings, run_id=1)
-    finally:
-        here.send(None)
-        grown = here.recv()
-        process.join()
-    return int(grown)
 
 
 def main() -> None:
@@ -144,10 +122,10 @@ def main() -> None:
         weights = 4 * count_parameters(weight_files(model))
         print(f"{weights / 4e6:.1f} M parameters in float32, {weights / 1e6:.0f} MB")
         print("| node | peak above an empty process | against inference | times the weights |\n| --- |" + " ---: |" * 3)
-        peaks = {
-            node: tune(node, common | own | {"run.dir": str(folder / node)}, str(data)) for node, own in NODES.items()
-        }
-        for node, peak in peaks.items():
+        peaks = {}
+        for node, own in NODES.items():
+            settings = common | own | {"run.dir": str(folder / node)}
+            peak = peaks[node] = tune_apart(serve, settings, node, str(data))
             print(f"| {node} | {peak / 1e6:.0f} MB | {peak / peaks['inference']:.2f} | {peak / weights:.1f} |")
 
 
