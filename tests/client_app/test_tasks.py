@@ -28,8 +28,8 @@ NONE = np.empty(0, dtype=np.int32)
 UNIT = 2.0**-24
 
 
-def block_task(*fields):
-    return protocol.BlockTask(*fields, absent=torch.empty(0, dtype=torch.int64), committed=0, norms={})
+def block_task(*fields, committed=0):
+    return protocol.BlockTask(*fields, absent=torch.empty(0, dtype=torch.int64), committed=committed, norms={})
 
 
 def seed_task(units=0, *, round=1, since=0, count=64, levels=NONE, odds=NONE):
@@ -119,6 +119,13 @@ def test_a_block_of_wrong_shape_is_a_failure_not_a_crash(block_node):
 def test_a_node_without_the_versions_that_a_turn_counts_on_says_so(block_node):
     task = block_task(3, 0, torch.tensor([0, 1, 0, 0, 0]), {}, {}, 1e-3, 1)
     assert isinstance(ask(block_node, task), protocol.Lacking)
+
+
+def test_a_node_whose_exact_block_was_replaced_in_a_turn_that_was_lost_says_so(block_node):
+    zero, one = torch.zeros(5, dtype=torch.int64), torch.tensor([1, 0, 0, 0, 0])
+    assert isinstance(ask(block_node, block_task(1, 0, zero, {}, {}, 1e-3, 1)), protocol.BlockReply)
+    assert isinstance(ask(block_node, block_task(2, 1, one, {}, {}, 1e-3, 1, committed=1)), protocol.BlockReply)
+    assert isinstance(ask(block_node, block_task(3, 0, one, {}, {}, 1e-3, 1, committed=1)), protocol.Lacking)
 
 
 def test_a_task_of_another_method_is_refused(node, block_node):
