@@ -9,6 +9,7 @@ from torch import nn
 
 from client_app.seed_rounds import SeedRounds
 from fedtune_strategies.config import parse
+from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.method import NodeContext
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.strategies.versions import Versions
@@ -53,5 +54,5 @@ def test_a_node_holds_the_server_s_theta_of_every_pool(every, fates):
 def test_a_change_for_another_number_of_pools_is_refused():
     versions = Versions()
     versions.add(4, [np.ones(K, dtype=np.int32)])
-    with pytest.raises(protocol.ProtocolError):
+    with pytest.raises(ProtocolError):
         make_node(**{"fedkseed.pool-every": 2}).take(seed_task(5, *versions.change(0, 4)))
