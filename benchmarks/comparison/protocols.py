@@ -224,7 +224,10 @@ PROTOCOLS = {
             list_entrants=seed_options, config="dolly-0.5",
         ),
         Protocol("dolly-5.0", lambda folder: dolly(folder, 5.0), rounds=4, steps=20, asked=4),
-        Protocol("natural-instructions", natural_instructions, rounds=10, steps=20, asked=2),
+        Protocol(
+            "natural-instructions", natural_instructions, rounds=10, steps=20, asked=2,
+            starts={"fedcybgd.lr": 3e-4},
+        ),
         Protocol(
             "tiny", tiny, rounds=4, steps=24, asked=4,
             starts={"fedkseed.lr": 3e-4, "fedcybgd.lr": 3e-3, "fedavg.lr": 1e-3},
