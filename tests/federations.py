@@ -24,6 +24,20 @@ def make_grid(nodes):
     return InMemoryGrid({number: node.handle for number, node in nodes.items()})
 
 
+def run_with_restarts(settings, data_files):
+    """Run a whole federation in memory whose workers are restarted before every task."""
+    nodes = make_nodes(settings, data_files)
+
+    def restarted_for_each_task(number):
+        def handle(kind, payload):
+            nodes[number] = make_nodes(settings, data_files)[number]
+            return nodes[number].handle(kind, payload)
+
+        return handle
+
+    execute(InMemoryGrid({number: restarted_for_each_task(number) for number in nodes}), settings, run_id=1)
+
+
 def run(settings, data_files):
     """Run a whole federation in memory; returns the ledger, open for reading."""
     execute(make_grid(make_nodes(settings, data_files)), settings, run_id=1)

@@ -20,7 +20,7 @@ from fedtune_strategies.testing import InMemoryGrid
 from server_app.ledger import Ledger
 from server_app.run import execute
 from tests.conftest import write_rows
-from tests.federations import assert_resumes_exactly, make_nodes, run
+from tests.federations import assert_resumes_exactly, make_nodes, run, run_with_restarts
 from tests.models import CONFIGS, make_model, make_tokenizer
 
 
@@ -109,16 +109,7 @@ def test_a_restarted_worker_gets_norms_and_blocks_again(settings, data_files, tm
     settings |= {"num-server-rounds": 4, "fedcybgd.rest": "wanda:0.5+nf4"}
     forgetful = settings | {"run.dir": str(tmp_path / "forgetful")}
     run(settings, data_files)
-    nodes = make_nodes(forgetful, data_files)
-
-    def restarted_for_each_task(number):
-        def handle(kind, payload):
-            nodes[number] = make_nodes(forgetful, data_files)[number]
-            return nodes[number].handle(kind, payload)
-
-        return handle
-
-    execute(InMemoryGrid({number: restarted_for_each_task(number) for number in nodes}), forgetful, run_id=1)
+    run_with_restarts(forgetful, data_files)
     assert versioned(forgetful) == versioned(settings)
 
 

@@ -15,7 +15,7 @@ from fedtune_strategies.testing import InMemoryGrid
 from server_app.ledger import Ledger
 from server_app.run import execute
 from tests.conftest import write_rows
-from tests.federations import assert_resumes_exactly, final_state, make_grid, make_nodes, run
+from tests.federations import assert_resumes_exactly, final_state, make_grid, make_nodes, run, run_with_restarts
 
 METHODS = ["fedkseed", "fedkseed-pro", "fedcybgd", "fedavg"]
 
@@ -67,16 +67,7 @@ def test_a_restarted_worker_gets_what_it_lacks_again(settings, data_files, tmp_p
     settings |= {"method.name": method, "num-server-rounds": 6 if method == "fedcybgd" else 3}
     forgetful = settings | {"run.dir": str(tmp_path / "forgetful")}
     run(settings, data_files)
-    nodes = make_nodes(forgetful, data_files)
-
-    def restarted_for_each_task(number):
-        def handle(kind, payload):
-            nodes[number] = make_nodes(forgetful, data_files)[number]
-            return nodes[number].handle(kind, payload)
-
-        return handle
-
-    execute(InMemoryGrid({number: restarted_for_each_task(number) for number in nodes}), forgetful, run_id=1)
+    run_with_restarts(forgetful, data_files)
     assert final_state(forgetful) == final_state(settings)
 
 
