@@ -81,7 +81,8 @@ def test_from_zero_to_a_tuned_model(machines):
         lambda: all("connected" in (machines.folder / f"join-{name}.log").read_text() for name in NODES), 300, show
     )
 
-    tuning = machines.start("server", run, "run.log")
+    # A task that the killed SuperLink had handed out and not heard of again costs its round a deadline.
+    tuning = machines.start("server", run + " --set round.deadline=150", "run.log")
     told = machines.folder / "run.log"
     wait_for(lambda: tuning.poll() is not None or "round 1/2: 3 of 3 replies" in told.read_text(), 300, show)
     assert tuning.poll() is None, show()
