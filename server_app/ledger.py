@@ -106,7 +106,7 @@ class Ledger:
                 found = self._cut_back(cut_anywhere)
             self._db = self._open(writable)
             self._hash = self._last_hash() if writable else b""
-        except (sqlite3.DatabaseError, OSError, FedTuneError) as error:
+        except (*mend.UNREADABLE, OSError, FedTuneError) as error:
             self._lock.release()
             raise self._plain(error) from None
         if writable and found is not None:
@@ -247,7 +247,7 @@ class Ledger:
         """
         try:
             return mend.find_damage(self._path, mend.read_head(self._head))
-        except sqlite3.DatabaseError as error:
+        except mend.UNREADABLE as error:
             raise self._plain(error) from None
 
     def _put(self, data: bytes) -> str:
@@ -341,7 +341,7 @@ class Ledger:
             return error
         if isinstance(error, OSError):
             return ResourceError(f"{self.folder}: {error.strerror or error}; choose another 'run.dir' or free space.")
-        text = str(error)
+        text = "damaged" if isinstance(error, UnicodeDecodeError) else str(error)
         if "full" in text or "readonly" in text or "disk I/O" in text:
             return ResourceError(f"cannot write {self._path}: {text}; free space, then start the run again.")
         return LedgerError(f"{self._path}: {text}; restore it from a backup or choose another 'run.dir'.")

@@ -27,6 +27,9 @@ CREATE INDEX records_by_kind ON records (kind, round);
 """
 _COLUMNS = "seq, time, kind, round, node, body, blob, file, hash"
 _Row = tuple[Any, ...]
+UNREADABLE = (sqlite3.DatabaseError, UnicodeDecodeError)
+"""What reading a damaged file raises: the second where SQLite's message quotes bytes that are no text."""
+
 _MOST_UNREADABLE = 1000
 
 
@@ -91,7 +94,7 @@ def find_damage(path: Path, head: int) -> Damage | None:
 
     Raises
     ------
-    sqlite3.DatabaseError
+    sqlite3.DatabaseError, UnicodeDecodeError
         It is no SQLite file.
     LedgerError
         It is of a newer format.
@@ -234,7 +237,7 @@ def _tolerant(path: Path) -> sqlite3.Connection:
 
 def _readable(db: sqlite3.Connection, after: int, limit: int = -1) -> Iterator[_Row]:
     """Yield rows in order up to the first that cannot be read."""
-    with contextlib.suppress(sqlite3.DatabaseError, UnicodeDecodeError):
+    with contextlib.suppress(*UNREADABLE):
         file = "file" if db.execute("PRAGMA user_version").fetchone()[0] > 1 else "''"
         columns = _COLUMNS.replace("file", file)
         yield from db.execute(f"SELECT {columns} FROM records WHERE seq > ? ORDER BY seq LIMIT ?", [after, limit])
@@ -255,7 +258,7 @@ def _good_after(db: sqlite3.Connection, good: int, end: int) -> int:
 
 
 def _last_seq(db: sqlite3.Connection) -> int:
-    with contextlib.suppress(sqlite3.DatabaseError):
+    with contextlib.suppress(*UNREADABLE):
         return int(db.execute("SELECT max(seq) FROM records").fetchone()[0] or 0)
     return 0
 

@@ -181,6 +181,17 @@ def test_ledgers(tmp_path):
     assert lines > 80 and memory < MEMORY
 
 
+@pytest.mark.parametrize("writable", [False, True])
+def test_a_ledger_whose_schema_is_no_text(tmp_path, writable):
+    Ledger(tmp_path).close()
+    (tmp_path / "ledger.head").unlink(missing_ok=True)
+    path = tmp_path / "ledger.sqlite"
+    path.write_bytes(path.read_bytes().replace(b"TABLE records", b"TAB\x8bE records"))
+    with pytest.raises(LedgerError) as refused:
+        list(Ledger(tmp_path, writable=writable).records())
+    one_line(refused.value)
+
+
 def test_a_ledger_with_foreign_values_in_its_columns(tmp_path):
     for column, value in (("body", "[1"), ("body", "7"), ("time", "x"), ("file", "../../x"), ("round", b"\0")):
         folder = tmp_path / f"{column}-{len(str(value))}"
