@@ -13,7 +13,6 @@ block_step.py measures them.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import random
 import string
 import tempfile
@@ -23,6 +22,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+from apart import Apart
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -73,21 +73,17 @@ def main() -> None:
             node.close()
 
 
-class Remote:
-    """A node in a process of its own."""
+class Remote(Apart):
+    """A node in a process of its own; counts by turn."""
 
     def __init__(self, settings: dict, data: Path, number: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, settings, str(data), number))
-        self._process.start()
+        super().__init__(serve, settings, str(data), number)
         self.down: dict[int, int] = {}
         self.peak: dict[int, int] = {}
 
     def handle(self, kind: str, payload: bytes) -> tuple[str, bytes]:
         """Pass a task on, and count."""
-        self._pipe.send((kind, payload))
-        kind, reply, peak = self._pipe.recv()
+        kind, reply, peak = self.ask(kind, payload)
         answer = protocol.decode(kind, reply)
         if isinstance(answer, protocol.Kept | protocol.BlockReply):
             trained = isinstance(answer, protocol.BlockReply)
@@ -96,11 +92,6 @@ class Remote:
             self.down[turn] = self.down.get(turn, 0) + len(payload)
             self.peak[turn] = peak
         return kind, reply
-
-    def close(self) -> None:
-        """End the process."""
-        self._pipe.send(None)
-        self._process.join()
 
 
 def serve(pipe: Connection, settings: dict, data: str, number: int) -> None:
@@ -113,6 +104,7 @@ def serve(pipe: Connection, settings: dict, data: str, number: int) -> None:
         kind, reply = node.handle(*task)
         del task
         pipe.send((kind, reply, own_memory.peak))
+    pipe.send(None)
 
 
 class Sampler(threading.Thread):

@@ -13,7 +13,7 @@ from fedtune_strategies.language.model import LanguageModel, base_tensors, load_
 from fedtune_strategies.seed_space import tuned_parameters
 from fedtune_strategies.strategies.build import build_strategy
 from server_app.drive import restore
-from server_app.ledger import Ledger
+from server_app.ledger import TRAFFIC, Ledger
 
 
 def export_model(
@@ -152,11 +152,11 @@ def model_card(config: Config, ledger: Ledger, round: int, without: Sequence[str
     str
         Markdown with a YAML header.
     """
-    replies = [record for record in ledger.records("reply") if record.round <= round]
+    traffic = [record for kind in TRAFFIC for record in ledger.records(kind) if record.round <= round]
+    replies = [record for record in traffic if record.kind == "reply"]
     evaluations = [record for record in ledger.records("evaluation") if record.round <= round and not without]
     nodes = {record.node for record in replies} - set(without)
-    others = [record for record in ledger.records("acknowledged") if record.round <= round]
-    sent = sum(record.body["bytes_down"] + record.body["bytes_up"] for record in (*replies, *others))
+    sent = sum(record.body["bytes_down"] + record.body["bytes_up"] for record in traffic)
     lines = [
         "---",
         "library_name: transformers",

@@ -30,6 +30,8 @@ from server_app.mend import INLINE_BYTES, Damage
 
 log = logging.getLogger("fedtune")
 
+TRAFFIC = ("reply", "acknowledged")
+"""Kinds of records that bear the bytes of a task and of its answer."""
 _COLUMNS = "seq, time, kind, round, node, body, blob, file"
 
 

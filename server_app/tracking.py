@@ -17,7 +17,7 @@ from typing import Any
 
 from fedtune_strategies.config import Config
 from fedtune_strategies.errors import ConfigError
-from server_app.ledger import Ledger, Record
+from server_app.ledger import TRAFFIC, Ledger, Record
 
 log = logging.getLogger("fedtune")
 
@@ -85,7 +85,7 @@ class _Report:
 
     def _metrics(self, record: Record) -> dict[str, float]:
         body = record.body
-        if record.kind in ("reply", "acknowledged"):
+        if record.kind in TRAFFIC:
             self._bytes = {key: count + body.get(key, 0) for key, count in self._bytes.items()}
         elif record.kind == "round":
             counts = {"nodes/replies": len(body["replies"])}
