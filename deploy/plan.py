@@ -94,7 +94,7 @@ def shape_of(folder: Path, config: Config) -> Shape:
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(settings)
     own = config.fedcybgd
-    blocks = find_blocks(model, own.layers_per_block, own.split, train_embeddings=own.train_embeddings)
+    blocks = find_blocks(model, own.layers_per_block, own.split, own.train_embeddings, own.final_norm)
     parameters = dict(model.named_parameters())
     text = settings.get_text_config()
     hidden = text.hidden_size

@@ -26,4 +26,4 @@ def cut_model(model: nn.Module, config: Config) -> tuple[Block, ...]:
     """
     own = config.fedcybgd
     only = add_adapters(model, config.fedavg, config.train.seed).__contains__ if own.adapters else None
-    return find_blocks(model, own.layers_per_block, own.split, own.train_embeddings, only)
+    return find_blocks(model, own.layers_per_block, own.split, own.train_embeddings, own.final_norm, only)

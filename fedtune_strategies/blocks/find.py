@@ -17,6 +17,7 @@ from torch import nn
 from fedtune_strategies.errors import ConfigError, ModelError
 
 Kind = Literal["embedding", "layer", "norm", "head"]
+FINAL_NORMS = ("last-layer", "own")
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Block:
     index : int
         Position in the tuple that `find_blocks` returns; ordered from the input to the output of the model.
     name : str
-        For people: ``"layer 3"``, ``"layer 3 mlp"``, ``"layers 2-3"``, ``"embedding"``.
+        For people: ``"layer 3"``, ``"layer 3 mlp"``, ``"layers 2-3"``, ``"embedding"``, ``"layer 3 and norm"``.
     kind : {"embedding", "layer", "norm", "head"}
-        What the block is.
+        What the block is, or most of it.
     parameters : tuple of str
         Canonical parameter names: as in ``model.named_parameters()``, where tied weights appear once, under the
         first name.
@@ -38,6 +39,8 @@ class Block:
         The first decoder layer of the block; None outside the layers.
     depth : int
         Number of decoder layers in the block; 0 outside the layers.
+    with_norm : bool
+        Whether a block of layers holds the final norm too.
     frozen : bool
         True for a block that is never trained. It is still a block: a node that holds nothing receives it.
     """
@@ -48,6 +51,7 @@ class Block:
     parameters: tuple[str, ...]
     layer: int | None = None
     depth: int = 0
+    with_norm: bool = False
     frozen: bool = False
 
 
@@ -87,6 +91,7 @@ def find_blocks(
     layers_per_block: int = 1,
     split: str = "none",
     train_embeddings: bool = True,
+    final_norm: str = "last-layer",
     only: Callable[[str], bool] | None = None,
 ) -> tuple[Block, ...]:
     """Partition the parameters of a model into blocks.
@@ -102,6 +107,9 @@ def find_blocks(
         other matrices). Norms go with the attention, so that backward in the upper half stops at the MLP's input.
     train_embeddings : bool
         False freezes embedding, final norm and head: what the published code does.
+    final_norm : {"last-layer", "own"}
+        ``"last-layer"`` puts the final norm into the block of the last layer: a turn of its own would train a few
+        vectors. Frozen or with matrices among its parameters (OPT's projections) it stays a block of its own.
     only : callable, optional
         Keeps the parameters whose name it accepts, such as ``lambda name: "lora_" in name`` for the adapters of a
         PEFT model. By default all.
@@ -119,13 +127,7 @@ def find_blocks(
     ModelError
         If the model has no list of decoder layers, or a layer to be split has no attention.
     """
-    if layers_per_block < 1:
-        raise ConfigError(f"layers per block must be 1 or more, not {layers_per_block}")
-    if split not in ("none", "attention-mlp"):
-        raise ConfigError(f"unknown block split {split!r}; use none or attention-mlp")
-    if split != "none" and layers_per_block != 1:
-        raise ConfigError("block split attention-mlp needs layers per block = 1")
-
+    _check_options(layers_per_block, split, final_norm)
     path, layers = decoder_layers(model)
     names = [name for name, _ in model.named_parameters() if only is None or only(name)]
     in_layer = re.compile(rf"{re.escape(path)}\.(\d+)\.")
@@ -149,7 +151,11 @@ def find_blocks(
             mlp = _mlp_parameters(layers[first], f"{path}.{first}")
             blocks.append(Block(0, f"{label} attention", "layer", tuple(n for n in members if n not in mlp), first, 1))
             blocks.append(Block(0, f"{label} mlp", "layer", tuple(n for n in members if n in mlp), first, 1))
-    blocks += [_outside_block(kind, outside, train_embeddings) for kind in ("norm", "head")]
+    vectors = all(model.get_parameter(name).dim() == 1 for name in outside["norm"])
+    if final_norm == "last-layer" and train_embeddings and vectors and outside["norm"] and blocks[-1].parameters:
+        blocks[-1] = _with_norm(blocks[-1], outside.pop("norm"))
+    after: tuple[Kind, ...] = ("norm", "head")
+    blocks += [_outside_block(kind, outside, train_embeddings) for kind in after if kind in outside]
     present = [block for block in blocks if block.parameters]
     return tuple(replace(block, index=index) for index, block in enumerate(present))
 
@@ -200,6 +206,17 @@ def block_sizes(model: nn.Module, blocks: Sequence[Block]) -> list[tuple[int, in
     return [(block.index, sum(numel[name] for name in block.parameters)) for block in blocks]
 
 
+def _check_options(layers_per_block: int, split: str, final_norm: str) -> None:
+    if layers_per_block < 1:
+        raise ConfigError(f"layers per block must be 1 or more, not {layers_per_block}")
+    if split not in ("none", "attention-mlp"):
+        raise ConfigError(f"unknown block split {split!r}; use none or attention-mlp")
+    if final_norm not in FINAL_NORMS:
+        raise ConfigError(f"unknown place of the final norm {final_norm!r}; use {' or '.join(FINAL_NORMS)}")
+    if split != "none" and layers_per_block != 1:
+        raise ConfigError("block split attention-mlp needs layers per block = 1")
+
+
 def _kind_outside(model: nn.Module, name: str) -> Kind:
     """Kind of a parameter outside the layers, by the module that owns it."""
     owner = model.get_submodule(name.rpartition(".")[0])
@@ -210,6 +227,10 @@ def _kind_outside(model: nn.Module, name: str) -> Kind:
 
 def _outside_block(kind: Kind, outside: dict[str, list[str]], trained: bool) -> Block:
     return Block(0, kind, kind, tuple(outside[kind]), frozen=not trained)
+
+
+def _with_norm(block: Block, norm: list[str]) -> Block:
+    return replace(block, name=f"{block.name} and norm", parameters=(*block.parameters, *norm), with_norm=True)
 
 
 def _mlp_parameters(layer: nn.Module, path: str) -> set[str]:

@@ -120,7 +120,9 @@ def blocks_inside(blocks: Iterable[Block], layers: Collection[int]) -> set[int]:
     return {
         block.index
         for block in blocks
-        if block.layer is not None and all(layer in layers for layer in range(block.layer, block.layer + block.depth))
+        if block.layer is not None
+        and not block.with_norm
+        and all(layer in layers for layer in range(block.layer, block.layer + block.depth))
     }
 
 

@@ -55,6 +55,9 @@ class FedCyBGDConfig:
     )
     prefetch: bool = option(True, "Send the next node what it lacks while the present one trains.")
     train_embeddings: bool = option(True, "Visit the embedding, final norm and head blocks too.")
+    final_norm: str = option(
+        "last-layer", "Block of the final norm: that of the last layer, or its own.", choices=("last-layer", "own")
+    )
     layers_per_block: int = option(1, "Transformer layers in one block.", low=1)
     split: str = option("none", "Cut each layer into two blocks.", choices=("none", "attention-mlp"))
     adapters: bool = option(

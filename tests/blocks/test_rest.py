@@ -8,6 +8,7 @@ from fedtune_strategies.blocks.gradients import block_gradients
 from fedtune_strategies.blocks.layers import without_layers
 from fedtune_strategies.blocks.notation import Codec, parse_codec
 from fedtune_strategies.blocks.rest import (
+    blocks_inside,
     compressed_rest,
     dropped_layers,
     gradient_cosine,
@@ -52,6 +53,13 @@ def test_dropped_layers_are_the_least_influential_away_from_the_block():
     assert dropped_layers(influence[::-1], 1, Block(0, "norm", "norm", ())) == (6,)
     with pytest.raises(ConfigError, match="cannot leave out 6 layers while layer 3 is trained"):
         dropped_layers(influence, 6, layer_block(3))
+
+
+def test_a_block_lies_in_layers_left_out_only_if_all_of_it_does():
+    model = tiny_model()
+    assert blocks_inside(find_blocks(model), (0, 2)) == {1}  # the final norm beside layer 2 is needed
+    assert blocks_inside(find_blocks(model, final_norm="own"), (0, 2)) == {1, 3}
+    assert blocks_inside(find_blocks(model, layers_per_block=2), (0, 2)) == set()
 
 
 def test_input_norms_are_those_of_the_inputs():

@@ -73,7 +73,7 @@ def test_backward_stops_at_the_block():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_models_train_a_float32_copy_from_the_exact_block(dtype):
     model = tiny_model(dtype=dtype)
-    before, block = snapshot(model), block_of(model, "layer 2")
+    before, block = snapshot(model), block_of(model, "layer 1")
     exact = {name: model.get_parameter(name).detach().float() + 1e-6 for name in block.parameters}
     update = train_block(model, block, lm_loss, tiny_batches(2), 30, 1e-7, start=exact)
     largest = max(change.abs().max().item() for change in update.delta.values())

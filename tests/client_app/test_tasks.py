@@ -24,6 +24,7 @@ def ask(node, message):
     return protocol.decode(*node.handle(message.kind, protocol.encode(message)))
 
 
+BLOCKS = 4
 NONE = np.empty(0, dtype=np.int32)
 UNIT = 2.0**-24
 
@@ -96,33 +97,33 @@ def test_a_task_that_does_not_fit_is_refused_and_the_node_stays(node, task):
     "task",
     [
         block_task(1, 0, torch.zeros(2, dtype=torch.int64), {}, {}, 1e-3, 1),
-        block_task(1, 99, torch.zeros(5, dtype=torch.int64), {}, {}, 1e-3, 1),
-        block_task(1, 0, torch.zeros(5, dtype=torch.int64), {"foreign": torch.zeros(2)}, {}, 1e-3, 1),
-        block_task(1, 0, torch.zeros(5, dtype=torch.int64), {}, {"foreign:int8": torch.zeros(2)}, 1e-3, 1),
+        block_task(1, 99, torch.zeros(BLOCKS, dtype=torch.int64), {}, {}, 1e-3, 1),
+        block_task(1, 0, torch.zeros(BLOCKS, dtype=torch.int64), {"foreign": torch.zeros(2)}, {}, 1e-3, 1),
+        block_task(1, 0, torch.zeros(BLOCKS, dtype=torch.int64), {}, {"foreign:int8": torch.zeros(2)}, 1e-3, 1),
     ],
 )
 def test_a_turn_that_does_not_fit_is_refused_and_the_node_stays(block_node, task):
     failure = ask(block_node, task)
     assert isinstance(failure, protocol.Failure) and failure.exit_code == ProtocolError.exit_code, failure
-    right = block_task(1, 0, torch.zeros(5, dtype=torch.int64), {}, {}, 1e-3, 1)
+    right = block_task(1, 0, torch.zeros(BLOCKS, dtype=torch.int64), {}, {}, 1e-3, 1)
     assert isinstance(ask(block_node, right), protocol.BlockReply)
 
 
 def test_a_block_of_wrong_shape_is_a_failure_not_a_crash(block_node):
     name = find_blocks(block_node.language.model)[0].parameters[0]
-    task = block_task(1, 0, torch.ones(5, dtype=torch.int64), {name: torch.zeros(2)}, {}, 1e-3, 1)
+    task = block_task(1, 0, torch.ones(BLOCKS, dtype=torch.int64), {name: torch.zeros(2)}, {}, 1e-3, 1)
     assert isinstance(ask(block_node, task), protocol.Failure)
-    right = block_task(1, 0, torch.zeros(5, dtype=torch.int64), {}, {}, 1e-3, 1)
+    right = block_task(1, 0, torch.zeros(BLOCKS, dtype=torch.int64), {}, {}, 1e-3, 1)
     assert isinstance(ask(block_node, right), protocol.BlockReply)
 
 
 def test_a_node_without_the_versions_that_a_turn_counts_on_says_so(block_node):
-    task = block_task(3, 0, torch.tensor([0, 1, 0, 0, 0]), {}, {}, 1e-3, 1)
+    task = block_task(3, 0, torch.tensor([0, 1, 0, 0]), {}, {}, 1e-3, 1)
     assert isinstance(ask(block_node, task), protocol.Lacking)
 
 
 def test_a_node_whose_exact_block_was_replaced_in_a_turn_that_was_lost_says_so(block_node):
-    zero, one = torch.zeros(5, dtype=torch.int64), torch.tensor([1, 0, 0, 0, 0])
+    zero, one = torch.zeros(BLOCKS, dtype=torch.int64), torch.tensor([1, 0, 0, 0])
     assert isinstance(ask(block_node, block_task(1, 0, zero, {}, {}, 1e-3, 1)), protocol.BlockReply)
     assert isinstance(ask(block_node, block_task(2, 1, one, {}, {}, 1e-3, 1, committed=1)), protocol.BlockReply)
     assert isinstance(ask(block_node, block_task(3, 0, one, {}, {}, 1e-3, 1, committed=1)), protocol.Lacking)

@@ -58,7 +58,7 @@ def test_fedcybgd_holds_blocks_in_32_bits_and_rounds_what_it_exports(settings, d
         files |= record.body["files"]
     trained = {name: value for file in files.values() for name, value in ledger.get_file(file).items()}
     base = base_tensors(load_model(settings["model.name"], "float16"))
-    assert trained.keys() == base.keys()  # six rounds visit all five blocks
+    assert trained.keys() == base.keys()  # the rounds visit all blocks
     for name, value in trained.items():
         assert value.dtype == torch.float32 and torch.equal(exported[name], value.half())
     assert any(not torch.equal(value, value.half().float()) for value in trained.values())
