@@ -168,6 +168,7 @@ class BlockTurns:
                 steps,
                 task.lr,
                 weight_decay=settings.weight_decay,
+                betas=(settings.beta1, 0.999),
                 start=start.weights,
                 accumulate=settings.accumulate,
                 autocast=None if settings.autocast == "none" else getattr(torch, settings.autocast),

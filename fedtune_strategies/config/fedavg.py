@@ -13,6 +13,12 @@ class FedAvgConfig:
 
     local_steps: int = option(50, "Local steps of a node in a round.", low=1, high=100_000)
     lr: float = option(1e-3, "Learning rate of the local AdamW; FedZO: step size along one direction.", above=0.0)
+    beta1: float = option(
+        0.9,
+        "Momentum of the local AdamW (decay of its first moment), anew in each round.",
+        low=0.0,
+        high=0.999,
+    )
     weight_decay: float = option(0.0, "Weight decay of the local AdamW.", low=0.0)
     eps: float = option(1e-3, "FedZO: distance of the two loss evaluations from the weights.", above=0.0)
     rank: int = option(8, "FedIT: rank of the adapters.", low=1)

@@ -39,6 +39,12 @@ class FedCyBGDConfig:
         "constant", "Learning rate over the rounds of the run.", choices=("constant", "linear", "cosine")
     )
     warmup: float = option(0.0, "Share of the rounds over which the learning rate rises.", low=0.0, high=0.9)
+    beta1: float = option(
+        0.9,
+        "Momentum of the local AdamW (decay of its first moment), anew in each turn.",
+        low=0.0,
+        high=0.999,
+    )
     weight_decay: float = option(0.0, "Weight decay of the local AdamW.", low=0.0)
     gamma: float = option(1.0, "Server step: the block moves by gamma times the node's update.", above=0.0)
     rest: str = option(

@@ -15,8 +15,9 @@ def make_node(settings, data_files, method, name="node-0"):
     return Node(settings | {"method.name": method}, {"name": name, "data": str(data_files["node-0"])}, 1)
 
 
-def test_fedavg_trains_as_adamw_does(settings, data_files):
-    node = make_node(settings, data_files, "fedavg")
+@pytest.mark.parametrize("beta1", [0.9, 0.5])
+def test_fedavg_trains_as_adamw_does(settings, data_files, beta1):
+    node = make_node(settings | {"fedavg.beta1": beta1}, data_files, "fedavg")
     task = protocol.ArraysTask(2, {name: value + 0.01 for name, value in node.base.items()})
     reply = node.answer(task)
     parameters = tuned_parameters(node.language.model)
@@ -24,7 +25,7 @@ def test_fedavg_trains_as_adamw_does(settings, data_files):
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(task.arrays[name])
-    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3, betas=(beta1, 0.999), weight_decay=0.0)
     losses = []
     for batch in batches(node.examples, 2, 3, (0, 2, "node-0")):
         optimizer.zero_grad()

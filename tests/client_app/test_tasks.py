@@ -5,6 +5,8 @@ import torch
 from client_app.tasks import Node, check_node_config
 from fedtune_strategies.blocks.find import find_blocks
 from fedtune_strategies.errors import ConfigError, DataError, ProtocolError
+from fedtune_strategies.language.examples import batches
+from fedtune_strategies.language.loss import response_loss
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.packing import pack
 
@@ -107,6 +109,24 @@ def test_a_turn_that_does_not_fit_is_refused_and_the_node_stays(block_node, task
     assert isinstance(failure, protocol.Failure) and failure.exit_code == ProtocolError.exit_code, failure
     right = block_task(1, 0, torch.zeros(BLOCKS, dtype=torch.int64), {}, {}, 1e-3, 1)
     assert isinstance(ask(block_node, right), protocol.BlockReply)
+
+
+@pytest.mark.parametrize("beta1", [0.9, 0.5])
+def test_a_turn_is_adamw_on_one_block(settings, data_files, beta1):
+    settings |= {"method.name": "fedcybgd", "fedcybgd.rest": "none", "fedcybgd.beta1": beta1}
+    node = Node(settings, {"name": "node-0", "data": str(data_files["node-0"])}, 1)
+    reply = ask(node, block_task(1, 1, torch.zeros(BLOCKS, dtype=torch.int64), {}, {}, 1e-3, 3))
+    model = node.language.model
+    names = find_blocks(model)[1].parameters
+    parameters = [model.get_parameter(name).requires_grad_() for name in names]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(beta1, 0.999), weight_decay=0.0)
+    before = [parameter.detach().clone() for parameter in parameters]
+    for batch in batches(node.examples, 2, 3, (0, 1, "node-0")):
+        optimizer.zero_grad()
+        response_loss(model, batch).backward()
+        optimizer.step()
+    for name, old, new in zip(names, before, parameters, strict=True):
+        torch.testing.assert_close(reply.delta[name], new.detach() - old, rtol=1e-3, atol=1e-6)
 
 
 def test_a_block_of_wrong_shape_is_a_failure_not_a_crash(block_node):
