@@ -1,10 +1,9 @@
 """How far do blocks in turn get at equal numbers of local steps, against averaging? Prints a Markdown table.
 
-    python benchmarks/block_convergence.py MODEL_FOLDER databricks-dolly-15k.jsonl [--study lr|way]
+    python benchmarks/block_convergence.py MODEL_FOLDER databricks-dolly-15k.jsonl [--study lr|way|gap|long] [--seeds 3]
 
 Four nodes, Dolly parted by a Dirichlet distribution over its categories (alpha 0.5), in memory. All runs take 800
-local steps of 8 examples (128 tokens) in all: FedAvg over four nodes at once, blocks one node after the other. "FedAvg,
-as long" takes 800 steps on every node: as many one after the other as the blocks, four times as many in all. Appends
+local steps of 8 examples (128 tokens) in all: FedAvg over four nodes at once, blocks one node after the other. Appends
 a line for each run to benchmarks/results/block_convergence.jsonl, makes no run twice, and prints a Markdown table of
 the held-out loss (nats a token) after the last round.
 """
@@ -40,48 +39,63 @@ SETTINGS = {
 }
 
 
-def fedavg(lr: float, steps: int = 25, total: int = STEPS) -> dict:
-    return {
-        "method.name": "fedavg",
-        "num-server-rounds": total // (steps * NODES),
-        "fedavg.local-steps": steps,
-        "fedavg.lr": lr,
-    }
-
-
-def blocks(lr: float, steps: int = 25, **keys: object) -> dict:
-    rounds = STEPS // (steps * int(str(keys.get("nodes_per_round", 1))))
+def fedavg(lr: float, steps: int = 25, total: int = STEPS, **keys: object) -> dict:
     own = {"local_steps": steps, "lr": lr} | keys
-    named = {f"fedcybgd.{key.replace('_', '-')}": value for key, value in own.items()}
-    return {"method.name": "fedcybgd", "num-server-rounds": rounds} | named
+    return {"method.name": "fedavg", "num-server-rounds": total // (steps * NODES)} | named("fedavg", own)
 
 
+def blocks(lr: float, steps: int = 25, total: int = STEPS, **keys: object) -> dict:
+    own = {"local_steps": steps, "lr": lr} | keys
+    rounds = total // (steps * int(str(keys.get("nodes_per_round", 1))))
+    return {"method.name": "fedcybgd", "num-server-rounds": rounds} | named("fedcybgd", own)
+
+
+def named(section: str, keys: dict) -> dict:
+    return {f"{section}.{key.replace('_', '-')}": value for key, value in keys.items()}
+
+
+LONG = 4 * STEPS
+APART: dict = {"final_norm": "own"}
+COSINE: dict = {"lr_schedule": "cosine", "warmup": 0.05}
+LINEAR: dict = {"lr_schedule": "linear", "warmup": 0.05}
+BRISK: dict = LINEAR | {"beta1": 0.5}
+DOWN: dict = BRISK | {"order": "descending"}
 STUDIES: dict[str, dict[str, dict]] = {
     "lr": {
-        "FedAvg, lr 0.003": fedavg(3e-3),
-        "blocks, lr 0.01": blocks(1e-2),
-        "FedAvg, lr 0.01": fedavg(1e-2),
-        "blocks, lr 0.003": blocks(3e-3),
-        "blocks, lr 0.001": blocks(1e-3),
+        "FedAvg, lr 0.0005": fedavg(5e-4),
         "FedAvg, lr 0.001": fedavg(1e-3),
+        "FedAvg, lr 0.002": fedavg(2e-3),
+        "FedAvg, lr 0.003": fedavg(3e-3),
+        "FedAvg, lr 0.01": fedavg(1e-2),
+        "norm apart, lr 0.003": blocks(3e-3, **APART),
+        "norm apart, lr 0.01": blocks(1e-2, **APART),
+        "norm apart, cosine, lr 0.003": blocks(3e-3, **COSINE, **APART),
+        "norm apart, cosine, lr 0.006": blocks(6e-3, **COSINE, **APART),
+        "cosine, lr 0.003": blocks(3e-3, **COSINE),
+        "cosine, lr 0.004": blocks(4e-3, **COSINE),
     },
     "way": {
-        "blocks, 10 steps a turn": blocks(3e-3, 10),
-        "blocks, 50 steps a turn": blocks(3e-3, 50),
-        "blocks, descending": blocks(3e-3, order="descending"),
-        "blocks, random": blocks(3e-3, order="random"),
-        "blocks, importance": blocks(3e-3, order="importance"),
-        "blocks, cosine": blocks(3e-3, lr_schedule="cosine", warmup=0.05),
-        "blocks, cosine, lr 0.006": blocks(6e-3, lr_schedule="cosine", warmup=0.05),
-        "blocks, cosine, 10 steps a turn": blocks(3e-3, 10, lr_schedule="cosine", warmup=0.05),
-        "blocks, cosine, five layers a block": blocks(3e-3, layers_per_block=5, lr_schedule="cosine", warmup=0.05),
-        "blocks, cosine, layers alone": blocks(3e-3, train_embeddings=False, lr_schedule="cosine", warmup=0.05),
-        "blocks, exact rest": blocks(3e-3, rest="none"),
-        "blocks, nf4 rest": blocks(3e-3, rest="nf4"),
-        "blocks, int8 up": blocks(3e-3, upload="int8"),
-        "blocks, two in parallel": blocks(3e-3, structure="parallel", nodes_per_round=2),
-        "blocks, two averaged": blocks(3e-3, structure="averaged", nodes_per_round=2),
-        "FedAvg, lr 0.003, as long": fedavg(3e-3, total=STEPS * NODES),
+        "norm apart, cosine, 10 steps a turn": blocks(3e-3, 10, **COSINE, **APART),
+        "norm apart, cosine, all layers in a block": blocks(3e-3, layers_per_block=5, **COSINE, **APART),
+        "cosine, all layers in a block": blocks(3e-3, layers_per_block=5, **COSINE),
+        "cosine, 50 steps a turn": blocks(3e-3, 50, **COSINE),
+        "cosine, random": blocks(3e-3, order="random", **COSINE),
+        "cosine, importance": blocks(3e-3, order="importance", **COSINE),
+        "cosine, exact rest": blocks(3e-3, rest="none", **COSINE),
+        "linear": blocks(3e-3, **LINEAR),
+        "linear, beta1 0.5": blocks(3e-3, **BRISK),
+    },
+    "gap": {
+        "FedAvg, lr 0.001": fedavg(1e-3),
+        "FedAvg, lr 0.001, beta1 0.5": fedavg(1e-3, beta1=0.5),
+        "a layer": blocks(3e-3, **DOWN),
+        "two layers": blocks(3e-3, layers_per_block=2, **DOWN),
+        "all layers": blocks(2e-3, layers_per_block=5, **DOWN),
+    },
+    "long": {
+        "FedAvg, lr 0.001, four times as long": fedavg(1e-3, total=LONG),
+        "a layer, four times as long": blocks(3e-3, total=LONG, **DOWN),
+        "two layers, four times as long": blocks(3e-3, total=LONG, layers_per_block=2, **DOWN),
     },
 }
 
