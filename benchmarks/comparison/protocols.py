@@ -123,7 +123,13 @@ def methods(protocol: Protocol) -> list[Entrant]:
         "eval.every": 2,
     }
     averaged |= {"fedcybgd.structure": "averaged", "fedcybgd.nodes-per-round": protocol.asked}
-    falling: dict[str, Any] = {"fedcybgd.lr-schedule": "cosine", "fedcybgd.warmup": 0.05}
+    pairs: dict[str, Any] = {
+        "fedcybgd.layers-per-block": 2,
+        "fedcybgd.order": "descending",
+        "fedcybgd.beta1": 0.5,
+        "fedcybgd.lr-schedule": "linear",
+        "fedcybgd.warmup": 0.05,
+    }
     alone = {"fedavg.local-steps": protocol.steps * protocol.asked}
 
     def entrant(name: str, method: str, lr: str, start: float, own: dict[str, Any], **more: Any) -> Entrant:
@@ -133,8 +139,9 @@ def methods(protocol: Protocol) -> list[Entrant]:
         entrant("FedKSeed", "fedkseed", "fedkseed.lr", 1e-4, zeroth),
         entrant("FedKSeed-Pro", "fedkseed-pro", "fedkseed.lr", 1e-4, zeroth, tuned_as="FedKSeed"),
         entrant("FedCyBGD", "fedcybgd", "fedcybgd.lr", 3e-3, turns),
-        entrant("FedCyBGD, cosine", "fedcybgd", "fedcybgd.lr", 3e-3, turns | falling),
+        entrant("FedCyBGD, two layers", "fedcybgd", "fedcybgd.lr", 3e-3, turns | pairs),
         entrant("FedAvg", "fedavg", "fedavg.lr", 1e-3, local),
+        entrant("FedAvg, beta1 0.5", "fedavg", "fedavg.lr", 1e-3, local | {"fedavg.beta1": 0.5}, tuned_as="FedAvg"),
         entrant("FedIT (LoRA)", "fedit", "fedavg.lr", 1e-2, local),
         entrant("FedBAvg", "fedcybgd", "fedcybgd.lr", 3e-3, averaged, tuned_as="FedCyBGD"),
         entrant("FedZO", "fedzo", "fedavg.lr", 1e-4, local),
