@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -35,6 +34,7 @@ from fedtune_strategies.blocks.held import coded_loader, empty_model, held_outsi
 from fedtune_strategies.blocks.notation import Codec, parse_codec
 from fedtune_strategies.blocks.rows import by_rows, large_modules
 from fedtune_strategies.blocks.train import train_block
+from fedtune_strategies.memory import prefer_memory
 
 LOW, MIDDLE, TOP = 0.0, 0.5, 1.0
 ROWS: list[tuple[str, dict[str, Any], list[float | None]]] = [
@@ -46,8 +46,6 @@ ROWS: list[tuple[str, dict[str, Any], list[float | None]]] = [
     ("block, rest held as int8, checkpoints", {"rest": "int8", "checkpoint": True}, [LOW]),
     ("block, rest held as nf4, checkpoints", {"rest": "nf4", "checkpoint": True}, [LOW]),
 ]
-# Large blocks go back to the system as soon as they are freed, so that peaks are what is needed and not what is kept.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 
 
 def main() -> None:
@@ -86,7 +84,7 @@ def main() -> None:
 
 def in_child(way: dict, layer: int | None) -> dict[str, float]:
     command = [sys.executable, str(Path(__file__)), *sys.argv[1:], "--child", json.dumps([way, layer])]
-    child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | ALLOCATOR)
+    child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(child.stdout)
 
 
@@ -106,6 +104,7 @@ def measure(args: argparse.Namespace, way: dict, layer: int | None) -> dict[str,
         starts.append(time.process_time())
         return model(input_ids=batch, labels=batch, use_cache=False).loss
 
+    prefer_memory()  # so that peaks are what is needed and not what is kept
     warm_up()
     before = psutil.Process().memory_info().rss
     options = dict(way)

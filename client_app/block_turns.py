@@ -24,7 +24,7 @@ from fedtune_strategies.blocks.train import BlockUpdate, adamw_8bit, apply_delta
 from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.language.examples import batches
 from fedtune_strategies.language.loss import response_loss
-from fedtune_strategies.memory import peak_memory
+from fedtune_strategies.memory import peak_memory, prefer_memory
 from fedtune_strategies.method import NodeContext
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.seed_space import fingerprint
@@ -70,6 +70,8 @@ class BlockTurns:
         self._base: Mapping[str, Tensor] = context.base
         if settings.adapters:
             self._base = {name: self._model.get_parameter(name).detach().clone() for name in names}
+        if settings.hold != "decoded":
+            prefer_memory()
         self._rest = FrozenRest(self._model, names, settings.hold)
         self._norms: Mapping[str, Tensor] = {}
         self._versions: Tensor | None = None

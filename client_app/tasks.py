@@ -18,7 +18,7 @@ from fedtune_strategies.language.examples import tokenise
 from fedtune_strategies.language.model import base_tensors, check_context, load_model
 from fedtune_strategies.language.model_files import is_here
 from fedtune_strategies.logs import about
-from fedtune_strategies.memory import peak_memory
+from fedtune_strategies.memory import peak_memory, release_memory
 from fedtune_strategies.method import NodeContext, load_method
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.provision import ModelCache, as_bytes
@@ -99,7 +99,9 @@ class Node:
         """
         with about(node=self.name) as facts:
             reply = self._reply(kind, payload, facts)
-        return reply.kind, protocol.encode(reply)
+        encoded = protocol.encode(reply)
+        release_memory()
+        return reply.kind, encoded
 
     def _reply(self, kind: str, payload: bytes, facts: dict[str, str | int]) -> protocol.Message:
         try:
