@@ -1,6 +1,6 @@
 """How far do blocks in turn get at equal numbers of local steps, against averaging? Prints a Markdown table.
 
-    python benchmarks/block_convergence.py MODEL_FOLDER databricks-dolly-15k.jsonl [--study lr|way|gap|long] [--seeds 3]
+    python benchmarks/block_convergence.py MODEL_FOLDER databricks-dolly-15k.jsonl [--study gap] [--seeds 3]
 
 Four nodes, Dolly parted by a Dirichlet distribution over its categories (alpha 0.5), in memory. All runs take 800
 local steps of 8 examples (128 tokens) in all: FedAvg over four nodes at once, blocks one node after the other. Appends
@@ -16,13 +16,16 @@ import logging
 import random
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from flwr.app import Message
 
 from client_app.tasks import Node
 from fedtune_strategies.language.partition import partition_file
-from fedtune_strategies.testing import InMemoryGrid
+from fedtune_strategies.protocol.records import from_record
+from fedtune_strategies.testing import Handler, InMemoryGrid
 from server_app.ledger import Ledger
 from server_app.run import execute
 
@@ -60,6 +63,7 @@ COSINE: dict = {"lr_schedule": "cosine", "warmup": 0.05}
 LINEAR: dict = {"lr_schedule": "linear", "warmup": 0.05}
 BRISK: dict = LINEAR | {"beta1": 0.5}
 DOWN: dict = BRISK | {"order": "descending"}
+LATE: dict = {"strategy.late": 0.5, "strategy.min-nodes": 3, "round.deadline": 0.5}
 STUDIES: dict[str, dict[str, dict]] = {
     "lr": {
         "FedAvg, lr 0.0005": fedavg(5e-4),
@@ -92,12 +96,47 @@ STUDIES: dict[str, dict[str, dict]] = {
         "two layers": blocks(3e-3, layers_per_block=2, **DOWN),
         "all layers": blocks(2e-3, layers_per_block=5, **DOWN),
     },
+    # One of the four nodes answers a round late.
+    "late": {
+        "all in time": blocks(3e-3, prefetch=False, **DOWN),
+        "late, refused": blocks(3e-3, prefetch=False, **DOWN) | LATE,
+        "late, rebased, weight 0.5": blocks(3e-3, prefetch=False, stale="rebase", **DOWN) | LATE,
+        "late, rebased, weight 1": blocks(3e-3, prefetch=False, stale="rebase", **DOWN) | LATE | {"strategy.late": 1.0},
+        "late, averaged, weight 0.5": blocks(3e-3, prefetch=False, stale="average", **DOWN) | LATE,
+        "late, averaged, weight 1": blocks(3e-3, prefetch=False, stale="average", **DOWN)
+        | LATE
+        | {"strategy.late": 1.0},
+    },
     "long": {
         "FedAvg, lr 0.001, four times as long": fedavg(1e-3, total=LONG),
         "a layer, four times as long": blocks(3e-3, total=LONG, **DOWN),
         "two layers, four times as long": blocks(3e-3, total=LONG, layers_per_block=2, **DOWN),
     },
 }
+
+
+class LateGrid(InMemoryGrid):
+    """A federation in which one node is at work on its turns until the next round has begun, and silent meanwhile."""
+
+    def __init__(self, nodes: Mapping[int, Handler], late: int) -> None:
+        super().__init__(nodes)
+        self._late, self._round = late, ""
+        self._held: dict[str, Message] = {}
+
+    def _answer(self, message: Message) -> str:
+        round = message.metadata.group_id
+        if round and round != self._round:
+            self._round = round
+            self._replies |= self._held
+            self._held = {}
+        key = super()._answer(message)
+        if message.metadata.dst_node_id == self._late and (self._held or _is_change(self._replies[key])):
+            self._held[key] = self._replies.pop(key)
+        return key
+
+
+def _is_change(reply: Message) -> bool:
+    return from_record(reply.content)[0] == "block-reply"
 
 
 def main() -> None:
@@ -143,7 +182,9 @@ def run(model: str, data: str, settings: dict) -> list[float]:
         files = partition_file(folder / "train.jsonl", folder / "nodes", "category", NODES, alpha=0.5)
         settings = settings | {"eval.data": str(folder / "held_out.jsonl"), "run.dir": str(folder / "run")}
         nodes = [Node(settings, {"name": f"node-{i}", "data": str(path)}, i) for i, path in enumerate(files, start=1)]
-        execute(InMemoryGrid({i: node.handle for i, node in enumerate(nodes, start=1)}), settings, run_id=1)
+        handlers = {i: node.handle for i, node in enumerate(nodes, start=1)}
+        late = NODES if "strategy.late" in settings else 0
+        execute(LateGrid(handlers, late), settings, run_id=1)
         return [record.body["eval/loss"] for record in Ledger.read(folder / "run").records("evaluation")]
 
 
