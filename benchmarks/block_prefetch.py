@@ -23,7 +23,7 @@ from fedtune_strategies.tiny.tasks import write_federation
 from server_app.ledger import Ledger
 
 RESULTS = Path(__file__).parent / "results" / "block_prefetch.json"
-NODES, BLOCKS = 4, 6
+NODES, BLOCKS = 4, 5
 
 
 def main() -> None:

@@ -239,6 +239,10 @@ PROTOCOLS = {
             "tiny", tiny, rounds=4, steps=24, asked=4,
             starts={"fedkseed.lr": 3e-4, "fedcybgd.lr": 3e-3, "fedavg.lr": 1e-3},
         ),
+        Protocol(
+            "tiny-long", tiny, rounds=16, steps=24, asked=4,
+            starts={"fedkseed.lr": 3e-4, "fedcybgd.lr": 6e-4, "fedavg.lr": 6e-4}, config="tiny",
+        ),
     )
 }  # fmt: skip
 
