@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 KERNELS := .venv/kernels
+# Every node is a process of its own, and would compile all that it imports again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test lint format config docs bench compare clean
 
