@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help: ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
 
-demo: $(INSTALLED) ## Tune the embedded model over a real federation, by every method (about 6 minutes).
+demo: $(INSTALLED) ## Tune the embedded model over a real federation, by every method (about 5 minutes).
 	@$(BIN)/fedtune demo $(DEMO)
 
 test: lint $(KERNELS) ## Check everything: style, types, unit tests and networked tests.
