@@ -151,11 +151,12 @@ def find_blocks(
             mlp = _mlp_parameters(layers[first], f"{path}.{first}")
             blocks.append(Block(0, f"{label} attention", "layer", tuple(n for n in members if n not in mlp), first, 1))
             blocks.append(Block(0, f"{label} mlp", "layer", tuple(n for n in members if n in mlp), first, 1))
-    vectors = all(model.get_parameter(name).dim() == 1 for name in outside["norm"])
-    if final_norm == "last-layer" and train_embeddings and vectors and outside["norm"] and blocks[-1].parameters:
-        blocks[-1] = _with_norm(blocks[-1], outside.pop("norm"))
-    after: tuple[Kind, ...] = ("norm", "head")
-    blocks += [_outside_block(kind, outside, train_embeddings) for kind in after if kind in outside]
+    norm = outside["norm"]
+    vectors = all(model.get_parameter(name).dim() == 1 for name in norm)
+    if final_norm == "last-layer" and train_embeddings and norm and vectors and blocks[-1].parameters:
+        blocks[-1] = _with_norm(blocks[-1], norm)
+        outside["norm"] = []
+    blocks += [_outside_block(kind, outside, train_embeddings) for kind in ("norm", "head")]
     present = [block for block in blocks if block.parameters]
     return tuple(replace(block, index=index) for index, block in enumerate(present))
 
