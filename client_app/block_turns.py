@@ -170,7 +170,7 @@ class BlockTurns:
                 steps,
                 task.lr,
                 weight_decay=settings.weight_decay,
-                betas=(settings.beta1, 0.999),
+                beta1=settings.beta1,
                 start=start.weights,
                 accumulate=settings.accumulate,
                 autocast=None if settings.autocast == "none" else getattr(torch, settings.autocast),

@@ -79,7 +79,7 @@ class LocalTraining:
             settings.local_steps,
             settings.lr,
             weight_decay=settings.weight_decay,
-            betas=(settings.beta1, 0.999),
+            beta1=settings.beta1,
             start=task.arrays,
         )
         return apply_delta(task.arrays, update.delta), update.losses

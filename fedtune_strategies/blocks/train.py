@@ -54,7 +54,7 @@ def train_block(
     lr: float | Callable[[int], float],
     *,
     weight_decay: float = 0.0,
-    betas: tuple[float, float] = (0.9, 0.999),
+    beta1: float = 0.9,
     start: Mapping[str, Tensor] | None = None,
     accumulate: int = 1,
     autocast: torch.dtype | None = None,
@@ -85,7 +85,7 @@ def train_block(
         Steps K, the skipped ones included.
     lr : float or callable
         Learning rate, or a function of the local step (from 0), by which a schedule over all turns is given.
-    weight_decay, betas : float, (float, float)
+    weight_decay, beta1 : float
         Of AdamW (decoupled decay).
     start : mapping of str to Tensor, optional
         The exact float32 block to start from where the model holds it in 16 bits; by default the model's own.
@@ -106,7 +106,7 @@ def train_block(
     parameters = {name: model.get_parameter(name) for name in block.parameters}
     start = {name: (start or parameters)[name].detach().to(p.device, torch.float32) for name, p in parameters.items()}
     master = [value.clone() for value in start.values()]
-    stepper = optimizer(master, lr=0.0, betas=betas, weight_decay=weight_decay)
+    stepper = optimizer(master, lr=0.0, betas=(beta1, 0.999), weight_decay=weight_decay)
     losses: list[float] = []
     norms: list[float] = []
     options: dict[str, Any] = {"autocast": autocast, "checkpoint": checkpoint, "cache_bytes": cache_bytes}
