@@ -3,9 +3,9 @@
     python benchmarks/block_convergence.py MODEL_FOLDER databricks-dolly-15k.jsonl [--study gap] [--seeds 3]
 
 Four nodes, Dolly parted by a Dirichlet distribution over its categories (alpha 0.5), in memory. All runs take 800
-local steps of 8 examples (128 tokens) in all: FedAvg over four nodes at once, blocks one node after the other. Appends
-a line for each run to benchmarks/results/block_convergence.jsonl, makes no run twice, and prints a Markdown table of
-the held-out loss (nats a token) after the last round.
+local steps of 8 examples (128 tokens) in all, those of the study "long" four times as many: FedAvg over four nodes at
+once, blocks one node after the other. Appends a line for each run to benchmarks/results/block_convergence.jsonl, makes
+no run twice, and prints a Markdown table of the held-out loss (nats a token) after the last round.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from flwr.app import Message
@@ -49,8 +50,13 @@ def fedavg(lr: float, steps: int = 25, total: int = STEPS, **keys: object) -> di
 
 def blocks(lr: float, steps: int = 25, total: int = STEPS, **keys: object) -> dict:
     own = {"local_steps": steps, "lr": lr} | keys
-    rounds = total // (steps * int(str(keys.get("nodes_per_round", 1))))
-    return {"method.name": "fedcybgd", "num-server-rounds": rounds} | named("fedcybgd", own)
+    return {"method.name": "fedcybgd", "num-server-rounds": total // steps} | named("fedcybgd", own)
+
+
+def late(weight: float, **keys: Any) -> dict:
+    """Blocks of one layer, while one of the four nodes answers a round late."""
+    fleet = {"strategy.late": weight, "strategy.min-nodes": NODES - 1, "round.deadline": 0.5}
+    return blocks(3e-3, prefetch=False, **keys, **DOWN) | fleet
 
 
 def named(section: str, keys: dict) -> dict:
@@ -63,7 +69,6 @@ COSINE: dict = {"lr_schedule": "cosine", "warmup": 0.05}
 LINEAR: dict = {"lr_schedule": "linear", "warmup": 0.05}
 BRISK: dict = LINEAR | {"beta1": 0.5}
 DOWN: dict = BRISK | {"order": "descending"}
-LATE: dict = {"strategy.late": 0.5, "strategy.min-nodes": 3, "round.deadline": 0.5}
 STUDIES: dict[str, dict[str, dict]] = {
     "lr": {
         "FedAvg, lr 0.0005": fedavg(5e-4),
@@ -96,16 +101,13 @@ STUDIES: dict[str, dict[str, dict]] = {
         "two layers": blocks(3e-3, layers_per_block=2, **DOWN),
         "all layers": blocks(2e-3, layers_per_block=5, **DOWN),
     },
-    # One of the four nodes answers a round late.
     "late": {
         "all in time": blocks(3e-3, prefetch=False, **DOWN),
-        "late, refused": blocks(3e-3, prefetch=False, **DOWN) | LATE,
-        "late, rebased, weight 0.5": blocks(3e-3, prefetch=False, stale="rebase", **DOWN) | LATE,
-        "late, rebased, weight 1": blocks(3e-3, prefetch=False, stale="rebase", **DOWN) | LATE | {"strategy.late": 1.0},
-        "late, averaged, weight 0.5": blocks(3e-3, prefetch=False, stale="average", **DOWN) | LATE,
-        "late, averaged, weight 1": blocks(3e-3, prefetch=False, stale="average", **DOWN)
-        | LATE
-        | {"strategy.late": 1.0},
+        "late, refused": late(0.5),
+        "late, rebased, weight 0.5": late(0.5, stale="rebase"),
+        "late, rebased, weight 1": late(1.0, stale="rebase"),
+        "late, averaged, weight 0.5": late(0.5, stale="average"),
+        "late, averaged, weight 1": late(1.0, stale="average"),
     },
     "long": {
         "FedAvg, lr 0.001, four times as long": fedavg(1e-3, total=LONG),
@@ -183,8 +185,8 @@ def run(model: str, data: str, settings: dict) -> list[float]:
         settings = settings | {"eval.data": str(folder / "held_out.jsonl"), "run.dir": str(folder / "run")}
         nodes = [Node(settings, {"name": f"node-{i}", "data": str(path)}, i) for i, path in enumerate(files, start=1)]
         handlers = {i: node.handle for i, node in enumerate(nodes, start=1)}
-        late = NODES if "strategy.late" in settings else 0
-        execute(LateGrid(handlers, late), settings, run_id=1)
+        behind = NODES if "strategy.late" in settings else 0
+        execute(LateGrid(handlers, behind), settings, run_id=1)
         return [record.body["eval/loss"] for record in Ledger.read(folder / "run").records("evaluation")]
 
 
