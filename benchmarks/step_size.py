@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from comparison.protocols import STORIES, dolly, tiny
 
-from benchmarks.comparison.protocols import STORIES, dolly, tiny
+from fedtune_strategies.draws import sample
 from fedtune_strategies.language.data import read_rows
 from fedtune_strategies.language.evaluation import evaluate_loss
 from fedtune_strategies.language.examples import Examples, batches, tokenise
@@ -26,7 +28,6 @@ from fedtune_strategies.seed_gradient import decode, default_step, encode, local
 from fedtune_strategies.seed_space import make_pool, tuned_parameters
 from fedtune_strategies.seed_space.moved import MovedWeights
 from fedtune_strategies.seed_space.scaled import rms_scales, scaled
-from fedtune_strategies.draws import sample
 
 
 def main() -> None:
@@ -70,10 +71,10 @@ def run(
     weights, losses = MovedWeights(base), []
     for number in range(1, rounds + 1):
         pool = scaled(make_pool("walsh", seed * 1000 + number, seeds), scales)
-        replies = []
+        find, replies = partial(slopes, model, parameters, response_loss, pool=pool), []
         for node in sample((seed, number), [str(i) for i in range(len(nodes))], min(4, len(nodes))):
             found = local_walk(
-                parameters, weights, pool, lambda batch: slopes(model, parameters, response_loss, batch, pool),
+                parameters, weights, pool, find,
                 batches(nodes[int(node)], rows, steps, (seed, number, node)), step=step, beta1=beta1,
             )  # fmt: skip
             packed, unit = encode(found.theta.numpy(), 1)

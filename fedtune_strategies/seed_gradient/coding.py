@@ -31,8 +31,8 @@ def encode(theta: NDArray[np.float32], bits: int) -> tuple[Tensor, float]:
     Returns
     -------
     tuple of Tensor and float
-        The packed levels, uint8, ``ceil(K * bits / 8)`` bytes, and the unit, in float32 precision. At one bit the unit is twice
-        the mean magnitude.
+        The packed levels, uint8, ``ceil(K * bits / 8)`` bytes, and the unit, in float32 precision. At one bit the unit
+        is twice the mean magnitude.
     """
     x = theta.astype(np.float64)
     rms = float(np.sqrt(np.mean(x * x))) if x.size else 0.0

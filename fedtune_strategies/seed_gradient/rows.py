@@ -23,9 +23,7 @@ Rows = Callable[[int, int], Tensor]
 
 
 @contextlib.contextmanager
-def projected_by_rows(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], pool: Pool, add: Add
-) -> Iterator[None]:
+def projected_by_rows(model: nn.Module, parameters: Mapping[str, nn.Parameter], pool: Pool, add: Add) -> Iterator[None]:
     """Let the large linear and embedding modules project the gradients of their weights themselves.
 
     A matrix that several modules share gets its share of the slopes from each of them.
