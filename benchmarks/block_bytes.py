@@ -12,9 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedtune_strategies.blocks.codec_config import parse_codec
 from fedtune_strategies.blocks.codecs import encode, encode_with_feedback
-from fedtune_strategies.blocks.exchange import UPLOADS
-from fedtune_strategies.blocks.notation import parse_codec
+from fedtune_strategies.fedcybgd.frozen_form import UPLOADS
+from fedtune_strategies.fedcybgd.messages import BlockReply, BlockTask
 from fedtune_strategies.protocol import messages as protocol
 
 HIDDEN, INNER, LAYERS, VOCABULARY = 768, 2048, 12, 32_000
@@ -30,7 +31,7 @@ def main() -> None:
     print("| upload | bytes | of the block in this coding |\n|---|---|---|")
     for name, codec in UPLOADS.items():
         parts, _ = encode_with_feedback(block, {}, codec)
-        reply = protocol.BlockReply("node-1", 20, 3, 4, parts, 1.0, 0.1, 0.1, 50, 0, "0" * 16, 100, 1.0, 10**9)
+        reply = BlockReply("node-1", 20, 3, 4, parts, 1.0, 50, 0, "0" * 16, 100, 1.0, 10**9)
         size = len(protocol.encode(reply))
         print(f"| {name} | {size:,} | {size / (WIDTHS[name] * elements):.4f} |")
     print("\n| rest | nodes | bytes | of the model in bfloat16 |\n|---|---|---|---|")
@@ -41,10 +42,10 @@ def main() -> None:
             print(f"| {rest} | {nodes} | {size:,} | {size / model:.3f} |")
 
 
-def turn(block: dict[str, Tensor], others: dict[str, Tensor]) -> protocol.BlockTask:
+def turn(block: dict[str, Tensor], others: dict[str, Tensor]) -> BlockTask:
     """Make a node's task: its block exactly, and others coded."""
     versions, none = torch.zeros(LAYERS + 2, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
-    return protocol.BlockTask(20, 0, versions, block, others, 1e-3, 50, absent=none, committed=16, norms={})
+    return BlockTask(20, 0, versions, block, others, 1e-3, 50, dropped=none, committed=16)
 
 
 def layer(index: int) -> dict[str, Tensor]:

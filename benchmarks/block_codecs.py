@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
+from fedtune_strategies.blocks.codec_config import Codec, parse_codec
 from fedtune_strategies.blocks.codecs import decode, encode, encoded_size
 from fedtune_strategies.blocks.find import Block, find_blocks
 from fedtune_strategies.blocks.gradients import block_gradients
-from fedtune_strategies.blocks.notation import Codec, parse_codec
 from fedtune_strategies.blocks.rest import (
     compressed_rest,
     dropped_layers,

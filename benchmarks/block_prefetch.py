@@ -17,8 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from deploy.common.app_folder import write_app
 from deploy.local.federation import federation
-from deploy.plumbing.app_folder import write_app
 from fedtune_strategies.tiny.tasks import write_federation
 from server_app.ledger import Ledger
 
@@ -40,13 +40,13 @@ def main() -> None:
         files, _ = write_federation(folder / "data", NODES)
         nodes = {f"node-{i}": file for i, file in enumerate(files)}
         with federation(folder / "federation", nodes, bandwidth=args.bandwidth) as running:
-            app = write_app(folder / "app")
+            app = write_app(folder / "app", "fedcybgd")
             for prefetch in (False, True):
                 settings = {
                     "method.name": "fedcybgd",
                     "num-server-rounds": args.turns,
                     "strategy.min-nodes": NODES,
-                    "fedcybgd.local-steps": args.steps,
+                    "train.local-steps": args.steps,
                     "fedcybgd.prefetch": prefetch,
                     "run.dir": str(folder / str(prefetch)),
                 }

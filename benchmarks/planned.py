@@ -24,13 +24,13 @@ import torch
 from apart import tune_apart
 from transformers import AutoTokenizer
 
-from client_app.tasks import Node
+from client_app.node import Node
 from fedtune_strategies.memory import peak_memory
 
 EXAMPLES = 200
 METHODS: dict[str, dict[str, Any]] = {
-    "fedkseed": {"num-server-rounds": 3, "fedkseed.local-steps": 20},
-    "fedcybgd": {"num-server-rounds": 9, "fedcybgd.local-steps": 8, "fedcybgd.prefetch": False},
+    "fedkseed": {"num-server-rounds": 3, "train.local-steps": 20},
+    "fedcybgd": {"num-server-rounds": 9, "train.local-steps": 8, "fedcybgd.prefetch": False},
 }
 
 
@@ -59,10 +59,10 @@ def main() -> None:
     from comparison.memory import write_model
 
     from deploy.plan import plan
-    from deploy.speed import measure
     from fedtune_strategies.config import parse
     from fedtune_strategies.language.model import load_model
     from fedtune_strategies.language.model_files import count_parameters, weight_files
+    from fedtune_strategies.method import load_method
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=6)
@@ -84,13 +84,15 @@ def main() -> None:
         for method, own in METHODS.items():
             settings = common | {"method.name": method, "run.dir": str(folder / method)} | own
             config = parse(settings)
-            speed = measure(load_model(str(model)), config, clock=time.process_time)
-            planned = plan(config, model, 1, EXAMPLES, speed)
+            planned = plan(config, model, 1, EXAMPLES)
+            measure = load_method(method).seconds
+            assert measure is not None
+            expected = measure(config, load_model(str(model)), EXAMPLES, time.process_time)
             seconds, peak = tune_apart(serve, settings, str(data))
             seconds = seconds[2:]  # after the greeting and the first task
             print(
                 f"| {method} | {statistics.mean(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f}) | "
-                f"{planned.seconds:.1f} | {(peak - 4 * weights) / 1e6:.0f} | {planned.memory / 1e6:.0f} |",
+                f"{expected:.1f} | {(peak - 4 * weights) / 1e6:.0f} | {planned.memory / 1e6:.0f} |",
                 flush=True,
             )
 

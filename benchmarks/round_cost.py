@@ -17,8 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from deploy.common.app_folder import write_app
 from deploy.local.federation import Federation, federation
-from deploy.plumbing.app_folder import write_app
 from fedtune_strategies.tiny.tasks import write_federation
 from server_app.ledger import Ledger
 
@@ -79,15 +79,14 @@ def main() -> None:
         "strategy.min-nodes": args.nodes,
         "train.batch-size": 1,
         "fedkseed.seeds": args.seeds,
-        "fedkseed.local-steps": args.steps,
-        "fedcybgd.local-steps": 1,
+        "train.local-steps": args.steps,
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files, _ = write_federation(folder / "data", args.nodes)
         nodes = {f"node-{i}": file for i, file in enumerate(files)}
         with federation(folder / "federation", nodes) as running:
-            rows = measure(running, write_app(folder / "app"), settings, folder / "run")
+            rows = measure(running, write_app(folder / "app", str(settings["method.name"])), settings, folder / "run")
     print(
         f"{'round':>5} {'seconds':>8} {'work':>6} {'fixed':>6} {'payload':>9} {'up':>9} {'down':>9} {'in all':>9} bytes"
     )

@@ -16,7 +16,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -25,11 +25,13 @@ from flwr.app import ConfigRecord, Message, MessageType
 
 from fedtune_strategies.admission import Node
 from fedtune_strategies.config import parse
+from fedtune_strategies.fedkseed.config import FedKSeedRunConfig
+from fedtune_strategies.fedkseed.messages import SeedReply
+from fedtune_strategies.fedkseed.strategy import FedKSeed
 from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.memory import peak_memory
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.records import to_record
-from fedtune_strategies.strategies.build import build_strategy
 from fedtune_strategies.testing import InMemoryGrid
 
 
@@ -62,12 +64,12 @@ def measure(count: int, method: str, seeds: int, steps: int) -> Load:
     settings = {
         "method.name": method,
         "fedkseed.seeds": seeds,
-        "fedkseed.local-steps": steps,
+        "train.local-steps": steps,
         "strategy.min-nodes": count,
     }
     config = parse(settings)
     base = {"weight": torch.zeros(64)}
-    strategy = build_strategy(config, torch.nn.Linear(1, 1), base)
+    strategy = FedKSeed(cast(FedKSeedRunConfig, config), base)
     names = [f"node-{i:06d}" for i in range(count)]
     crowd = Crowd(names)
     arrays = strategy.initial_arrays()
@@ -78,7 +80,7 @@ def measure(count: int, method: str, seeds: int, steps: int) -> Load:
     tasks, configure = timed(lambda: list(strategy.configure_train(1, arrays, ConfigRecord(), crowd)))
     assert len(tasks) == count
     replies = [
-        protocol.SeedReply(
+        SeedReply(
             node=name,
             round=1,
             scalars=scalars[i % 16],

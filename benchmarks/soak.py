@@ -22,7 +22,7 @@ import torch
 from flwr.app import Message
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from client_app.tasks import Node
+from client_app.node import Node
 from fedtune_strategies.testing import Handler, InMemoryGrid
 from fedtune_strategies.tiny import MODEL_FOLDER
 from fedtune_strategies.tiny.tasks import write_federation
@@ -34,8 +34,7 @@ SMALL = {
     "train.seq-length": 32,
     "train.batch-size": 1,
     "fedkseed.seeds": 64,
-    "fedkseed.local-steps": 2,
-    "fedcybgd.local-steps": 2,
+    "train.local-steps": 2,
     "strategy.min-nodes": 1,
     "round.deadline": 0.5,
     "round.node-wait": 60.0,

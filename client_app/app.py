@@ -5,7 +5,7 @@ from __future__ import annotations
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from client_app.link import WorkerSpec, ask_worker
+from client_app.worker_client import WorkerSpec, ask_worker
 from fedtune_strategies.protocol.records import from_record, to_record
 
 app = ClientApp()

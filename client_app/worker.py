@@ -1,7 +1,7 @@
 """The resident worker: holds model and data between rounds, answers the messenger on a Unix socket.
 
-Run as ``python -m client_app.worker FOLDER HOST_PID`` by `client_app.link`. It ends when its SuperNode is gone, when
-another worker took its place, on SIGTERM, or after an idle time.
+Run as ``python -m client_app.worker FOLDER HOST_PID`` by `client_app.worker_client`. It ends when its SuperNode is
+gone, when another worker took its place, on SIGTERM, or after an idle time.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pathlib import Path
 import grpc
 import psutil
 
-from client_app.facts import Facts
-from client_app.link import GRPC_OPTIONS, METHOD, WorkerSpec, running_worker
-from client_app.tasks import Node
+from client_app.node import Node
+from client_app.stats import Stats
+from client_app.worker_client import GRPC_OPTIONS, METHOD, WorkerSpec, running_worker
 from fedtune_strategies.errors import FedTuneError
 from fedtune_strategies.logs import json_handler
 from fedtune_strategies.protocol import messages as protocol
@@ -47,7 +47,7 @@ class Service:
         self._spec = spec
         self._node: Node | None = None
         self._busy = threading.Lock()
-        self._facts = Facts()
+        self._facts = Stats()
         self.last_used = time.monotonic()
 
     def do(self, request: bytes) -> bytes:

@@ -13,7 +13,6 @@ import typer
 from typer.core import TyperGroup
 
 from deploy.commands import ledger
-from deploy.commands.blocks import blocks
 from deploy.commands.compare import compare
 from deploy.commands.configuration import config
 from deploy.commands.demo import demo
@@ -21,6 +20,7 @@ from deploy.commands.join import join, leave
 from deploy.commands.keys import keys
 from deploy.commands.machine import bench, doctor, plan, version
 from deploy.commands.models import evaluate, export
+from deploy.commands.parts import parts
 from deploy.commands.runs import resume, run, status, stop
 from deploy.commands.serve import nodes_app, serve
 from fedtune_strategies.errors import FedTuneError, ResourceError
@@ -61,7 +61,7 @@ app = typer.Typer(
 # The panels of `fedtune --help`, in the order in which they are shown.
 PANELS: dict[str, list[Callable[..., None]]] = {
     "Try it": [demo],
-    "Operators": [serve, run, status, stop, resume, plan, export, evaluate, compare, blocks, keys],
+    "Operators": [serve, run, status, stop, resume, plan, export, evaluate, compare, parts, keys],
     "Device owners": [join, leave, doctor],
     "Everybody": [config, bench, version],
 }

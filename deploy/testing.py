@@ -25,8 +25,8 @@ import safetensors.torch
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from client_app.tasks import Node
-from fedtune_strategies.config import Scalar
+from client_app.node import Node
+from fedtune_strategies.config import Scalar, defaults
 from fedtune_strategies.language.model_files import model_folder
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.testing import Handler, InMemoryGrid, Lost
@@ -39,8 +39,7 @@ _QUICK: dict[str, Scalar] = {
     "train.seq-length": 32,
     "train.batch-size": 2,
     "fedkseed.seeds": 64,
-    "fedkseed.local-steps": 4,
-    "fedcybgd.local-steps": 2,
+    "train.local-steps": 3,
     "round.deadline": 0.5,
     "round.node-wait": 5.0,
 }
@@ -83,14 +82,16 @@ class Federation:
         self.nodes = nodes
         self._running: dict[str, list[Handler]] = {}
         model = _write_model(folder / "model")
-        self.settings = _QUICK | {"model.name": str(model), "strategy.min-nodes": nodes} | dict(settings)
+        known = defaults(str(settings.get("method.name", "")))
+        quick = {key: value for key, value in _QUICK.items() if key in known}
+        self.settings = quick | {"model.name": str(model), "strategy.min-nodes": nodes} | dict(settings)
         self._data = [folder / f"node_{number}.jsonl" for number in range(nodes)]
         for number, path in enumerate(self._data):
             rows = node_rows(number, nodes, train_per_task=8, seed=0)
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     def run(self, name: str, faults: Sequence[Fault] = (), *, reverse: bool = False, stop_after: int = 0) -> Ledger:
-        """Run the federation to its end, or go on with a run that was stopped.
+        """Run the federation to its end, or continue a run that was stopped.
 
         Parameters
         ----------

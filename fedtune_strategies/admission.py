@@ -16,12 +16,12 @@ from flwr.serverapp import Grid
 
 from fedtune_strategies.errors import FedTuneError, FingerprintError, NodesError, ProtocolError
 from fedtune_strategies.protocol import messages as protocol
-from fedtune_strategies.protocol.mail import answer, query
+from fedtune_strategies.protocol.flower import answer, query
 
 log = logging.getLogger("fedtune")
 
 _REFUSED_FOR_S = 60.0
-_PIECE_S = 600.0
+_CHUNK_S = 600.0
 # Loading a large model takes its time; after this the message is given up and the node greeted anew.
 _HELLO_S = 1800.0
 
@@ -75,7 +75,7 @@ class Admission:
         fingerprint: str,
         on_event: Callable[[str, str, str], None],
         nodes: Iterable[Node],
-        supply: Callable[[protocol.ModelWanted], protocol.Message],
+        supply: Callable[[protocol.ModelRequest], protocol.Message],
     ) -> None:
         self.nodes = {node.id: node for node in nodes}
         self.supplied = 0.0
@@ -152,7 +152,7 @@ class Admission:
     def _admit(self, node_id: int, reply: Message) -> None:
         try:
             hello = answer(reply)
-            if isinstance(hello, protocol.ModelWanted):
+            if isinstance(hello, protocol.ModelRequest):
                 self._send_model(node_id, hello)
                 return
             if not isinstance(hello, protocol.HelloReply):
@@ -179,10 +179,10 @@ class Admission:
             return
         self._join(node)
 
-    def _send_model(self, node_id: int, wanted: protocol.ModelWanted) -> None:
-        if wanted.piece < 0:
+    def _send_model(self, node_id: int, wanted: protocol.ModelRequest) -> None:
+        if wanted.chunk < 0:
             self._event("supplied", wanted.node, "lacks the base model: sending it")
-        message = query(node_id, self._supply(wanted), _PIECE_S)
+        message = query(node_id, self._supply(wanted), _CHUNK_S)
         self._hellos |= dict.fromkeys(self._grid.push_messages([message]), node_id)
         self.supplied = time.monotonic()
 

@@ -22,12 +22,12 @@ from flwr.supercore.run import Run
 from fedtune_strategies.admission import Admission, Node, label
 from fedtune_strategies.errors import FedTuneError, NodesError
 from fedtune_strategies.protocol import messages as protocol
-from fedtune_strategies.protocol.mail import answer
+from fedtune_strategies.protocol.flower import answer
 from fedtune_strategies.protocol.records import from_record
 
 
 @dataclass(frozen=True)
-class Received:
+class NodeReply:
     """One reply, or the error that came instead.
 
     Attributes
@@ -49,7 +49,7 @@ class Received:
     bytes_up: int
 
 
-def _nothing_to_supply(wanted: protocol.ModelWanted) -> protocol.Message:
+def _nothing_to_supply(wanted: protocol.ModelRequest) -> protocol.Message:
     raise NodesError(f"{wanted.node} lacks the base model, and there is none to send.")
 
 
@@ -80,7 +80,7 @@ class Fleet(Grid):
         poll_interval: float = 0.25,
         on_event: Callable[[str, str, str], None] = lambda kind, node, line: None,
         nodes: Iterable[Node] = (),
-        supply: Callable[[protocol.ModelWanted], protocol.Message] = _nothing_to_supply,
+        supply: Callable[[protocol.ModelRequest], protocol.Message] = _nothing_to_supply,
     ) -> None:
         self._grid = grid
         self._poll_interval = poll_interval
@@ -95,11 +95,11 @@ class Fleet(Grid):
         admitted = sorted(self._admission.nodes.values(), key=_name)
         return {node.name: node for node in admitted if node.name not in self._aside}
 
-    def set_aside(self, names: Iterable[str]) -> None:
+    def exclude(self, names: Iterable[str]) -> None:
         """Hide some nodes from the next tasks; an empty collection brings all back."""
         self._aside = set(names)
 
-    def gather(self, count: int, wait: float) -> None:
+    def wait_for_nodes(self, count: int, wait: float) -> None:
         """Admit whoever is there, until enough nodes are present.
 
         Parameters
@@ -125,7 +125,7 @@ class Fleet(Grid):
                 raise self._admission.too_few(len(self.nodes), count, wait)
             time.sleep(self._poll_interval)
 
-    def exchange(self, tasks: Iterable[Message], deadline: float, patience: float = 0.0) -> Iterator[Received]:
+    def exchange(self, tasks: Iterable[Message], deadline: float, patience: float = 0.0) -> Iterator[NodeReply]:
         """Send tasks and yield the replies as they arrive.
 
         Parameters
@@ -139,7 +139,7 @@ class Fleet(Grid):
 
         Yields
         ------
-        Received
+        NodeReply
                 One for every task that was answered, failed or lost. Nodes still missing at the deadline are lost.
         """
         queues: dict[int, deque[Message]] = {}
@@ -166,7 +166,7 @@ class Fleet(Grid):
             if node is not None:
                 self._late[message_id] = (node, message)
 
-    def late(self) -> list[Received]:
+    def late(self) -> list[NodeReply]:
         """Take what came from nodes that had missed their deadline; errors are of no interest any more."""
         found = []
         for reply in self._grid.pull_messages(list(self._late)) if self._late else ():
@@ -175,7 +175,7 @@ class Fleet(Grid):
                 found.append(self._received(task, reply, node))
         return found
 
-    def hurry(self, grace: float) -> None:
+    def shorten_deadline(self, grace: float) -> None:
         """Let the exchange that is going on end after this many seconds, if its deadline is not sooner."""
         self._limit = min(self._limit, time.monotonic() + grace)
 
@@ -226,15 +226,15 @@ class Fleet(Grid):
                 time.sleep(self._poll_interval)
         return replies
 
-    def _received(self, task: Message, reply: Message, node: Node | None = None) -> Received:
+    def _received(self, task: Message, reply: Message, node: Node | None = None) -> NodeReply:
         node_id = task.metadata.dst_node_id
         node = node or self._admission.nodes.get(node_id) or Node(label(node_id), 0, 0)
         down = len(from_record(task.content)[1])
         try:
             message = answer(reply)
         except FedTuneError as error:
-            return Received(node, error, None, down, 0)
-        return Received(node, message, reply.content, down, len(from_record(reply.content)[1]))
+            return NodeReply(node, error, None, down, 0)
+        return NodeReply(node, message, reply.content, down, len(from_record(reply.content)[1]))
 
 
 def _name(node: Node) -> str:

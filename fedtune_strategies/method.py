@@ -1,16 +1,16 @@
-"""What ``method.name`` names: a strategy on the server, and what answers its tasks on a node.
+"""What ``method.name`` names: all that a tuning method is, in one object.
 
-The methods of FedTune are named in `fedtune_strategies.strategies.build` and `client_app.tasks`. Others come from
-packages that the owners of the machines have installed: such a package names its `Method` in the entry point group
-``fedtune.methods``. A run can only name what is installed; nothing executable travels with it.
+A package names its `Method` in the entry point group ``fedtune.methods``; FedTune's own are declared the same way. A
+run can only name what the owners of the machines have installed: nothing executable travels with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
 
 from fedtune_strategies.errors import ConfigError
 
@@ -18,9 +18,12 @@ if TYPE_CHECKING:  # the configuration is read where no torch is
     from torch import Tensor, nn
 
     from fedtune_strategies.config import Config
+    from fedtune_strategies.config.node import NodeConfig
+    from fedtune_strategies.cost import Cost, Fleet, Shape
     from fedtune_strategies.language.examples import Examples
+    from fedtune_strategies.language.model import LanguageModel
     from fedtune_strategies.protocol.messages import Message
-    from fedtune_strategies.strategies.base import TuningStrategy
+    from fedtune_strategies.strategy import TuningStrategy
 
 GROUP = "fedtune.methods"
 
@@ -32,7 +35,7 @@ class NodeContext:
     Attributes
     ----------
     config : Config
-        The run configuration.
+        The run configuration, of the class that the method declares.
     name : str
         The node's name.
     model : nn.Module
@@ -41,39 +44,113 @@ class NodeContext:
         W_0 by canonical parameter name; not to be changed.
     examples : Examples
         The owner's data, tokenised.
+    node : NodeConfig
+        The node's own configuration: how it uses its memory.
     """
 
-    config: Config
+    config: Any
     name: str
     model: nn.Module
     base: Mapping[str, Tensor]
     examples: Examples
+    node: NodeConfig
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What a method shows on the status page beside what all methods show.
+
+    Attributes
+    ----------
+    title, note : str
+        Heading, and a sentence that says what the figures mean.
+    columns : sequence of (str, float)
+        Label and height of each column of a chart, from left to right.
+    unit : str
+        What the heights count.
+    """
+
+    title: str
+    note: str
+    columns: Sequence[tuple[str, float]]
+    unit: str
+
+
+def _no_panel(config: Any, state: Mapping[str, Tensor]) -> Panel | None:
+    return None
 
 
 @dataclass(frozen=True)
 class Method:
-    """A tuning method of another package.
+    """A tuning method.
 
     Attributes
     ----------
+    name : str
+        As in ``method.name``; the same as that of the entry point.
+    summary : str
+        One line for help texts.
+    config : type
+        Subclass of `fedtune_strategies.config.Config` with the method's sections.
     strategy : callable
         From the run configuration, the server's model and W_0 by name to a new strategy.
-    node : callable
+    client : callable
         From a `NodeContext` to the function that answers the strategy's tasks. It is made once and lives as long as
         the node's model. What it raises from `fedtune_strategies.errors` reaches the operator as one line.
+    leaves : callable
+        From the run configuration to what leaves a node with its replies, one line each, for the owner's consent.
+    messages : callable
+        Returns the method's message types; see `fedtune_strategies.protocol.messages.register`.
+    cost : callable or None
+        From the run configuration, the model's `Shape` and the `Fleet` to a node's `Cost`; None where it is unknown.
+    seconds : callable or None
+        From the run configuration, a freshly loaded model, a node's number of examples and a clock to the seconds of
+        one task on this machine; the model may be changed.
+    parts : callable or None
+        From the run configuration and the model's structure on the meta device to the parts that it trains by turns:
+        name, number of parameters, and whether it is frozen.
+    panel : callable
+        From the run configuration and the tensors that the strategy stored last to the method's `Panel`.
     """
 
-    strategy: Callable[[Config, nn.Module, Mapping[str, Tensor]], TuningStrategy]
-    node: Callable[[NodeContext], Callable[[Message], Message]]
+    name: str
+    summary: str
+    config: type[Config]
+    strategy: Callable[[Any, nn.Module, Mapping[str, Tensor]], TuningStrategy]
+    client: Callable[[NodeContext], Callable[[Message], Message]]
+    leaves: Callable[[Any], Sequence[str]]
+    messages: Callable[[], Sequence[type]] = field(default=tuple)
+    cost: Callable[[Any, Shape, Fleet], Cost] | None = None
+    seconds: Callable[[Any, LanguageModel, int, Callable[[], float]], float] | None = None
+    parts: Callable[[Any, nn.Module], Sequence[tuple[str, int, bool]]] | None = None
+    panel: Callable[[Any, Mapping[str, Tensor]], Panel | None] = _no_panel
+
+
+@cache
+def _points() -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {}
+    for point in entry_points(group=GROUP):
+        if found.setdefault(point.name, point).value != point.value:
+            raise ConfigError(
+                f"two installed packages bring a method '{point.name}' ({found[point.name].value}, {point.value}): "
+                "uninstall one."
+            )
+    return found
 
 
 def installed_methods() -> tuple[str, ...]:
-    """Return the names of the methods that installed packages bring, sorted."""
-    return tuple(sorted({point.name for point in entry_points(group=GROUP)}))
+    """Return the names of all methods: FedTune's in their documented order, then those of other packages, sorted."""
+    own = own_methods()
+    return (*own, *sorted(set(_points()) - set(own)))
+
+
+def own_methods() -> tuple[str, ...]:
+    """Return the names of the methods that FedTune brings, in their documented order."""
+    return tuple(name for name, point in _points().items() if point.dist is None or point.dist.name == "fedtune")
 
 
 def load_method(name: str) -> Method:
-    """Load a method of an installed package.
+    """Load a method.
 
     Parameters
     ----------
@@ -88,12 +165,22 @@ def load_method(name: str) -> Method:
     Raises
     ------
     ConfigError
-        No installed package has it, or what it names is no `Method`.
+        No installed package has it, or what it names is no `Method` of that name.
     """
-    points = [point for point in entry_points(group=GROUP) if point.name == name]
-    if not points:
+    if name not in _points():
         raise ConfigError(f"run config: no installed package brings the method '{name}': install it here too.")
-    method = points[0].load()
-    if not isinstance(method, Method):
-        raise ConfigError(f"run config: {points[0].value}, installed as the method '{name}', is no fedtune Method.")
+    method = _points()[name].load()
+    if not isinstance(method, Method) or method.name != name:
+        raise ConfigError(
+            f"run config: {_points()[name].value}, installed as the method '{name}', is no fedtune Method of that name."
+        )
+    return method
+
+
+def register_messages(name: str) -> Method:
+    """Load a method and make its message types known to `decode`; needs torch."""
+    from fedtune_strategies.protocol.messages import register
+
+    method = load_method(name)
+    register(*method.messages())
     return method

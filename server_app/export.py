@@ -10,10 +10,10 @@ from typing import Any
 from fedtune_strategies.config import Config, parse
 from fedtune_strategies.errors import LedgerError, ResourceError
 from fedtune_strategies.language.model import LanguageModel, base_tensors, load_model, save_model
+from fedtune_strategies.method import register_messages
 from fedtune_strategies.seed_space import tuned_parameters
-from fedtune_strategies.strategies.build import build_strategy
-from server_app.drive import restore
 from server_app.ledger import TRAFFIC, Ledger
+from server_app.rounds import restore
 
 
 def export_model(
@@ -127,7 +127,7 @@ def open_run(run: Path, ledger: Ledger) -> tuple[Config, LanguageModel, Callable
     base = base_tensors(language)
 
     def rebuild(round: int | None) -> int:
-        strategy = build_strategy(config, language.model, base)
+        strategy = register_messages(config.method.name).strategy(config, language.model, base)
         done, arrays = restore(strategy, ledger, round)
         if round not in (None, done):
             raise LedgerError(

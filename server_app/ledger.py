@@ -3,7 +3,7 @@
 One SQLite file in WAL mode holds one row per event; the rows form a hash chain, so a damaged row is found. Large
 parts (a block's weights, a long reply) are immutable files named by their hash, written before the row that names
 them. The state of a run is a fold over the rows: whatever is killed at any moment, the next start continues from
-the last committed row. `server_app.mend` finds damage, and brings older formats up to date.
+the last committed row. `server_app.ledger_file` finds damage.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from fedtune_strategies.errors import FedTuneError, LedgerError, ResourceError
-from server_app import mend
-from server_app.mend import INLINE_BYTES, Damage
+from server_app import ledger_file
+from server_app.ledger_file import INLINE_BYTES, Damage
 
 log = logging.getLogger("fedtune")
 
@@ -88,7 +88,7 @@ class Ledger:
     Raises
     ------
     LedgerError
-        Another process writes this ledger, it is no ledger, it is damaged before its tail, or of a newer format.
+        Another process writes this ledger, it is no ledger, it is damaged before its tail, or of another format.
     ResourceError
         The disk is full or read-only.
     """
@@ -108,7 +108,7 @@ class Ledger:
                 found = self._cut_back(cut_anywhere)
             self._db = self._open(writable)
             self._hash = self._last_hash() if writable else b""
-        except (*mend.UNREADABLE, OSError, FedTuneError) as error:
+        except (*ledger_file.UNREADABLE, OSError, FedTuneError) as error:
             self._lock.release()
             raise self._plain(error) from None
         if writable and found is not None:
@@ -146,7 +146,7 @@ class Ledger:
         text = json.dumps(body or {}, sort_keys=True, separators=(",", ":"))
         now = time.time()
         file = self._put(blob) if len(blob) > INLINE_BYTES else ""
-        digest = mend.digest(self._hash, now, kind, round, node, text, blob, "")
+        digest = ledger_file.digest(self._hash, now, kind, round, node, text, blob, "")
         if file:
             blob = b""
         try:
@@ -158,7 +158,7 @@ class Ledger:
             raise self._plain(error) from None
         self._hash = digest
         seq = int(cursor.lastrowid or 0)
-        mend.note_head(self._head, seq)
+        ledger_file.note_head(self._head, seq)
         return Record(seq, now, kind, round, node, json.loads(text), blob, file)
 
     def records(self, kind: str | None = None, *, round: int | None = None, after: int = 0) -> Iterator[Record]:
@@ -248,8 +248,8 @@ class Ledger:
             The file is no ledger of this format.
         """
         try:
-            return mend.find_damage(self._path, mend.read_head(self._head))
-        except mend.UNREADABLE as error:
+            return ledger_file.find_corruption(self._path, ledger_file.read_head(self._head))
+        except ledger_file.UNREADABLE as error:
             raise self._plain(error) from None
 
     def _put(self, data: bytes) -> str:
@@ -265,7 +265,7 @@ class Ledger:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
-            mend.sync_folder(path.parent)
+            ledger_file.sync_folder(path.parent)
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise ResourceError(
@@ -293,7 +293,9 @@ class Ledger:
 
     def _cut_back(self, anywhere: bool) -> Damage | None:
         """Before anything is written: where the ledger is damaged, go back to the last good record."""
-        found = mend.find_damage(self._path, mend.read_head(self._head)) if self._path.exists() else None
+        found = (
+            ledger_file.find_corruption(self._path, ledger_file.read_head(self._head)) if self._path.exists() else None
+        )
         if found is None:
             return None
         if not found.good or (found.good_after and not anywhere):
@@ -301,7 +303,7 @@ class Ledger:
                 f", or go back to record {found.good} with `fedtune ledger cut {self.folder}`" if found.good else ""
             )
             raise LedgerError(f"{self._path}: {found}; restore it from a backup{remedy}.")
-        kept = mend.keep_first(self._path, found.good)
+        kept = ledger_file.truncate_to(self._path, found.good)
         log.warning(
             "%s: %s; going on from record %d, the damaged file is kept as %s", self._path, found, found.good, kept
         )
@@ -310,14 +312,12 @@ class Ledger:
     def _open(self, writable: bool) -> sqlite3.Connection:
         # Autocommit: every append is a transaction of its own; FULL makes it survive a power cut.
         if writable and not self._path.exists():
-            mend.make(self._path)
+            ledger_file.make(self._path)
         uri = f"file:{self._path.absolute().as_posix()}?mode={'rw' if writable else 'ro'}"
         db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=10.0)
         if writable:
-            db.execute("PRAGMA journal_mode = WAL")  # older ones may be in another
             db.execute("PRAGMA synchronous = FULL")
-            mend.bring_up_to_date(db, self._put)
-        mend.check_format(db, self._path)
+        ledger_file.check_format(db, self._path)
         return db
 
     def _last_hash(self) -> bytes:

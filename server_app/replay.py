@@ -14,13 +14,13 @@ from fedtune_strategies.config import parse
 from fedtune_strategies.errors import LedgerError
 from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.language.model import base_tensors, load_model
+from fedtune_strategies.method import register_messages
 from fedtune_strategies.seed_space import tuned_parameters
-from fedtune_strategies.strategies.base import TuningStrategy
-from fedtune_strategies.strategies.build import build_strategy
+from fedtune_strategies.strategy import TuningStrategy
 from fedtune_strategies.testing import InMemoryGrid
-from server_app.drive import as_messages, restore
 from server_app.export import export_model
 from server_app.ledger import Ledger, Record
+from server_app.rounds import as_messages, restore
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def replay(run: Path, without: Collection[str] = (), round: int | None = None, o
     config = parse(started.body["config"])
     language = load_model(config.model.name, config.model.dtype)
     base, parameters = base_tensors(language), tuned_parameters(language.model)
-    strategy = build_strategy(config, language.model, base)
+    strategy = register_messages(config.method.name).strategy(config, language.model, base)
     done, kept, left_out = 0, 0, 0
     arrays = strategy.initial_arrays()
     for record in ledger.records("round"):
@@ -89,7 +89,7 @@ def replay(run: Path, without: Collection[str] = (), round: int | None = None, o
         left_out += len(record.body["replies"]) - len(replies)
     if round not in (None, done):
         raise LedgerError(f"the run in {run} has {done} rounds, not {round}: choose one of them.")
-    recorded = build_strategy(config, language.model, base)
+    recorded = register_messages(config.method.name).strategy(config, language.model, base)
     was = recorded.materialise(restore(recorded, ledger, done)[1], parameters)
     if strategy.materialise(arrays, parameters) != was and not without:
         raise LedgerError(

@@ -12,18 +12,18 @@ from typing import Any
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
-from fedtune_strategies.config import Config, defaults, parse
+from fedtune_strategies.config import Config, defaults, from_flower, parse
 from fedtune_strategies.errors import FedTuneError, LedgerError
 from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.language.model import base_tensors, check_context, load_model
 from fedtune_strategies.logs import about
-from fedtune_strategies.provision import ModelSource
+from fedtune_strategies.method import register_messages
+from fedtune_strategies.model_transfer import ModelSource
 from fedtune_strategies.seed_space import fingerprint, tuned_parameters
-from fedtune_strategies.strategies.build import build_strategy
-from server_app.drive import run_rounds
 from server_app.evaluation import evaluate, load_held_out
 from server_app.export import export_model
 from server_app.ledger import Ledger
+from server_app.rounds import run_rounds
 from server_app.tracking import tracking
 
 log = logging.getLogger("fedtune")
@@ -54,10 +54,14 @@ def execute(grid: Grid, flat: Mapping[str, Any], run_id: int) -> Path:
     FedTuneError
         The run cannot start or go on. The ledger, where there is one, records the line and the exit code.
     """
+    flat = from_flower(flat)
     config = parse(flat)
     ledger = _open_ledger(config, flat, run_id)
     try:
-        with about(run=ledger.folder.name), tracking(config, ledger, defaults() | dict(flat)) as report:
+        with (
+            about(run=ledger.folder.name),
+            tracking(config, ledger, defaults(config.method.name) | dict(flat)) as report,
+        ):
             return _execute(grid, config, ledger, report)
     except FedTuneError as error:
         ledger.append("failed", body={"exit_code": error.exit_code, "message": str(error)})
@@ -80,7 +84,7 @@ def _execute(grid: Grid, config: Config, ledger: Ledger, report: Callable[[], No
     held_out = load_held_out(config, language)
     base = base_tensors(language)
     parameters = tuned_parameters(language.model)
-    strategy = build_strategy(config, language.model, base)
+    strategy = register_messages(config.method.name).strategy(config, language.model, base)
     fleet = Fleet(
         grid,
         fingerprint(base),
@@ -117,7 +121,7 @@ def _open_ledger(config: Config, flat: Mapping[str, Any], run_id: int) -> Ledger
         raise LedgerError(f"{folder} holds no run to resume: check 'run.dir' or set 'run.resume' to 'auto'.")
     ledger = Ledger(folder)
     started = ledger.last("start")
-    settings = defaults() | dict(flat)
+    settings = defaults(config.method.name) | dict(flat)
     if started is not None:
         _check_same_run(started.body["config"], settings, folder)
     ledger.append("start", body={"config": settings, "version": version("fedtune"), "run_id": str(run_id)})

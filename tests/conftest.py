@@ -14,6 +14,7 @@ import hypothesis
 import pytest
 import torch
 
+from fedtune_strategies.config import defaults
 from tests.models import CONFIGS, make_model, make_tokenizer
 
 torch.set_num_threads(1)
@@ -47,26 +48,42 @@ def tiny_llama(tmp_path_factory):
     return folder
 
 
+OWN = {
+    "fedkseed": {"fedkseed.seeds": 64, "train.local-steps": 6, "train.lr": 3e-4},
+    "fedkseed-pro": {"fedkseed.seeds": 64, "train.local-steps": 6, "train.lr": 3e-4},
+}
+
+
+class Settings(dict):
+    """A run config whose method can be exchanged: ``settings | {"method.name": ...}`` brings that method's test keys."""
+
+    def __or__(self, changes):
+        name = changes.get("method.name", self["method.name"])
+        kept = dict(self)
+        if name != self["method.name"]:
+            own = {key for keys in OWN.values() for key in keys} | {"train.local-steps"}
+            kept = {k: v for k, v in self.items() if k in defaults(name) and k not in own}
+            kept |= OWN.get(name, {"train.local-steps": 3})
+        return Settings({**kept, **changes})
+
+
 @pytest.fixture
 def settings(tiny_llama, tmp_path):
     """A run config for a federation of three nodes, and their data files."""
     held_out = write_rows(tmp_path / "held_out.jsonl", 12, shift=5)
-    return {
+    shared = {
+        "method.name": "fedkseed",
         "model.name": str(tiny_llama),
         "train.seq-length": 32,
         "train.batch-size": 2,
         "num-server-rounds": 3,
         "strategy.min-nodes": 3,
-        "fedkseed.seeds": 64,
-        "fedkseed.local-steps": 6,
-        "fedkseed.lr": 3e-4,
-        "fedcybgd.local-steps": 3,
-        "fedavg.local-steps": 3,
         "eval.data": str(held_out),
         "eval.answers": 2,
         "eval.max-new-tokens": 4,
         "run.dir": str(tmp_path / "run"),
     }
+    return Settings(shared | OWN["fedkseed"])
 
 
 @pytest.fixture

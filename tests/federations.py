@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from client_app.tasks import Node
+from client_app.node import Node
 from deploy.testing import Killed, killed_after
 from fedtune_strategies.testing import InMemoryGrid
 from server_app.ledger import Ledger

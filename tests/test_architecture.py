@@ -10,7 +10,7 @@ PACKAGES = ("client_app", "server_app", "fedtune_strategies", "deploy")
 MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 MAY_IMPORT_FLOWER = (
     "fedtune_strategies/protocol/records.py",
-    "fedtune_strategies/protocol/mail.py",
+    "fedtune_strategies/protocol/flower.py",
     "fedtune_strategies/admission.py",
     "fedtune_strategies/fleet.py",
     "fedtune_strategies/testing.py",
@@ -18,7 +18,7 @@ MAY_IMPORT_FLOWER = (
     "client_app/app.py",
     "server_app/app.py",
     "server_app/run.py",
-    "server_app/drive.py",
+    "server_app/rounds.py",
     "server_app/replay.py",
     "deploy/",
 )

@@ -33,7 +33,7 @@ def test_every_entrant_has_a_valid_configuration_and_the_same_number_of_local_st
 @pytest.fixture
 def protocol(settings, data_files, tmp_path):
     common = settings | {"strategy.fraction-train": 1.0}
-    for key in ("run.dir", "eval.data", "fedkseed.local-steps", "num-server-rounds"):
+    for key in ("run.dir", "eval.data", "train.local-steps", "num-server-rounds"):
         del common[key]
     held_out = Path(settings["eval.data"])
     files = Files(list(data_files.values()), data_files["node-0"], held_out, held_out)
@@ -43,9 +43,9 @@ def protocol(settings, data_files, tmp_path):
             return common
 
     entrants = [
-        Entrant("FedKSeed", {"method.name": "fedkseed", "fedkseed.local-steps": 2}, "fedkseed.lr", 1e-4),
-        Entrant("FedAvg", {"method.name": "fedavg", "fedavg.local-steps": 2}, "fedavg.lr", 1e-3),
-        Entrant("alone", {"method.name": "fedavg", "fedavg.local-steps": 6}, "fedavg.lr", 1e-3, True, "FedAvg"),
+        Entrant("FedKSeed", {"method.name": "fedkseed", "train.local-steps": 2}, "train.lr", 1e-4),
+        Entrant("FedAvg", {"method.name": "fedavg", "train.local-steps": 2}, "train.lr", 1e-3),
+        Entrant("alone", {"method.name": "fedavg", "train.local-steps": 6}, "train.lr", 1e-3, True, "FedAvg"),
     ]
     return Small("small", lambda folder: files, rounds=2, steps=2, asked=3, list_entrants=lambda _: entrants)
 

@@ -36,7 +36,7 @@ def test_every_key_is_documented():
 
 
 def test_values_reach_their_field():
-    config = parse({"train.seq-length": 77, "fedkseed.lr": 1})
+    config = parse({"train.seq-length": 77, "train.lr": 1})
     assert config.train.seq_length == 77
     assert config.fedkseed.lr == 1.0 and isinstance(config.fedkseed.lr, float)
 
@@ -49,9 +49,9 @@ def test_values_reach_their_field():
         ({"train.seq-length": "long"}, ["'train.seq-length'", "'long'", "whole number", "at least 8"]),
         ({"train.seq-length": 7}, ["'train.seq-length'", "at least 8"]),
         ({"train.seq-length": True}, ["'train.seq-length'", "whole number"]),
-        ({"fedkseed.lr": 0.0}, ["'fedkseed.lr'", "above 0"]),
-        ({"fedkseed.lr": float("nan")}, ["'fedkseed.lr'", "number"]),
-        ({"fedkseed.lr": float("inf")}, ["'fedkseed.lr'", "number"]),
+        ({"train.lr": 0.0}, ["'train.lr'", "above 0"]),
+        ({"train.lr": float("nan")}, ["'train.lr'", "number"]),
+        ({"train.lr": float("inf")}, ["'train.lr'", "number"]),
         ({"method.name": "fedprox"}, ["'method.name'", "'fedprox'", "'fedcybgd'"]),
         ({"fedcybgd.train-embeddings": 1}, ["'fedcybgd.train-embeddings'", "true or false"]),
         ({"strategy.min-replies": 3, "strategy.min-nodes": 2}, ["'strategy.min-replies'", "'strategy.min-nodes'"]),

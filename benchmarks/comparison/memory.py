@@ -26,7 +26,8 @@ import torch
 from apart import tune_apart
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from client_app.tasks import Node
+from client_app.node import Node
+from fedtune_strategies.fedkseed.messages import SeedReply, SeedTask
 from fedtune_strategies.language.examples import batches
 from fedtune_strategies.language.loss import response_loss
 from fedtune_strategies.language.model_files import count_parameters, model_folder, weight_files
@@ -36,15 +37,15 @@ from fedtune_strategies.seed_space import make_pool
 from fedtune_strategies.zeroth_order import local_steps
 
 STEPS = 2
-SEEDS = {"method.name": "fedkseed", "fedkseed.local-steps": STEPS}
+SEEDS = {"method.name": "fedkseed", "train.local-steps": STEPS}
 NODES: dict[str, dict[str, Any]] = {
     "inference": SEEDS,
     "fedkseed": SEEDS,
-    "fedzo": {"method.name": "fedzo", "fedavg.local-steps": STEPS},
+    "fedzo": {"method.name": "fedzo", "train.local-steps": STEPS},
     # The second turn: a transformer layer.
-    "fedcybgd": {"method.name": "fedcybgd", "fedcybgd.local-steps": STEPS, "num-server-rounds": 2},
-    "fedit": {"method.name": "fedit", "fedavg.local-steps": STEPS},
-    "fedavg": {"method.name": "fedavg", "fedavg.local-steps": STEPS},
+    "fedcybgd": {"method.name": "fedcybgd", "train.local-steps": STEPS, "num-server-rounds": 2},
+    "fedit": {"method.name": "fedit", "train.local-steps": STEPS},
+    "fedavg": {"method.name": "fedavg", "train.local-steps": STEPS},
 }
 
 
@@ -86,12 +87,12 @@ def compile_kernels() -> None:
 
 
 @torch.no_grad()
-def forward_passes(node: Node, task: messages.Message) -> messages.SeedReply:
+def forward_passes(node: Node, task: messages.Message) -> SeedReply:
     """Answer FedKSeed's task without a direction: slopes of zero, two losses of each batch."""
-    assert isinstance(task, messages.SeedTask)
+    assert isinstance(task, SeedTask)
     for batch in batches(node.examples, node.config.train.batch_size, STEPS, (0,)):
         losses = [float(response_loss(node.language.model, batch)) for _ in range(2)]
-    return messages.SeedReply(
+    return SeedReply(
         node=node.name, round=task.round, scalars=torch.zeros(STEPS), unit=1.0, loss=losses[0],
         fingerprint=node.base_fingerprint, num_examples=len(node.examples), seconds=0.0, peak_memory=peak_memory(),
         lr=task.lr, eps=task.eps, noise=0.0,

@@ -112,13 +112,13 @@ class Protocol:
 
 def methods(protocol: Protocol) -> list[Entrant]:
     """Return the methods of this project first, then federated baselines, then those without a federation."""
-    zeroth = {"fedkseed.local-steps": protocol.steps}
-    local = {"fedavg.local-steps": protocol.steps}
-    turns = {"fedcybgd.local-steps": protocol.steps, "num-server-rounds": protocol.rounds * protocol.asked}
+    zeroth = {"train.local-steps": protocol.steps}
+    local = {"train.local-steps": protocol.steps}
+    turns = {"train.local-steps": protocol.steps, "num-server-rounds": protocol.rounds * protocol.asked}
     turns |= {"eval.every": protocol.asked}
     # Half the steps for twice the rounds, or most blocks would not have their turn.
     averaged: dict[str, Any] = {
-        "fedcybgd.local-steps": protocol.steps // 2,
+        "train.local-steps": protocol.steps // 2,
         "num-server-rounds": 2 * protocol.rounds,
         "eval.every": 2,
     }
@@ -126,33 +126,33 @@ def methods(protocol: Protocol) -> list[Entrant]:
     pairs: dict[str, Any] = {
         "fedcybgd.layers-per-block": 2,
         "fedcybgd.order": "descending",
-        "fedcybgd.beta1": 0.5,
-        "fedcybgd.lr-schedule": "linear",
-        "fedcybgd.warmup": 0.05,
+        "train.beta1": 0.5,
+        "train.lr-schedule": "linear",
+        "train.warmup": 0.05,
     }
-    alone = {"fedavg.local-steps": protocol.steps * protocol.asked}
+    alone = {"train.local-steps": protocol.steps * protocol.asked}
 
     def entrant(name: str, method: str, lr: str, start: float, own: dict[str, Any], **more: Any) -> Entrant:
         return Entrant(name, {"method.name": method} | own, lr, protocol.starts.get(lr, start), **more)
 
     return [
-        entrant("FedKSeed", "fedkseed", "fedkseed.lr", 1e-4, zeroth),
-        entrant("FedKSeed-Pro", "fedkseed-pro", "fedkseed.lr", 1e-4, zeroth, tuned_as="FedKSeed"),
-        entrant("FedCyBGD", "fedcybgd", "fedcybgd.lr", 3e-3, turns),
-        entrant("FedCyBGD, two layers", "fedcybgd", "fedcybgd.lr", 3e-3, turns | pairs),
-        entrant("FedAvg", "fedavg", "fedavg.lr", 1e-3, local),
-        entrant("FedAvg, beta1 0.5", "fedavg", "fedavg.lr", 1e-3, local | {"fedavg.beta1": 0.5}, tuned_as="FedAvg"),
-        entrant("FedIT (LoRA)", "fedit", "fedavg.lr", 1e-2, local),
-        entrant("FedBAvg", "fedcybgd", "fedcybgd.lr", 3e-3, averaged, tuned_as="FedCyBGD"),
-        entrant("FedZO", "fedzo", "fedavg.lr", 1e-4, local),
-        entrant("central AdamW", "fedavg", "fedavg.lr", 1e-3, alone, central=True, tuned_as="FedAvg"),
-        entrant("central LoRA", "fedit", "fedavg.lr", 1e-2, alone, central=True, tuned_as="FedIT (LoRA)"),
+        entrant("FedKSeed", "fedkseed", "train.lr", 1e-4, zeroth),
+        entrant("FedKSeed-Pro", "fedkseed-pro", "train.lr", 1e-4, zeroth, tuned_as="FedKSeed"),
+        entrant("FedCyBGD", "fedcybgd", "train.lr", 3e-3, turns),
+        entrant("FedCyBGD, two layers", "fedcybgd", "train.lr", 3e-3, turns | pairs),
+        entrant("FedAvg", "fedavg", "train.lr", 1e-3, local),
+        entrant("FedAvg, beta1 0.5", "fedavg", "train.lr", 1e-3, local | {"train.beta1": 0.5}, tuned_as="FedAvg"),
+        entrant("FedIT (LoRA)", "fedit", "train.lr", 1e-2, local),
+        entrant("FedBAvg", "fedcybgd", "train.lr", 3e-3, averaged, tuned_as="FedCyBGD"),
+        entrant("FedZO", "fedzo", "train.lr", 1e-4, local),
+        entrant("central AdamW", "fedavg", "train.lr", 1e-3, alone, central=True, tuned_as="FedAvg"),
+        entrant("central LoRA", "fedit", "train.lr", 1e-2, alone, central=True, tuned_as="FedIT (LoRA)"),
         entrant(
-            "central blocks (BAdam)", "fedcybgd", "fedcybgd.lr", 3e-3, turns | {"fedcybgd.rest": "none"},
+            "central blocks (BAdam)", "fedcybgd", "train.lr", 3e-3, turns | {"fedcybgd.rest": "none"},
             central=True, tuned_as="FedCyBGD",
         ),
         # Not FedZO's step: averaging over its nodes makes that smaller, and one node alone diverged with it.
-        entrant("central MeZO", "fedzo", "fedavg.lr", 3e-5, alone, central=True),
+        entrant("central MeZO", "fedzo", "train.lr", 3e-5, alone, central=True),
     ]  # fmt: skip
 
 
@@ -162,10 +162,10 @@ def seed_options(protocol: Protocol) -> list[Entrant]:
     def entrant(name: str, seeds: int = 1024, steps: int = protocol.steps, asked: int = protocol.asked) -> Entrant:
         nodes = protocol.settings()["strategy.min-nodes"]
         settings: dict[str, Any] = {
-            "method.name": "fedkseed", "fedkseed.seeds": seeds, "fedkseed.local-steps": steps,
+            "method.name": "fedkseed", "fedkseed.seeds": seeds, "train.local-steps": steps,
             "strategy.fraction-train": asked / nodes, "num-server-rounds": protocol.budget // (steps * asked),
         }  # fmt: skip
-        return Entrant(name, settings, "fedkseed.lr", 1e-4, tuned_as="" if name == BASIC else BASIC)
+        return Entrant(name, settings, "train.lr", 1e-4, tuned_as="" if name == BASIC else BASIC)
 
     return [
         entrant(BASIC),
@@ -233,15 +233,15 @@ PROTOCOLS = {
         Protocol("dolly-5.0", lambda folder: dolly(folder, 5.0), rounds=4, steps=20, asked=4),
         Protocol(
             "natural-instructions", natural_instructions, rounds=10, steps=20, asked=2,
-            starts={"fedcybgd.lr": 3e-4},
+            starts={"train.lr": 3e-4},
         ),
         Protocol(
             "tiny", tiny, rounds=4, steps=24, asked=4,
-            starts={"fedkseed.lr": 3e-4, "fedcybgd.lr": 3e-3, "fedavg.lr": 1e-3},
+            starts={"train.lr": 3e-4, "train.lr": 3e-3, "train.lr": 1e-3},
         ),
         Protocol(
             "tiny-long", tiny, rounds=16, steps=24, asked=4,
-            starts={"fedkseed.lr": 3e-4, "fedcybgd.lr": 6e-4, "fedavg.lr": 6e-4}, config="tiny",
+            starts={"train.lr": 3e-4, "train.lr": 6e-4, "train.lr": 6e-4}, config="tiny",
         ),
     )
 }  # fmt: skip

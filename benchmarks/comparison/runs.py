@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from client_app.tasks import Node
+from client_app.node import Node
 from comparison.protocols import Entrant, Files, Protocol
 from fedtune_strategies.testing import InMemoryGrid
 from server_app import evaluation

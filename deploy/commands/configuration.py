@@ -19,22 +19,25 @@ def config(
     ] = False,
     write: Annotated[
         Path | None,
-        typer.Option(help="Write the defaults into `[tool.flwr.app.config]` of this pyproject.toml.", exists=True),
+        typer.Option(
+            help="Write the keys of all methods into `[tool.flwr.app.config]` of this pyproject.toml.", exists=True
+        ),
     ] = None,
+    method: Annotated[str, typer.Option(help="The method whose keys to show.")] = "",
     form: FormatOption = Format.text,
 ) -> None:
-    """Show the run configuration: every key, its default, what it does and what it accepts.
+    """Show the run configuration: every key that a method reads, its default, what it does.
 
-    PATTERN keeps the keys that contain it: `fedtune config fedkseed`.
+    PATTERN keeps the keys that contain it: `fedtune config train --method fedcybgd`.
     """
-    from fedtune_strategies.config import as_toml
+    from fedtune_strategies.config import app_defaults, as_toml, defaults
 
     if write:
-        write.write_text(with_run_config(write.read_text(), as_toml()))
+        write.write_text(with_run_config(write.read_text(), as_toml(app_defaults())))
     elif toml:
-        typer.echo(as_toml(), nl=False)
+        typer.echo(as_toml(defaults(method)), nl=False)
     else:
-        _show_keys(pattern, form)
+        _show_keys(pattern, method, form)
 
 
 def with_run_config(project: str, table: str) -> str:
@@ -48,17 +51,17 @@ def with_run_config(project: str, table: str) -> str:
     heading = "[tool.flwr.app.config]\n"
     before, found, after = project.partition(heading)
     if not found:
-        raise ConfigError(f"no line {heading.strip()} in this file: add it where the run configuration shall stand.")
+        raise ConfigError(f"no line {heading.strip()} in this file: add it where the run configuration belongs.")
     lines = after.splitlines(keepends=True)
     rest = next((i for i, line in enumerate(lines) if line.startswith(("[", "#"))), len(lines))
     gap = "\n" if lines[rest:] else ""
     return before + heading + table + gap + "".join(lines[rest:])
 
 
-def _show_keys(pattern: str, form: Format) -> None:
+def _show_keys(pattern: str, method: str, form: Format) -> None:
     from fedtune_strategies.config import keys
 
-    shown = [key for key in keys() if pattern in key.name]
+    shown = [key for key in keys(method) if pattern in key.name]
     if not shown:
         raise ConfigError(f"no key contains {pattern!r}: `fedtune config` shows all of them.")
 

@@ -86,7 +86,7 @@ def leave(
     form: FormatOption = Format.text,
 ) -> None:
     """Leave a federation: the server forgets this node's key, and this machine the federation. Your data stay."""
-    from deploy.owner.join import find_membership, give_back
+    from deploy.owner.join import find_membership, unregister
     from deploy.owner.service import remove
 
     membership = find_membership(name)
@@ -94,7 +94,7 @@ def leave(
     if not yes:
         agree("Leave?", form)
     remove(membership)
-    give_back(membership, tell_server=not force)
+    unregister(membership, tell_server=not force)
     show(_facts(membership), form, lambda: console.print("Left."))
 
 
@@ -103,8 +103,8 @@ def _facts(membership: Any) -> dict[str, Any]:
 
 
 def _join(word: str, node: dict[str, str], yes: bool, form: Format) -> Any:
-    from deploy.owner.join import Membership, meet, redeem
-    from deploy.plumbing.joining import decode_token
+    from deploy.common.join_token import decode_token
+    from deploy.owner.join import Membership, fetch_server_info, register
 
     token = decode_token(word)
     membership = Membership(token.name, token.address, **node)
@@ -113,11 +113,11 @@ def _join(word: str, node: dict[str, str], yes: bool, form: Format) -> Any:
             f"this machine is {membership.folder.name} already: `fedtune join` starts it, `fedtune leave` ends it"
         )
     token.check_time()
-    authority, server = meet(token)
+    authority, server = fetch_server_info(token)
     _tell(membership, server["offer"], words(form))
     if not yes:
         agree("\nDo you agree?", form)
-    return redeem(
+    return register(
         token,
         authority,
         membership,

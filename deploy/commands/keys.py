@@ -26,7 +26,7 @@ def keys(
     The server's certificate is valid for `localhost` and every `--name`. Calling this again adds names and nodes; a
     certificate that has expired is refused, with what to do.
     """
-    from deploy.plumbing.certificates import node_key, server_files
+    from deploy.common.certificates import node_key, server_files
 
     server = server_files(folder, name or [])
     pairs = {one: node_key(folder, one) for one in node or []}

@@ -14,6 +14,7 @@ from rich.table import Table
 from deploy.commands.output import Format, FormatOption, SetOption, console, setting, show
 
 ModelOption = Annotated[str, typer.Option(help="Base model: folder, Hub id, or `fedtune-tiny`.")]
+EXAMPLES = 1000  # of a node, where nobody says
 DeviceOption = Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")]
 
 
@@ -41,17 +42,17 @@ def doctor(
 
     Looks at the federations that this machine has joined, or at the server of TOKEN before joining. Changes nothing.
     """
+    from deploy.common.checks import show_checks
+    from deploy.common.join_token import decode_token
     from deploy.owner.doctor import examine, examine_membership
-    from deploy.owner.join import meet, memberships
-    from deploy.plumbing.checks import show_checks
-    from deploy.plumbing.joining import decode_token
+    from deploy.owner.join import fetch_server_info, memberships
     from fedtune_strategies.errors import FedTuneError
 
     joined = memberships()
     if token:
         known = decode_token(token)
         try:
-            authority: str | None = meet(known)[0]
+            authority: str | None = fetch_server_info(known)[0]
         except FedTuneError:
             authority = None
         checks = examine(known.address, authority, data, data_format, model, device)
@@ -77,18 +78,15 @@ def bench(
     changes: SetOption = None,
     form: FormatOption = Format.text,
 ) -> None:
-    """Measure this machine: rebuilding the model from seeds, one step of each method, and the way to the server."""
-    facts = _measured(model, device, dict(map(setting, changes or [])))
-    facts |= {"link": [_link(one) for one in _joined()]}
+    """Measure this machine: one task of each method, and the way to the server."""
+    given = dict(map(setting, changes or []))
+    tasks = {name: _task_seconds(name, model, device, given, EXAMPLES) for name in _methods()}
+    facts: dict[str, Any] = {"tasks": tasks, "link": [_link(one) for one in _joined()]}
 
     def as_text() -> None:
-        console.print(f"{model} on {device}, medians of 3; other work on the machine slows all of it")
-        for label, key in [
-            ("rebuild from all seeds", "rebuild"),
-            ("step of FedKSeed", "seed_step"),
-            ("step of FedCyBGD", "block_step"),
-        ]:
-            console.print(f"  {label:26}{1000 * facts[key]:10.1f} ms")
+        console.print(f"{model} on {device}, one task of each method; other work on the machine slows all of it")
+        for name, seconds in tasks.items():
+            console.print(f"  {name:26}{seconds:10.2f} s" if seconds is not None else f"  {name:26}{'-':>10}")
         for link in facts["link"]:
             console.print(f"  round trip to {link['address']:12}{1000 * link['seconds']:10.1f} ms, TLS included")
 
@@ -114,34 +112,54 @@ def plan(
     """
     import psutil
 
-    from deploy.plan import PLANNED
     from deploy.plan import plan as plan_method
-    from deploy.speed import Speed
     from fedtune_strategies.config import parse
     from fedtune_strategies.language.model_files import model_folder
 
-    settings = dict(map(setting, changes or [])) | {"model.name": model}
-    folder = model_folder(model)
-    speed = Speed(**_measured(model, "cpu", dict(settings))) if measure else None
+    given, folder = dict(map(setting, changes or [])), model_folder(model)
     available = memory * 1e9 if memory is not None else psutil.virtual_memory().available
     rows = []
-    for name in PLANNED:
-        config = parse(settings | {"method.name": name})
-        one = plan_method(config, folder, nodes, examples, speed)
+    for name in _methods():
+        config = parse(_keys_of(name, given | {"model.name": model}))
+        one = plan_method(config, folder, nodes, examples)
+        seconds = _task_seconds(name, model, "cpu", given, examples) if measure else None
         wire = one.link_seconds(link * 1e6)
-        rounds = (one.tasks * one.seconds + wire) * config.num_server_rounds if one.seconds is not None else None
-        rows.append(asdict(one) | {"link_seconds": wire, "run_seconds": rounds, "fits": one.memory <= available})
+        rounds = (one.tasks * seconds + wire) * config.num_server_rounds if seconds is not None else None
+        rows.append(
+            {"method": name, **asdict(one), "seconds": seconds, "link_seconds": wire, "run_seconds": rounds}
+            | {"fits": one.memory <= available}
+        )
     facts = {"model": model, "nodes": nodes, "memory": available, "methods": rows}
     show(facts, form, lambda: _print_plan(facts))
 
 
-def _measured(model: str, device: str, settings: dict[str, Any]) -> dict[str, Any]:
-    from deploy.speed import measure
+def _methods() -> list[str]:
+    """The methods that say what they cost."""
+    from fedtune_strategies.method import installed_methods, load_method
+
+    return [name for name in installed_methods() if load_method(name).cost is not None]
+
+
+def _keys_of(method: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Keep of the given keys those that a method reads: one command line serves several methods."""
+    from fedtune_strategies.config import defaults
+
+    known = defaults(method)
+    return {key: value for key, value in given.items() if key in known} | {"method.name": method}
+
+
+def _task_seconds(name: str, model: str, device: str, given: dict[str, Any], examples: int) -> float | None:
+    import time
+
     from fedtune_strategies.config import parse
     from fedtune_strategies.language.model import load_model
+    from fedtune_strategies.method import load_method
 
-    config = parse(settings | {"model.name": model})
-    return asdict(measure(load_model(model, config.model.dtype, device), config))
+    method = load_method(name)
+    if method.seconds is None:
+        return None
+    config = parse(_keys_of(name, given | {"model.name": model}))
+    return method.seconds(config, load_model(model, config.model.dtype, device), examples, time.perf_counter)
 
 
 def _joined() -> list[Any]:
@@ -165,7 +183,7 @@ def _link(membership: Any) -> dict[str, Any]:
 
 
 def _print_plan(facts: dict[str, Any]) -> None:
-    from deploy.plumbing.units import clock, size
+    from deploy.common.units import clock, size
 
     table = Table(
         "for one node", *(row["method"] for row in facts["methods"]), box=None, header_style="bold", pad_edge=False

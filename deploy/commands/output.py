@@ -59,7 +59,7 @@ def setting(text: str) -> tuple[str, Scalar]:
     """Split ``key=value``; the value is read as TOML, and as text where it is none."""
     key, found, value = text.partition("=")
     if not found:
-        raise ConfigError(f"--set {text!r}: write it as key=value, such as --set fedkseed.lr=1e-4")
+        raise ConfigError(f"--set {text!r}: write it as key=value, such as --set train.lr=1e-4")
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:

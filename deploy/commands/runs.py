@@ -13,7 +13,7 @@ from rich.live import Live
 
 from deploy.commands.output import Format, FormatOption, SetOption, console, errors, log, setting, show
 from deploy.commands.serve import FolderOption
-from deploy.plumbing.home import server_folder
+from deploy.common.paths import server_folder
 from fedtune_strategies.config import Scalar
 
 RunArgument = Annotated[
@@ -157,7 +157,7 @@ def _tune(control: Any, settings: dict[str, Scalar], detach: bool, form: Format)
 
 def _preflight(control: Any, settings: dict[str, Scalar]) -> None:
     """Check what can be checked here before anybody is asked to work; raises the first error."""
-    from deploy.plumbing.checks import show_checks
+    from deploy.common.checks import show_checks
     from fedtune_strategies.errors import error_from_code
 
     if failed := show_checks(_checks(control, settings), errors):
@@ -165,8 +165,8 @@ def _preflight(control: Any, settings: dict[str, Scalar]) -> None:
 
 
 def _checks(control: Any, settings: dict[str, Scalar]) -> Iterator[Any]:
+    from deploy.common.checks import check
     from deploy.operator.preflight import held_out_data, room, run_model, who_is_there, with_config
-    from deploy.plumbing.checks import check
 
     config = check("settings", lambda: with_config(settings))
     yield config

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from deploy.commands.output import Format, FormatOption, SetOption, console, log, setting, show
-from deploy.plumbing.home import server_folder
+from deploy.common.paths import server_folder
 
 nodes_app = typer.Typer(help="See who may take part; invite, approve and revoke nodes.")
 FolderOption = Annotated[
@@ -51,9 +51,9 @@ def serve(
     What `--set` names (`method.name`, `model.name` …) is shown to device owners before they agree; `fedtune run` says
     it anew.
     """
-    from deploy.operator.offer import announce
+    from deploy.common.address import own_host
+    from deploy.operator.announcement import announce
     from deploy.operator.serve import serving
-    from deploy.plumbing.address import own_host
     from deploy.status.operator import operators_page
 
     folder = folder or server_folder()
@@ -115,8 +115,8 @@ def approve(context: typer.Context, name: str, form: FormatOption = Format.text)
 @nodes_app.command()
 def revoke(context: typer.Context, name: str, form: FormatOption = Format.text) -> None:
     """Shut a node out: its token is void, and its key is refused from now on."""
-    from deploy.operator.desk import revoke as revoke_member
     from deploy.operator.members import Members
+    from deploy.operator.registration import revoke as revoke_member
     from deploy.operator.serve import running
 
     control, _ = running(context.obj or server_folder())

@@ -13,13 +13,13 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from deploy.common.app_folder import write_app
+from deploy.common.flower_cli import CONNECTION
+from deploy.common.units import clock
 from deploy.local.federation import Federation, federation
 from deploy.local.progress import Progress, follow
 from deploy.local.proxy import Traffic
 from deploy.local.report import Result, as_facts, markdown, samples, summarise, table
-from deploy.plumbing.app_folder import write_app
-from deploy.plumbing.control import CONNECTION
-from deploy.plumbing.units import clock
 from deploy.status import write_page
 from fedtune_strategies.config import Scalar, parse
 from fedtune_strategies.errors import ConfigError, DataError, ResourceError
@@ -29,13 +29,13 @@ COMMON: dict[str, Scalar] = {"train.seq-length": 64, "eval.answers": 45, "eval.m
 SEEDS: dict[str, Scalar] = {
     "num-server-rounds": 4,
     "fedkseed.seeds": 1024,
-    "fedkseed.local-steps": 60,
-    "fedkseed.lr": 4e-4,
+    "train.local-steps": 60,
+    "train.lr": 4e-4,
 }
 SETTINGS: dict[str, dict[str, Scalar]] = {
     "fedkseed": SEEDS,
     "fedkseed-pro": SEEDS,
-    "fedcybgd": {"num-server-rounds": 6, "fedcybgd.lr": 3e-4},
+    "fedcybgd": {"num-server-rounds": 6, "train.lr": 3e-4},
 }
 HELD_OUT = 200  # most examples held out of a user's own file
 
@@ -84,7 +84,6 @@ def run_demo(
     configs = [_config(method, model, nodes, out, changes) for method in methods]
     with _alone(out):
         node_files, _ = _data(out / "data", nodes, data)
-        app = write_app(out / "app")
         console.print(
             f"[bold]FedTune demo[/bold]: {nodes} nodes, {', '.join(methods)}; all that is written goes to {out}"
         )
@@ -94,13 +93,13 @@ def run_demo(
                 f"All {nodes} nodes are online after {clock(time.monotonic() - started)}; logs: {out}/federation/logs"
             )
             try:
-                results = [_tune(running, app, config, console) for config in configs]
+                results = [_tune(running, config, console) for config in configs]
                 _write(results, out)
                 write_page(out, out / "status.html")
                 on_results(results)
                 console.print(f"The whole demo took {clock(time.monotonic() - started)}.")
                 if keep:
-                    _wait(running, app, console)
+                    _wait(running, out, console)
             finally:
                 console.print("Stopping the federation …")
 
@@ -133,8 +132,9 @@ def _config(method: str, model: str, nodes: int, out: Path, changes: Mapping[str
     return config
 
 
-def _tune(running: Federation, app: Path, config: Mapping[str, Scalar], console: Console) -> Result:
+def _tune(running: Federation, config: Mapping[str, Scalar], console: Console) -> Result:
     method, folder = str(config["method.name"]), Path(str(config["run.dir"]))
+    app = write_app(folder.parent / "app", method)
     shutil.rmtree(folder, ignore_errors=True)
     before = running.traffic()
     started = time.time()

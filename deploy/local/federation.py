@@ -16,10 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from deploy.common import processes
+from deploy.common.certificates import ServerFiles, node_key, server_files
+from deploy.common.flower_cli import Control, flower_environment, write_connection
 from deploy.local.proxy import ByteProxy, Traffic
-from deploy.plumbing import processes
-from deploy.plumbing.certificates import ServerFiles, node_key, server_files
-from deploy.plumbing.control import Control, flower_environment, write_connection
 from fedtune_strategies.errors import ConfigError, LinkError, NodesError, PortError
 
 # Seconds. A SuperLink needs about 4, four nodes on two cores about 10; a busy machine, many times that.

@@ -12,10 +12,10 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from deploy.common.flower_cli import RunStatus
+from deploy.common.units import clock, size
 from deploy.local.federation import Federation
 from deploy.local.proxy import Traffic
-from deploy.plumbing.control import RunStatus
-from deploy.plumbing.units import clock, size
 from fedtune_strategies.errors import LedgerError, RunError, error_from_code
 from server_app.ledger import Ledger, Record
 

@@ -15,7 +15,7 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deploy.plumbing.relay import relay
+from deploy.common.relay import relay
 
 TIMEOUT = 10.0  # seconds for opening or closing all ports
 

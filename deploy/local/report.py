@@ -10,8 +10,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from deploy.common.units import size
 from deploy.local.proxy import Traffic
-from deploy.plumbing.units import size
 from fedtune_strategies.errors import RunError
 from server_app.ledger import Ledger
 

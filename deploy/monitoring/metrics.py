@@ -65,7 +65,7 @@ def run_metrics(reports: Iterable[dict[str, Any]]) -> bytes:
 
 
 def worker_metrics(facts: dict[str, Any] | None) -> bytes:
-    """Render a node's own facts, see `client_app.facts`; without them that no worker runs.
+    """Render a node's own facts, see `client_app.stats`; without them that no worker runs.
 
     Raises
     ------

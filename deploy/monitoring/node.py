@@ -11,9 +11,9 @@ from typing import Any
 
 import psutil
 
-from client_app.facts import VARIABLE
+from client_app.stats import VARIABLE
+from deploy.common.httpd import Answer, Site, is_loopback, serving, split_listen
 from deploy.monitoring.metrics import CONTENT_TYPE, worker_metrics
-from deploy.plumbing.httpd import Answer, Site, is_loopback, serving, split_listen
 from deploy.status.operator import kept_token
 
 

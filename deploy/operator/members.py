@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from filelock import FileLock
 
-from deploy.plumbing.home import private_folder, write_json
+from deploy.common.paths import private_folder, write_json
 from fedtune_strategies.errors import ConfigError, LinkError, NodesError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")

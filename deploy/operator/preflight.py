@@ -6,13 +6,16 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from deploy.common.flower_cli import Control
+from deploy.common.units import size
+from deploy.operator.announcement import EXAMPLES
 from deploy.operator.members import Members
-from deploy.plumbing.control import Control
-from deploy.plumbing.units import size
+from deploy.plan import plan
 from fedtune_strategies.config import Scalar, parse
 from fedtune_strategies.errors import NodesError, ResourceError
 from fedtune_strategies.language.data import read_rows
 from fedtune_strategies.language.model_files import count_parameters, model_folder, weight_files
+from fedtune_strategies.method import load_method
 
 
 def with_config(settings: Mapping[str, Scalar]) -> str:
@@ -40,9 +43,11 @@ def held_out_data(settings: Mapping[str, Scalar]) -> str | None:
 def room(settings: Mapping[str, Scalar]) -> str:
     """Check that the run's folder has room for its record and for the exported model."""
     config = parse(settings)
-    parameters = count_parameters(weight_files(model_folder(config.model.name)))
-    # The export; with blocks, one float32 version of a block a round, and so at most a model a cycle.
-    needed = 4 * parameters * (1 if config.method.name.startswith("fedkseed") else 3)
+    base = model_folder(config.model.name)
+    needed = 4 * count_parameters(weight_files(base))  # the export
+    if load_method(config.method.name).cost is not None:
+        nodes = int(config.strategy.min_nodes)
+        needed += config.num_server_rounds * plan(config, base, nodes, EXAMPLES).record
     folder = Path(config.run.dir).expanduser()
     there = next(parent for parent in [folder, *folder.parents] if parent.exists())
     free = shutil.disk_usage(there).free

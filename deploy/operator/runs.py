@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from deploy.common.app_folder import write_app
+from deploy.common.flower_cli import Control, RunStatus
+from deploy.common.paths import runs_folder
+from deploy.operator.announcement import announce
 from deploy.operator.members import Members
-from deploy.operator.offer import announce
-from deploy.plumbing.app_folder import write_app
-from deploy.plumbing.control import Control, RunStatus
-from deploy.plumbing.home import runs_folder
 from deploy.status.view import RunView, newest_runs
 from fedtune_strategies.config import Scalar
 from fedtune_strategies.errors import LedgerError, LinkError, RunError, error_from_code
@@ -58,7 +58,7 @@ def settings_of(folder: Path) -> dict[str, Scalar]:
 
 def submit(control: Control, settings: Mapping[str, Scalar]) -> int:
     """Submit a run and announce it to those who join; returns Flower's id."""
-    run_id = control.submit(write_app(control.folder / "app"), settings)
+    run_id = control.submit(write_app(control.folder / "app", str(settings.get("method.name", ""))), settings)
     announce(control.folder, settings, len(Members(control.folder).all()))
     return run_id
 

@@ -18,16 +18,16 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from deploy.operator.desk import Desk
-from deploy.operator.front import Front
+from deploy.common import processes
+from deploy.common.address import split_address
+from deploy.common.certificates import ServerFiles, server_files
+from deploy.common.flower_cli import Control, flower_environment, write_connection
+from deploy.common.join_token import JoinToken, authority_hash
+from deploy.common.paths import private_folder, write_json, write_private
+from deploy.operator.alpn_router import Front
+from deploy.operator.announcement import read_announcement
 from deploy.operator.members import Members
-from deploy.operator.offer import read_offer
-from deploy.plumbing import processes
-from deploy.plumbing.address import split_address
-from deploy.plumbing.certificates import ServerFiles, server_files
-from deploy.plumbing.control import Control, flower_environment, write_connection
-from deploy.plumbing.home import private_folder, write_json, write_private
-from deploy.plumbing.joining import JoinToken, authority_hash
+from deploy.operator.registration import RegistrationServer
 from fedtune_strategies.errors import LinkError, PortError
 
 START_TIMEOUT = 180.0  # seconds; a SuperLink needs about 5, on a busy machine many times that
@@ -159,7 +159,9 @@ def serving(
         for service in services:
             _start(service, control)
             _wait(service, folder)
-        desk = Desk(files, members, control, offer=lambda: read_offer(folder), approval=approval, on_event=on_event)
+        desk = RegistrationServer(
+            files, members, control, offer=lambda: read_announcement(folder), approval=approval, on_event=on_event
+        )
         front = stack.enter_context(_open(desk, fleet_port, listen, port, on_event))
         write_json(folder / "serve.json", {"address": address, "pid": os.getpid(), "control": control_port})
         stack.callback((folder / "serve.json").unlink, missing_ok=True)
@@ -251,7 +253,9 @@ def _wait(service: Service, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _open(desk: Desk, fleet: int, listen: str, port: int, on_event: Callable[[str], None]) -> Iterator[Front]:
+def _open(
+    desk: RegistrationServer, fleet: int, listen: str, port: int, on_event: Callable[[str], None]
+) -> Iterator[Front]:
     """Run desk and front in an event loop in a thread of its own."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="front", daemon=True)

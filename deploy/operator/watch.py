@@ -10,7 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from deploy.plumbing.units import clock, size
+from deploy.common.units import clock, size
 from deploy.status.view import RunView
 
 BARS = "▁▂▃▄▅▆▇█"

@@ -7,23 +7,19 @@ from typing import Any
 
 import psutil
 
+from deploy.common.units import size
 from deploy.owner.join import Membership
-from deploy.plan import ENVELOPE
-from deploy.plumbing.units import size
-from fedtune_strategies.config import defaults
-from fedtune_strategies.errors import ModelError
+from fedtune_strategies.config import defaults, parse
+from fedtune_strategies.cost import ENVELOPE
+from fedtune_strategies.errors import ConfigError, ModelError
 from fedtune_strategies.language.model_files import model_folder
+from fedtune_strategies.method import installed_methods, load_method
 
 # With every reply, whatever the method.
 ALWAYS = [
     "the node's name, the number of your examples, the mean training loss of a round",
     "how long a task took, how much memory, which versions are installed, a fingerprint of the base model",
 ]
-BY_METHOD = {
-    "fedkseed": ["FedKSeed, every round: {steps} numbers, the slopes of the loss on your data along known directions"],
-    "fedkseed-pro": ["FedKSeed-Pro, every round: {steps} numbers, the slopes of the loss along known directions"],
-    "fedcybgd": ["FedCyBGD, in its turns: the change of one block of the model by training on your data"],
-}
 NEVER = "Your texts never leave, in no form. What leaves is computed from them and says something about them:"
 UNKNOWN = "the operator names it when a run starts"
 
@@ -48,7 +44,12 @@ def terms(offer: Mapping[str, Any]) -> list[tuple[str, str]]:
     settings, plan = offer.get("settings", {}), offer.get("plan")
     rows = [("method", settings.get("method.name", UNKNOWN))]
     if settings:
-        rows.append(("rounds", str(settings.get("num-server-rounds", defaults()["num-server-rounds"]))))
+        rows.append(
+            (
+                "rounds",
+                str(settings.get("num-server-rounds", defaults(settings.get("method.name", ""))["num-server-rounds"])),
+            )
+        )
     if plan:
         free = psutil.virtual_memory().available
         enough = "" if plan["memory"] < free else " [!] NOT ENOUGH"
@@ -78,10 +79,12 @@ def leaves(offer: Mapping[str, Any]) -> list[str]:
         One entry for each kind of thing.
     """
     settings = offer.get("settings", {})
-    method = settings.get("method.name")
-    steps = settings.get("fedkseed.local-steps", defaults()["fedkseed.local-steps"])
-    if method is None:
-        chosen = [line for lines in BY_METHOD.values() for line in lines]
-    else:
-        chosen = BY_METHOD.get(method, [f"{method}: what its own package says; read it before you agree"])
-    return [*(line.format(steps=steps) for line in chosen), *ALWAYS]
+    named = settings.get("method.name")
+    lines = []
+    for name in [named] if named else installed_methods():
+        try:
+            config = parse(settings if named else {"method.name": name})
+            lines += [f"{name}, {line}" for line in load_method(name).leaves(config)]
+        except ConfigError as error:
+            lines.append(f"{name}: unknown here ({error})")
+    return [*lines, *ALWAYS]

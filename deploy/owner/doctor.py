@@ -14,11 +14,11 @@ from pathlib import Path
 
 import psutil
 
+from deploy.common.address import split_address
+from deploy.common.checks import Check, check
+from deploy.common.paths import home
+from deploy.common.units import size
 from deploy.owner.join import Membership, ask
-from deploy.plumbing.address import split_address
-from deploy.plumbing.checks import Check, check
-from deploy.plumbing.home import home
-from deploy.plumbing.units import size
 from fedtune_strategies.errors import ConfigError, LinkError, ResourceError
 
 PACKAGES = {"flwr": "1.39", "torch": "", "transformers": "", "grpcio": "", "numba": ""}

@@ -18,10 +18,10 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-from deploy.plumbing.address import split_address
-from deploy.plumbing.certificates import node_key
-from deploy.plumbing.home import nodes_folder, private_folder, write_json, write_private
-from deploy.plumbing.joining import JOIN, LONGEST, JoinToken, authority_hash, leaving
+from deploy.common.address import split_address
+from deploy.common.certificates import node_key
+from deploy.common.join_token import JOIN, LONGEST, JoinToken, authority_hash, leaving
+from deploy.common.paths import nodes_folder, private_folder, write_json, write_private
 from fedtune_strategies.errors import ConfigError, LinkError, ProtocolError, error_from_code
 
 TIMEOUT = 60.0  # seconds for an answer; over a bad link the handshake alone takes several
@@ -42,7 +42,7 @@ class Membership:
     name, address : str
         The node's name; ``host:port`` of the server.
     data, format, model, device : str
-        The node's configuration, see ``client_app.tasks.NODE_KEYS``; empty for the default.
+        The node's configuration, see `fedtune_strategies.config.node.NodeConfig`; empty for the default.
     """
 
     name: str
@@ -97,7 +97,7 @@ def find_membership(name: str | None) -> Membership:
     return found[0]
 
 
-def meet(token: JoinToken) -> tuple[str, dict[str, Any]]:
+def fetch_server_info(token: JoinToken) -> tuple[str, dict[str, Any]]:
     """Fetch the server's authority, check it against the token, and ask what is tuned there.
 
     Parameters
@@ -125,7 +125,7 @@ def meet(token: JoinToken) -> tuple[str, dict[str, Any]]:
     return authority, ask(token.address, {"do": "hello", "secret": token.secret.hex()}, authority)
 
 
-def redeem(token: JoinToken, authority: str, membership: Membership, on_wait: Any = lambda key: None) -> Membership:
+def register(token: JoinToken, authority: str, membership: Membership, on_wait: Any = lambda key: None) -> Membership:
     """Make the node's key, have it registered, and keep the membership.
 
     Parameters
@@ -159,7 +159,7 @@ def redeem(token: JoinToken, authority: str, membership: Membership, on_wait: An
         time.sleep(APPROVAL_PAUSE)
 
 
-def give_back(membership: Membership, *, tell_server: bool = True) -> None:
+def unregister(membership: Membership, *, tell_server: bool = True) -> None:
     """Leave a federation: the server forgets the key, and this machine the membership.
 
     Raises

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from deploy.common import processes
+from deploy.common.flower_cli import flower_environment
 from deploy.owner.join import Membership
-from deploy.plumbing import processes
-from deploy.plumbing.control import flower_environment
 from fedtune_strategies.errors import ConfigError, LinkError
 
 LOOK_EVERY = 0.5

@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from deploy.common.paths import home
 from deploy.owner.join import Membership
-from deploy.plumbing.home import home
 
 UNIT = """[Unit]
 Description=FedTune node {name} at {address}

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from deploy.plumbing.address import own_host
-from deploy.plumbing.certificates import server_files
-from deploy.plumbing.home import runs_folder, write_private
-from deploy.plumbing.httpd import is_loopback, split_listen
+from deploy.common.address import own_host
+from deploy.common.certificates import server_files
+from deploy.common.httpd import is_loopback, split_listen
+from deploy.common.paths import runs_folder, write_private
 from deploy.status.server import serve_page
 
 

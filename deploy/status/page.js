@@ -33,7 +33,7 @@ function render() {
   nodes(report);
   turns(report);
   costs(report);
-  seeds(report);
+  panel(report);
   answers(report);
   prints(report);
   notes(report);
@@ -193,16 +193,15 @@ function costs({ nodes: rows, rounds }) {
   ], duration, { tick: (y) => `${Number(y.toFixed(2))} s` });
 }
 
-function seeds({ seeds: odds }) {
-  const columns = odds?.levels.map((level) => ({ label: level.times_uniform.toFixed(2), values: [level.seeds] })) ?? [];
-  columnChart($("seeds"), "How likely the next round draws a seed", columns, [{ name: "seeds", mark: "fill-first" }], String,
-    { of: "times as likely as at random", heading: "Times as likely as at random" });
-  if (!odds) return;
-  const text = `${odds.drawn} of ${odds.count} seeds were drawn so far. The likeliest is ${odds.ratio.toFixed(2)} times as likely as `
-    + `the unlikeliest; it is as varied as ${Math.round(odds.effective)} equally likely seeds.`;
-  const note = $("seeds").querySelector(".note") ?? html("p", { class: "note" });
-  note.textContent = text;
-  $("seeds").querySelector("figcaption").after(note);
+// What the run's method shows beside what all methods show.
+function panel({ panel: own }) {
+  const columns = own?.columns.map(([label, height]) => ({ label, values: [height] })) ?? [];
+  columnChart($("panel"), own?.title ?? "", columns, [{ name: own?.unit ?? "", mark: "fill-first" }], String,
+    { of: own?.title, heading: own?.title });
+  if (!own) return;
+  const note = $("panel").querySelector(".note") ?? html("p", { class: "note" });
+  note.textContent = own.note;
+  $("panel").querySelector("figcaption").after(note);
 }
 
 function answers({ answers: all }) {

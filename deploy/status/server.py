@@ -14,8 +14,8 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from deploy.common.httpd import Answer, Site, serving
 from deploy.monitoring.metrics import CONTENT_TYPE, run_metrics
-from deploy.plumbing.httpd import Answer, Site, serving
 from deploy.status.page import document, policy, render
 from deploy.status.view import RunView, newest_runs
 

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from deploy.status.seeds import seed_odds
-from fedtune_strategies.config import defaults
+import safetensors.torch
+
+from fedtune_strategies.config import defaults, parse
+from fedtune_strategies.errors import FedTuneError
+from fedtune_strategies.method import load_method
 from server_app.ledger import Ledger, Record
 
 FORMAT = 1
@@ -38,8 +42,8 @@ def report(folder: Path) -> dict[str, Any]:
     -------
     dict
         Ready for JSON: ``run`` (method, model, state, round, times), ``totals``, ``rounds``, ``evaluations``,
-        ``nodes``, ``turns`` (what each node did in the newest rounds), ``seeds`` (FedKSeed-Pro alone), ``answers``
-        (before and after) and ``notes`` (refusals and losses). Bytes are payload, without Flower's envelope; times
+        ``nodes``, ``turns`` (what each node did in the newest rounds), ``panel`` (what the method shows, or None),
+        ``answers`` (before and after) and ``notes`` (refusals and losses). Bytes are payload, without Flower's envelope; times
         are seconds since the epoch, durations seconds.
 
     Raises
@@ -97,7 +101,7 @@ class RunView:
                 "evaluations": _thinned([{k: v for k, v in one.items() if k != "answers"} for one in evaluations]),
                 "nodes": self._node_rows(),
                 "turns": self._turns(),
-                "seeds": seed_odds(self.config, self._state) if self._state else None,
+                "panel": _panel(self.config, self._state),
                 "answers": _answers(evaluations),
                 "notes": self.notes[-MAX_NOTES:][::-1],
             }
@@ -135,8 +139,7 @@ class RunView:
             case "round":
                 self._open_round(record).update(committed=record.time, metrics=body.get("metrics", {}))
                 self._forget_details(record.round - MAX_TURNS)
-                if self.config.get("method.name") == "fedkseed-pro":
-                    self._state = record.blob
+                self._state = record.blob
             case "evaluation":
                 self.evaluations[record.round] = _evaluation(record)
             case "joined" | "lost" | "refused" | "late" | "cut":
@@ -194,7 +197,7 @@ class RunView:
     # The document
 
     def _run(self, rounds: list[dict[str, Any]]) -> dict[str, Any]:
-        standard, start = defaults(), self.starts[-1] if self.starts else {}
+        standard, start = _standard(self.config), self.starts[-1] if self.starts else {}
         total = self.config.get("num-server-rounds", 0)
         committed = [one["committed"] for one in rounds if one["committed"]]
         end = self.end
@@ -292,6 +295,12 @@ class RunView:
         return turns
 
 
+def _standard(config: dict[str, Any]) -> dict[str, Any]:
+    with contextlib.suppress(FedTuneError):  # a method that is not installed here
+        return dict(defaults(str(config.get("method.name", ""))))
+    return {}
+
+
 def _state(node: dict[str, Any], newest: dict[str, Any] | None) -> str:
     """Say how a node stands: lost, refused, working, silent (asked and never answered) or present."""
     name = node["name"]
@@ -321,6 +330,17 @@ def _round_turns(number: int, one: dict[str, Any]) -> list[dict[str, Any]]:
         seconds = {"seconds": round(reply["time"] - began, 2)} if reply else {}
         turns.append({"round": number, "node": name, "state": state} | seconds | facts)
     return turns
+
+
+def _panel(config: dict[str, Any], state: bytes) -> dict[str, Any] | None:
+    """Ask the run's method what it shows; None where it shows nothing, or the run is of another release."""
+    try:
+        shown = (
+            load_method(config["method.name"]).panel(parse(config), safetensors.torch.load(state)) if state else None
+        )
+    except (FedTuneError, KeyError):
+        return None
+    return None if shown is None else asdict(shown)
 
 
 def _evaluation(record: Record) -> dict[str, Any]:

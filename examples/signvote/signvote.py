@@ -11,15 +11,15 @@ import torch
 
 from fedtune_strategies.config import option, section
 from fedtune_strategies.errors import ProtocolError
+from fedtune_strategies.fedavg.strategy import ArraysStrategy
 from fedtune_strategies.language.examples import batches
 from fedtune_strategies.language.loss import response_loss
 from fedtune_strategies.memory import peak_memory
 from fedtune_strategies.method import Method
-from fedtune_strategies.protocol.mail import decoded
+from fedtune_strategies.protocol.flower import decoded
 from fedtune_strategies.protocol.messages import ArraysReply
 from fedtune_strategies.seed_space import fingerprint
-from fedtune_strategies.strategies.arrays import ArraysStrategy
-from fedtune_strategies.strategies.base import check_origin
+from fedtune_strategies.strategy import check_origin
 
 
 @dataclass(frozen=True)

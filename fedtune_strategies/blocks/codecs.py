@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtune_strategies.blocks.notation import Codec
+from fedtune_strategies.blocks.codec_config import Codec
 from fedtune_strategies.errors import ModelError, ProtocolError
 
 NF4_BLOCK = 64

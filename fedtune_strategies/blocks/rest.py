@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from fedtune_strategies.blocks.codec_config import Codec
 from fedtune_strategies.blocks.codecs import decode, encode
 from fedtune_strategies.blocks.find import Block, decoder_layers
 from fedtune_strategies.blocks.layers import without_layers
-from fedtune_strategies.blocks.notation import Codec
 from fedtune_strategies.errors import ConfigError
 
 Run = Callable[[nn.Module, Any], Any]

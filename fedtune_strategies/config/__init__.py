@@ -1,74 +1,96 @@
 """The run configuration: one source for its keys, types, defaults, limits, help and validation.
 
-Each field of the dataclasses in this package is one key of Flower's run config, named ``group.field-name``. `parse`
-checks a flat mapping against them; `defaults` and `as_toml` make the ``[tool.flwr.app.config]`` table of
-pyproject.toml.
+A run reads the sections that all methods share and those of its method, nothing else. Each field of their dataclasses
+is one key of Flower's run config, named ``group.field-name``. `parse` checks a flat mapping against them; `defaults`
+and `as_toml` make the ``[tool.flwr.app.config]`` table of an app.
 """
 
 from __future__ import annotations
 
-import re
+import difflib
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from fedtune_strategies.config.fedavg import FedAvgConfig
-from fedtune_strategies.config.fedcybgd import FedCyBGDConfig, check_fedcybgd
-from fedtune_strategies.config.fedkseed import FedKSeedConfig, PrivacyConfig
-from fedtune_strategies.config.options import Scalar, accepted, as_toml_value, option, options, section
+from fedtune_strategies.config.options import (
+    Scalar,
+    accepted,
+    as_toml_value,
+    option,
+    options,
+    section,
+)
 from fedtune_strategies.config.sections import (
-    COMPARED,
-    METHODS,
+    AdamWTrainConfig,
     EvalConfig,
+    LocalTrainConfig,
+    LoraConfig,
     MethodConfig,
     ModelConfig,
+    RobustConfig,
     RoundConfig,
     RunDirConfig,
+    SamplingConfig,
     StrategyConfig,
     TrainConfig,
 )
 from fedtune_strategies.errors import ConfigError
+from fedtune_strategies.method import load_method, own_methods
 
 __all__ = [
-    "METHODS",
+    "AdamWTrainConfig",
     "Config",
-    "FedAvgConfig",
-    "FedCyBGDConfig",
-    "FedKSeedConfig",
     "Key",
+    "LocalTrainConfig",
+    "LoraConfig",
+    "RobustConfig",
+    "SamplingConfig",
     "Scalar",
     "StrategyConfig",
+    "TrainConfig",
     "as_toml",
     "defaults",
+    "from_flower",
     "keys",
     "option",
     "parse",
-    "section",
 ]
+
+# In an app for all methods, the value of a key whose default depends on the method.
+BY_METHOD = "default"
 
 
 @dataclass(frozen=True)
 class Config:
     """A checked run configuration; see `parse`.
 
-    `own` holds the keys of a method of another package, ``<method.name>.<key>``, as they came: it checks them itself,
-    with `section`.
+    A method's own is a subclass: it adds the method's sections, and may replace ``train`` and ``strategy`` by
+    subclasses that have more keys or other defaults.
     """
 
-    num_server_rounds: int = option(10, "Rounds of the run; for FedCyBGD the number of turns.", low=1)
+    num_server_rounds: int = option(10, "Rounds of the run.", low=1)
     method: MethodConfig = field(default_factory=MethodConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     round: RoundConfig = field(default_factory=RoundConfig)
-    fedkseed: FedKSeedConfig = field(default_factory=FedKSeedConfig)
-    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
-    fedcybgd: FedCyBGDConfig = field(default_factory=FedCyBGDConfig)
-    fedavg: FedAvgConfig = field(default_factory=FedAvgConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunDirConfig = field(default_factory=RunDirConfig)
-    own: Mapping[str, Scalar] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Check the keys that must go together; a subclass adds its own.
+
+        Raises
+        ------
+        ConfigError
+            They do not.
+        """
+        if self.strategy.min_replies > self.strategy.min_nodes:
+            raise ConfigError(
+                f"run config: 'strategy.min-replies' is {self.strategy.min_replies}, but must be at most "
+                f"'strategy.min-nodes' ({self.strategy.min_nodes}): raise the one or lower the other."
+            )
 
 
 @dataclass(frozen=True)
@@ -96,87 +118,89 @@ class Key:
     accepted: str
 
 
-def keys() -> list[Key]:
-    """List all keys in their documented order."""
+def keys(method: str = "") -> list[Key]:
+    """List the keys that a method reads, in their documented order; the default method's if none is named."""
+    name = method or MethodConfig().name
     return [
-        Key(name, kind, typing.cast(Scalar, spec.default), spec.metadata["help"], accepted(kind, spec))
-        for name, kind, spec in options(Config)
+        Key(
+            name=key,
+            type=kind,
+            default=name if key == "method.name" else typing.cast(Scalar, spec.default),
+            help=spec.metadata["help"],
+            accepted=accepted(kind, spec),
+        )
+        for key, kind, spec in options(load_method(name).config)
     ]
 
 
-def defaults() -> dict[str, Scalar]:
-    """Return every key with its default: the flat run config of an unconfigured run."""
-    return {key.name: key.default for key in keys()}
+def defaults(method: str = "") -> dict[str, Scalar]:
+    """Return every key that a method reads with its default: the flat run config of an unconfigured run."""
+    return {key.name: key.default for key in keys(method)}
 
 
 def parse(flat: Mapping[str, Any]) -> Config:
-    """Check a flat run config and build a `Config` from it.
+    """Check a flat run config and build its method's `Config` from it.
 
     Parameters
     ----------
     flat : mapping of str to str, int, float or bool
-        Keys as in `keys`; absent ones take their defaults. An int is accepted where a float is asked for.
+        Keys as in `keys` of its ``method.name``; absent ones take their defaults. An int is accepted where a float is
+        asked for.
 
     Returns
     -------
     Config
-        The checked configuration.
+        The checked configuration, of the class that the method declares.
 
     Raises
     ------
     ConfigError
-        A key is unknown, has the wrong type, or its value is out of range: the line names the key and the
-        accepted values.
+        The method is not installed; a key is unknown or one that the method does not read, has the wrong type, or its
+        value is out of range: the line names the key and the accepted values.
     """
-    method = flat.get("method.name")
-    own = {name: value for name, value in flat.items() if method not in METHODS and name.startswith(f"{method}.")}
-    config = section(Config, "", {name: value for name, value in flat.items() if name not in own})
-    config = replace(config, own=own)
-    _check_together(config)
+    chosen = section(MethodConfig, "method.", {key: v for key, v in flat.items() if key == "method.name"})
+    cls = load_method(chosen.name).config
+    known = {name for name, _, _ in options(cls)}
+    for name in flat:
+        if name not in known and (readers := [one for one in own_methods() if name in defaults(one)]):
+            raise ConfigError(_not_read(name, chosen.name, readers, known))
+    config = section(cls, "", flat)
+    config.check()
     return config
 
 
-def as_toml() -> str:
-    """Render the ``[tool.flwr.app.config]`` table, without its heading."""
-    return "".join(f"{key.name} = {as_toml_value(key.default)}\n" for key in keys())
+def from_flower(run_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Take a run's keys out of the configuration that Flower hands over.
+
+    Flower fills in what the submitted app's project file says. The file in this project serves every method of
+    FedTune, so keys of other methods come along at their defaults, and some keys say that their default depends on the
+    method. Both count as not given.
+    """
+    name = str(run_config.get("method.name", MethodConfig().name))
+    known, written = {key.name for key in keys(name)}, app_defaults()
+    return {
+        key: value
+        for key, value in run_config.items()
+        if value != BY_METHOD and (key in known or key not in written or value != written[key])
+    }
 
 
-def _check_together(config: Config) -> None:
-    if config.method.name == "fedcybgd":
-        check_fedcybgd(config.fedcybgd, config.strategy)
-    if config.strategy.min_replies > config.strategy.min_nodes and config.method.name != "fedcybgd":
-        raise ConfigError(
-            f"run config: 'strategy.min-replies' is {config.strategy.min_replies}, but must be at most "
-            f"'strategy.min-nodes' ({config.strategy.min_nodes}): raise the one or lower the other."
-        )
-    seeds = config.fedkseed
-    if config.privacy.clip and (
-        not config.method.name.startswith("fedkseed") or seeds.estimator != "two-sided" or seeds.directions > 1
-    ):
-        raise ConfigError(
-            "run config: 'privacy.clip' works with FedKSeed, 'fedkseed.estimator' = \"two-sided\" and "
-            "'fedkseed.directions' = 1 alone: set these, or 'privacy.clip' to 0."
-        )
-    if config.strategy.late and config.strategy.aggregation in COMPARED:
-        raise ConfigError(
-            f"run config: 'strategy.late' does not work with '{config.strategy.aggregation}', which compares replies "
-            "of one round: set it to 0, or choose another 'strategy.aggregation'."
-        )
-    if config.privacy.clip and not (seeds.lr and seeds.eps):
-        raise ConfigError(
-            "run config: 'fedkseed.lr' and 'fedkseed.eps' must be numbers where 'privacy.clip' is set: finding them "
-            "tells something about the data."
-        )
-    try:
-        re.compile(seeds.tune)
-    except re.error as error:
-        raise ConfigError(f"run config: 'fedkseed.tune' is no regular expression: {error}.") from None
-    if config.fedkseed.scalar_bits not in (8, 16, 32):
-        raise ConfigError(
-            f"run config: 'fedkseed.scalar-bits' is {config.fedkseed.scalar_bits}, but must be 8, 16 or 32."
-        )
-    if config.fedkseed.pro_mean == "faithful" and config.fedkseed.pro_temperature != 1.0:
-        raise ConfigError(
-            f"run config: 'fedkseed.pro-temperature' is {config.fedkseed.pro_temperature}, but must be 1 "
-            "where 'fedkseed.pro-mean' is 'faithful'."
-        )
+def app_defaults() -> dict[str, Scalar]:
+    """Return the run config of an app for all of FedTune's methods: every key of any of them."""
+    found: dict[str, Scalar] = {}
+    for method in own_methods():
+        for key in keys(method):
+            same = found.setdefault(key.name, key.default) == key.default
+            found[key.name] = key.default if same else BY_METHOD
+    return found | {"method.name": MethodConfig().name}
+
+
+def as_toml(values: Mapping[str, Scalar]) -> str:
+    """Render a ``[tool.flwr.app.config]`` table, without its heading."""
+    return "".join(f"{name} = {as_toml_value(value)}\n" for name, value in values.items())
+
+
+def _not_read(name: str, method: str, readers: list[str], known: set[str]) -> str:
+    close = typing.cast(list[str], difflib.get_close_matches(name, known, n=1))
+    nearest = f"; the nearest key that it reads is '{close[0]}'" if close else ""
+    return f"run config: '{method}' does not read '{name}', which belongs to {', '.join(readers)}{nearest}."

@@ -77,7 +77,7 @@ def build(cls: type, prefix: str, values: Mapping[str, Scalar]) -> Any:
     return cls(**given)
 
 
-def section(cls: type[T], prefix: str, values: Mapping[str, Any]) -> T:
+def section(cls: type[T], prefix: str, values: Mapping[str, Any], *, where: str = "run config") -> T:
     """Build a dataclass of `option` fields from the keys below a prefix.
 
     Parameters
@@ -88,6 +88,8 @@ def section(cls: type[T], prefix: str, values: Mapping[str, Any]) -> T:
         What every key begins with, such as ``"train."``; empty for a whole configuration.
     values : mapping of str to str, int, float or bool
         Keys with their prefix; absent ones take their defaults. An int is accepted where a float is asked for.
+    where : str
+        What an error line names as the place.
 
     Returns
     -------
@@ -103,11 +105,11 @@ def section(cls: type[T], prefix: str, values: Mapping[str, Any]) -> T:
     known = {name: (kind, spec) for name, kind, spec in options(cls, prefix)}
     for name in values:
         if name not in known:
-            raise ConfigError(_unknown(name, known))
-    return build(cls, prefix, {name: checked(name, value, *known[name]) for name, value in values.items()})
+            raise ConfigError(f"{where}: {_unknown(name, known)}")
+    return build(cls, prefix, {name: checked(name, value, *known[name], where) for name, value in values.items()})
 
 
-def checked(name: str, value: Any, kind: type[Any], spec: dataclasses.Field) -> Scalar:
+def checked(name: str, value: Any, kind: type[Any], spec: dataclasses.Field, where: str) -> Scalar:
     """Return the value of a key as its type.
 
     Raises
@@ -127,7 +129,7 @@ def checked(name: str, value: Any, kind: type[Any], spec: dataclasses.Field) -> 
         or (kind in (int, float) and not (limits["low"] <= value <= limits["high"] and value > limits["above"]))
         or (kind is float and not math.isfinite(value))
     ):
-        raise ConfigError(f"run config: '{name}' is {value!r}, but must be {accepted(kind, spec)}.")
+        raise ConfigError(f"{where}: '{name}' is {value!r}, but must be {accepted(kind, spec)}.")
     return value
 
 
@@ -157,4 +159,4 @@ def as_toml_value(value: Scalar) -> str:
 def _unknown(name: str, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean '{close[0]}'?" if close else "see `fedtune config` for all keys."
-    return f"run config: unknown key {name!r}; {hint}"
+    return f"unknown key {name!r}; {hint}"

@@ -1,4 +1,4 @@
-"""The keys that do not depend on the method."""
+"""The sections of the run configuration that methods share. A method's own sections stand in its folder."""
 
 from __future__ import annotations
 
@@ -6,11 +6,6 @@ from dataclasses import dataclass
 
 from fedtune_strategies.config.options import option
 from fedtune_strategies.method import installed_methods
-
-METHODS = ("fedkseed", "fedkseed-pro", "fedcybgd", "fedavg", "fedit", "fedzo")
-
-# Aggregations that compare replies seed by seed: all nodes draw the same seeds in a round.
-COMPARED = ("fedmedian", "trimmed-mean", "krum")
 
 
 @dataclass(frozen=True)
@@ -20,7 +15,7 @@ class MethodConfig:
     name: str = option(
         "fedkseed",
         "Tuning method: one of FedTune's, or of an installed package.",
-        choices=lambda: (*METHODS, *installed_methods()),
+        choices=installed_methods,
     )
 
 
@@ -38,7 +33,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What every local step does, whatever the method."""
+    """How a node reads its data; every method has these keys."""
 
     seq_length: int = option(256, "Longest sequence in tokens, prompt and response together.", low=8)
     batch_size: int = option(8, "Examples in one local step.", low=1)
@@ -46,35 +41,66 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class LocalTrainConfig(TrainConfig):
+    """Local steps and their step size, for methods that have both; a method may set other defaults."""
+
+    local_steps: int = option(50, "Local steps of a node in a round.", low=1, high=100_000)
+    lr: float = option(1e-3, "Step size of a local step.", above=0.0)
+    lr_schedule: str = option(
+        "constant", "Step size over the rounds, after the warm-up.", choices=("constant", "linear", "cosine")
+    )
+    warmup: float = option(0.0, "Share of the run over which the step size rises.", low=0.0, high=0.9)
+
+
+@dataclass(frozen=True)
+class AdamWTrainConfig(LocalTrainConfig):
+    """Local steps of AdamW, whose moments start at zero in every round."""
+
+    beta1: float = option(0.9, "Momentum: decay of AdamW's first moment.", low=0.0, high=0.999)
+    weight_decay: float = option(0.0, "Weight decay of AdamW.", low=0.0)
+
+
+@dataclass(frozen=True)
 class StrategyConfig:
     """Which nodes take part and how their replies are weighed."""
 
-    fraction_train: float = option(1.0, "Fraction of the known nodes asked in a round.", above=0.0, high=1.0)
     min_nodes: int = option(1, "Fewest nodes that must be present before a round starts.", low=1)
     min_replies: int = option(1, "Fewest accepted replies with which a round counts.", low=1)
     weighting: str = option(
         "examples", "Weight of a reply: its node's number of examples, or equal.", choices=("examples", "uniform")
     )
+
+
+@dataclass(frozen=True)
+class SamplingConfig(StrategyConfig):
+    """For methods that ask a sample of the nodes."""
+
+    fraction_train: float = option(1.0, "Fraction of the known nodes asked in a round.", above=0.0, high=1.0)
+
+
+@dataclass(frozen=True)
+class RobustConfig(SamplingConfig):
+    """For methods whose replies a Flower strategy aggregates."""
+
     aggregation: str = option(
         "fedavg",
-        "FedKSeed: the Flower strategy that aggregates the nodes' points in seed space. With the last three all nodes "
-        "draw the same seeds, so that they can be compared.",
-        choices=("fedavg", "fedavgm", "fedadam", "fedyogi", *COMPARED),
+        "The Flower strategy that aggregates the replies.",
+        choices=("fedavg", "fedmedian", "trimmed-mean", "krum"),
     )
-    server_lr: float = option(1.0, "FedKSeed: theta moves by this much of the aggregated move.", above=0.0)
-    momentum: float = option(0.9, "Momentum of fedavgm, beta_1 of fedadam and fedyogi.", low=0.0, high=0.9999)
-    second_momentum: float = option(0.99, "beta_2 of fedadam and fedyogi.", low=0.0, high=0.99999)
-    adaptivity: float = option(1e-2, "tau of fedadam and fedyogi, in units of the step size.", above=0.0)
     trim: float = option(0.2, "Part of the replies that trimmed-mean cuts off at either end.", low=0.0, high=0.49)
     faulty_nodes: int = option(1, "Nodes that krum expects to be faulty.", low=0)
-    late: float = option(
-        0.0,
-        "FedKSeed, FedCyBGD: a reply that comes one round late counts so much of a prompt one; 0 leaves it out.",
-        low=0.0,
-        high=1.0,
-    )
-    weight_decay: float = option(
-        0.0, "FedKSeed: part by which theta shrinks in a round, towards the base model.", low=0.0, high=1.0
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA adapters (arXiv 2106.09685), for methods that train them."""
+
+    rank: int = option(8, "Rank of the adapters.", low=1)
+    alpha: int = option(16, "Adapters are scaled by alpha / rank.", low=1)
+    targets: str = option(
+        "",
+        "Modules that get an adapter, as PEFT takes them: 'all-linear', a regular expression of their names, or empty "
+        "for PEFT's choice for the architecture.",
     )
 
 
@@ -82,7 +108,7 @@ class StrategyConfig:
 class RoundConfig:
     """How long a round waits."""
 
-    deadline: float = option(600.0, "Seconds after which a round goes on without the replies still missing.", above=0.0)
+    deadline: float = option(600.0, "Seconds after which a round ends without the replies still missing.", above=0.0)
     grace: float = option(
         0.0,
         "Seconds to wait for further replies once 'strategy.min-replies' are there; 0 waits until the deadline.",
@@ -120,7 +146,7 @@ class RunDirConfig:
     )
     resume: str = option(
         "auto",
-        "What to do with a ledger that is there: go on with it, insist on one, or refuse.",
+        "What to do with a ledger that is there: continue it, insist on one, or refuse.",
         choices=("auto", "always", "never"),
     )
     report_to: str = option(

@@ -9,19 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedtune_strategies.config.fedavg import FedAvgConfig
 from fedtune_strategies.errors import ConfigError
 
 
-def add_adapters(model: nn.Module, settings: FedAvgConfig, seed: int) -> dict[str, nn.Parameter]:
+def add_adapters(model: nn.Module, rank: int, alpha: int, targets: str, seed: int) -> dict[str, nn.Parameter]:
     """Put adapters into a model; what it computes does not change yet.
 
     Parameters
     ----------
     model : nn.Module
         Changed in place: the targeted layers are wrapped, which moves their weights to other names.
-    settings : FedAvgConfig
-        ``rank``, ``alpha`` and ``targets`` are read.
+    rank, alpha : int
+        Rank of the adapters, which are scaled by alpha / rank.
+    targets : str
+        Modules that get one, as PEFT takes them: ``"all-linear"``, a regular expression, or empty for PEFT's choice.
     seed : int
         Of the adapters' start.
 
@@ -39,16 +40,14 @@ def add_adapters(model: nn.Module, settings: FedAvgConfig, seed: int) -> dict[st
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise ConfigError("adapters need PEFT, here and on every node: pip install 'fedtune[lora]'") from None
-    lora = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, target_modules=settings.targets or None, task_type="CAUSAL_LM"
-    )
+    lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets or None, task_type="CAUSAL_LM")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
             inject_adapter_in_model(lora, model)
         except ValueError as error:
             line = str(error).splitlines()[0][:200]
-            raise ConfigError(f"run config: 'fedavg.targets' is '{settings.targets}': {line}") from None
+            raise ConfigError(f"run config: 'lora.targets' is '{targets}': {line}") from None
     return {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
 
 

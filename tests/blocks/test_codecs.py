@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.torch import load, save
 
+from fedtune_strategies.blocks.codec_config import Codec, parse_codec
 from fedtune_strategies.blocks.codecs import (
     NF4_VALUES,
     decode,
@@ -13,7 +14,6 @@ from fedtune_strategies.blocks.codecs import (
     encode_with_feedback,
     encoded_size,
 )
-from fedtune_strategies.blocks.notation import Codec, parse_codec
 from fedtune_strategies.errors import ConfigError, ModelError, ProtocolError
 from tests.conftest import quick
 

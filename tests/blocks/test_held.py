@@ -5,10 +5,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from fedtune_strategies.blocks.codec_config import Codec
 from fedtune_strategies.blocks.codecs import decode, encode
 from fedtune_strategies.blocks.find import find_blocks
 from fedtune_strategies.blocks.held import coded_loader, empty_model, empty_parameters, held_outside
-from fedtune_strategies.blocks.notation import Codec
 from fedtune_strategies.blocks.train import train_block
 from tests.models import CONFIGS, lm_loss, tiny_batches, tiny_model
 

@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
+from fedtune_strategies.blocks.codec_config import Codec, parse_codec
 from fedtune_strategies.blocks.find import Block, decoder_layers, find_blocks
 from fedtune_strategies.blocks.gradients import block_gradients
 from fedtune_strategies.blocks.layers import without_layers
-from fedtune_strategies.blocks.notation import Codec, parse_codec
 from fedtune_strategies.blocks.rest import (
     blocks_inside,
     compressed_rest,

@@ -3,10 +3,10 @@ import torch
 from torch import nn
 
 from fedtune_strategies.blocks import rows as rows_room
+from fedtune_strategies.blocks.codec_config import parse_codec
 from fedtune_strategies.blocks.codecs import decode, decode_rows, encode
 from fedtune_strategies.blocks.find import find_blocks
 from fedtune_strategies.blocks.frozen import FrozenRest
-from fedtune_strategies.blocks.notation import parse_codec
 from fedtune_strategies.blocks.train import train_block
 from tests.models import lm_loss, tiny_batches, tiny_model
 

@@ -11,11 +11,10 @@ import psutil
 import pytest
 import torch
 
-from client_app import link
-from client_app.link import WorkerSpec, ask_worker, running_worker, runtime_folder
+from client_app.worker_client import WorkerSpec, ask_worker, running_worker, runtime_folder
 from fedtune_strategies.errors import DataError, LinkError, ResourceError
+from fedtune_strategies.fedkseed.packing import pack
 from fedtune_strategies.protocol import messages as protocol
-from fedtune_strategies.protocol.packing import pack
 from tests.conftest import write_rows
 
 HELLO = ("hello", protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION, "abcd")))
@@ -87,7 +86,7 @@ def test_life_of_a_worker(host, spec, tmp_path):
     wait_until(lambda: gone(second))
 
     # A task that takes too long ends it; nothing hangs.
-    endless = replace(other, run_config=other.run_config | {"fedkseed.local-steps": 100_000})
+    endless = replace(other, run_config=other.run_config | {"train.local-steps": 100_000})
     nothing = torch.empty(0, dtype=torch.uint8)
     change = pack(np.zeros(64, dtype=np.int32))
     task = protocol.SeedTask(1, 0, change, 2.0**-20, nothing, nothing.to(torch.int16), 1e-3, 1e-3, np.inf)

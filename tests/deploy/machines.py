@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from deploy.plumbing import processes
+from deploy.common import processes
 from tests.deploy import bad_link
 
 SERVER = "10.77.0.1"

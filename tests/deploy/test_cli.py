@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from deploy.cli import app
 from deploy.commands.configuration import with_run_config
+from deploy.common import processes
 from deploy.local import demo
-from deploy.plumbing import processes
 from fedtune_strategies.config import as_toml, defaults, keys
 from fedtune_strategies.errors import ConfigError, PortError, ResourceError
 
@@ -104,13 +104,13 @@ def test_settings_are_read_as_toml_and_checked_before_anything_starts(tmp_path, 
     seen = {}
     monkeypatch.setattr(demo, "run_demo", lambda **given: seen.update(given["changes"]))
     assert (
-        call("demo", "--set", "fedkseed.lr=1e-4", "--set", "model.dtype=bfloat16", "--set", "num-server-rounds = 3")[0]
+        call("demo", "--set", "train.lr=1e-4", "--set", "model.dtype=bfloat16", "--set", "num-server-rounds = 3")[0]
         == 0
     )
-    assert seen == {"fedkseed.lr": 1e-4, "model.dtype": "bfloat16", "num-server-rounds": 3}
+    assert seen == {"train.lr": 1e-4, "model.dtype": "bfloat16", "num-server-rounds": 3}
     monkeypatch.undo()
     for setting, line in [
-        ("fedkseed.lr=-1", "'fedkseed.lr'"),
+        ("train.lr=-1", "'train.lr'"),
         ("no-key=1", "unknown key"),
         ("oops", "key=value"),
         ("run.dir=/", "--out"),

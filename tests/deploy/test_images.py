@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from deploy.plumbing import processes
+from deploy.common import processes
 from tests.conftest import write_rows
 from tests.deploy.test_deployment import DEPLOY, environment
 

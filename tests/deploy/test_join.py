@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.operator.desk import Desk
-from deploy.operator.front import Front, protocols
+from deploy.common.certificates import node_key, server_files
+from deploy.common.flower_cli import Control
+from deploy.common.join_token import JOIN, JoinToken, authority_hash, decode_token
+from deploy.operator.alpn_router import Front, protocols
 from deploy.operator.members import Members
+from deploy.operator.registration import RegistrationServer
 from deploy.owner import join as joining
-from deploy.owner.join import Membership, find_membership, give_back, meet, memberships, redeem
-from deploy.plumbing.certificates import node_key, server_files
-from deploy.plumbing.control import Control
-from deploy.plumbing.joining import JOIN, JoinToken, authority_hash, decode_token
+from deploy.owner.join import Membership, fetch_server_info, find_membership, memberships, register, unregister
 from fedtune_strategies.errors import ConfigError, LinkError, NodesError, ProtocolError
 
 SECRET = bytes(range(16))
@@ -48,7 +48,7 @@ def desk(tmp_path, monkeypatch):
     files = server_files(tmp_path / "keys")
     members = Members(tmp_path / "server")
     said = []
-    desk = Desk(
+    desk = RegistrationServer(
         files,
         members,
         FakeControl(tmp_path, {}),
@@ -143,9 +143,9 @@ def test_names_that_are_no_plain_words_are_refused(tmp_path, name):
 
 def test_a_node_joins_and_leaves(desk, monkeypatch):
     token = token_for(desk, "alice")
-    authority, server = meet(token)
+    authority, server = fetch_server_info(token)
     assert server["offer"]["settings"] == {"method.name": "fedkseed"}
-    mine = redeem(token, authority, membership(token))
+    mine = register(token, authority, membership(token))
     assert memberships() == [mine] == [find_membership("alice")]
     # The key that was registered is the public half of the one that this machine made; the private half is here alone.
     assert FakeControl.registered["alice"] == (mine.folder / "key.pub").read_text().strip()
@@ -162,7 +162,7 @@ def test_a_node_joins_and_leaves(desk, monkeypatch):
 
     monkeypatch.setattr(joining, "ask", lossy)
     assert redeem(token, authority, mine) == mine and lost[0]["state"] == "member"
-    give_back(mine)
+    unregister(mine)
     assert desk.members.get("alice").state == "revoked" and not mine.folder.exists()
     assert FakeControl.registered[1001] is None
     with pytest.raises(ConfigError, match="has joined no such federation"):
@@ -176,7 +176,7 @@ def test_a_node_waits_for_approval(desk, monkeypatch):
     desk._approval = True
     monkeypatch.setattr(joining, "APPROVAL_PAUSE", 0.05)
     token = token_for(desk, "alice")
-    authority, _ = meet(token)
+    authority, _ = fetch_server_info(token)
     shown = []
 
     def approve(key):
@@ -184,7 +184,7 @@ def test_a_node_waits_for_approval(desk, monkeypatch):
         shown.append(key)
         desk.members.change("alice", "approved", expected=("waiting",))
 
-    redeem(token, authority, membership(token), approve)
+    register(token, authority, membership(token), approve)
     assert len(shown) == 1 and desk.members.get("alice").state == "member"
 
 
@@ -194,7 +194,7 @@ def test_a_server_that_did_not_make_the_token_gets_no_secret(desk, monkeypatch):
     ask = joining.ask
     monkeypatch.setattr(joining, "ask", lambda *request: sent.append(request[1]) or ask(*request))
     with pytest.raises(LinkError, match="not the server that made this token"):
-        meet(token)
+        fetch_server_info(token)
     assert sent == [{"do": "hello"}]
 
 
@@ -203,11 +203,11 @@ def test_strangers_learn_nothing_and_cannot_end_memberships(desk, tmp_path):
     address = f"localhost:{desk.port}"
     assert joining.ask(address, {"do": "hello", "secret": SECRET.hex()}, authority)["offer"] == {}
     token = token_for(desk, "alice")
-    mine = redeem(token, authority, membership(token))
+    mine = register(token, authority, membership(token))
     stranger = node_key(tmp_path, "stranger").private
     stranger.replace(mine.key)
     with pytest.raises(LinkError, match="only the holder of the key"):
-        give_back(mine)
+        unregister(mine)
     assert mine.folder.exists() and desk.members.get("alice").state == "member"
     for request in ({}, {"do": "join"}, {"do": "join", "secret": 1, "public_key": ""}, {"do": "leave", "name": "x"}):
         with pytest.raises((ProtocolError, NodesError)):
@@ -222,7 +222,7 @@ def test_nonsense_is_answered_with_one_line(desk, line):
 
 def test_an_old_leave_cannot_be_played_again(desk):
     token = token_for(desk, "alice")
-    redeem(token, meet(token)[0], membership(token))
+    register(token, fetch_server_info(token)[0], membership(token))
     old = {
         "do": "leave",
         "name": "alice",

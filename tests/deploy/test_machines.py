@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.plumbing import processes
-from deploy.plumbing.joining import decode_token
+from deploy.common import processes
+from deploy.common.join_token import decode_token
 from fedtune_strategies.language.model_files import model_folder
 from fedtune_strategies.tiny.tasks import write_federation
 from tests.deploy.machines import SERVER, Machines, available

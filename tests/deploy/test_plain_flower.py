@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.plumbing import processes
+from deploy.common import processes
 from fedtune_strategies.tiny.tasks import write_federation
 from server_app.ledger import Ledger
 

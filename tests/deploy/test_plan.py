@@ -1,10 +1,10 @@
 """The formulae against what runs in memory really sent."""
 
 import pytest
+from deploy.speed import measure
 
 from deploy.plan import Plan, change_bytes, coded_bytes, plan, shape_of
-from deploy.speed import measure
-from fedtune_strategies.blocks.notation import parse_codec
+from fedtune_strategies.blocks.codec_config import parse_codec
 from fedtune_strategies.config import parse
 from fedtune_strategies.errors import ConfigError
 from fedtune_strategies.language.model import load_model
@@ -23,7 +23,7 @@ def sent(ledger, nodes, rounds):
         {"fedkseed.seeds": 64},
         {"fedkseed.seeds": 1024, "fedkseed.scalar-bits": 8},
         {"method.name": "fedkseed-pro", "fedkseed.seeds": 256},
-        {"method.name": "fedcybgd", "num-server-rounds": 12, "fedcybgd.local-steps": 1, "fedcybgd.prefetch": False},
+        {"method.name": "fedcybgd", "num-server-rounds": 12, "train.local-steps": 1, "fedcybgd.prefetch": False},
     ],
 )
 def test_bytes_are_those_of_a_run(settings, data_files, changes):
@@ -67,7 +67,7 @@ def test_a_change_of_theta_never_needs_more_than_its_entries():
 
 
 def test_times_come_from_measured_steps(tiny_llama):
-    config = parse({"model.name": str(tiny_llama), "train.seq-length": 16, "fedkseed.local-steps": 50})
+    config = parse({"model.name": str(tiny_llama), "train.seq-length": 16, "train.local-steps": 50})
     speed = measure(load_model(str(tiny_llama)), config, repeats=1)
     assert min(speed.rebuild, speed.seed_step, speed.block_step) > 0
     found = plan(config, tiny_llama, 4, 100, speed)

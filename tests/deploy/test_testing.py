@@ -9,7 +9,7 @@ import torch
 from deploy.testing import Fault, Federation, assert_dropout_safe, assert_order_independent, assert_resume_exact
 from fedtune_strategies.errors import ConfigError
 from fedtune_strategies.method import Method, installed_methods
-from fedtune_strategies.strategies.base import State
+from fedtune_strategies.strategy import State
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "signvote"
 

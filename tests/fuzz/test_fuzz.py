@@ -19,13 +19,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client_app.tasks import check_node_config
+from client_app.node import check_node_config
 from fedtune_strategies.config import Config, keys, parse
 from fedtune_strategies.errors import ConfigError, DataError, FedTuneError, LedgerError, ProtocolError
+from fedtune_strategies.fedkseed.packing import unpack
 from fedtune_strategies.language import data as language_data
 from fedtune_strategies.language.data import READERS, read_rows
 from fedtune_strategies.protocol import messages as protocol
-from fedtune_strategies.protocol.packing import unpack
 from fedtune_strategies.protocol.records import from_record
 from server_app.ledger import Ledger
 from tests.fuzz.guided import explore
@@ -71,7 +71,7 @@ def test_packed_numbers():
         except ProtocolError as error:
             one_line(error)
 
-    from fedtune_strategies.protocol.packing import pack
+    from fedtune_strategies.fedkseed.packing import pack
 
     seeds = [pack(np.arange(100, dtype=np.int32)).numpy().tobytes()]
     assert explore(target, seeds, RUNS, ["protocol/packing"])[1] < MEMORY

@@ -3,8 +3,8 @@ import copy
 import pytest
 import torch
 
-from fedtune_strategies.config.fedavg import FedAvgConfig
 from fedtune_strategies.errors import ConfigError
+from fedtune_strategies.fedavg.config import FedAvgConfig
 from fedtune_strategies.language.adapters import add_adapters, sharing_weights, weight_changes
 from tests.models import CONFIGS, make_model
 

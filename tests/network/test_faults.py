@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from deploy.common import processes
+from deploy.common.certificates import node_key
 from deploy.operator.runs import tune
 from deploy.operator.serve import serving
-from deploy.plumbing import processes
-from deploy.plumbing.certificates import node_key
 from deploy.status.view import RunView
 from fedtune_strategies.errors import LedgerError
 from server_app.ledger import Ledger
@@ -98,7 +98,7 @@ def kill(found):
 def test_whatever_is_killed_the_run_ends_in_the_same_model(settings, data_files, tmp_path):
     with contextlib.ExitStack() as stack:
         lab = Lab(stack, tmp_path / "server", data_files)
-        settings |= {"strategy.min-replies": 3, "fedkseed.local-steps": 40, "eval.data": "", "round.deadline": 120.0}
+        settings |= {"strategy.min-replies": 3, "train.local-steps": 40, "eval.data": "", "round.deadline": 120.0}
         _seeds(lab, settings | {"num-server-rounds": 3}, data_files, tmp_path)
         blocks = settings | {"method.name": "fedcybgd", "num-server-rounds": 3, "strategy.min-replies": 1}
         _blocks(lab, blocks, data_files, tmp_path)

@@ -76,7 +76,7 @@ def bytes_of_rounds(running, settings):
 
 def test_all_that_a_connection_carries_in_a_warm_round(settings, data_files, tmp_path):
     """Payload, framework, TLS and polls, at the paper's K and number of steps."""
-    paper = {"method.name": "fedkseed-pro", "fedkseed.seeds": 4096, "fedkseed.local-steps": 200, "eval.answers": 0}
+    paper = {"method.name": "fedkseed-pro", "fedkseed.seeds": 4096, "train.local-steps": 200, "eval.answers": 0}
     settings |= paper | {"num-server-rounds": 4, "strategy.min-nodes": 2}
     nodes = {name: data_files[name] for name in ("node-0", "node-1")}
     with federation(tmp_path / "federation", nodes) as running:

@@ -8,11 +8,11 @@ import time
 
 import pytest
 
+from deploy.common import processes
+from deploy.common.certificates import node_key, server_files
 from deploy.operator.serve import serving
 from deploy.owner.doctor import examine
 from deploy.owner.node import meanings
-from deploy.plumbing import processes
-from deploy.plumbing.certificates import node_key, server_files
 
 UTC = datetime.UTC
 

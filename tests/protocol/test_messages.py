@@ -35,11 +35,11 @@ EXAMPLES = [
     protocol.BlockReply("n", 2, 1, 3, {"a": torch.ones(2, dtype=torch.bfloat16)}, 2.0, 0.1, 0.5, 5, 1, "f", 5, 1.0, 10),
     protocol.ArraysTask(1, {"a.weight": torch.randn(2, 3)}),
     protocol.ArraysReply("n", 1, {"a.weight": torch.randn(2, 3)}, 2.0, 1, "f", 5, 1.0, 10),
-    protocol.ModelWanted("n", -1),
+    protocol.ModelRequest("n", -1),
     protocol.ModelManifest("[]"),
-    protocol.ModelPiece(3, torch.ones(4, dtype=torch.uint8)),
-    protocol.Kept("n", 1),
-    protocol.Lacking("n", 1),
+    protocol.ModelChunk(3, torch.ones(4, dtype=torch.uint8)),
+    protocol.Ack("n", 1),
+    protocol.StateMissing("n", 1),
     protocol.Failure(11, "no such file"),
 ]
 

@@ -18,7 +18,7 @@ from tests.federations import run
 @pytest.fixture
 def tuned(settings, data_files):
     """Folder of a run of two rounds that tunes the first layer alone."""
-    settings |= {"num-server-rounds": 2, "eval.answers": 0, "eval.every": 2, "fedkseed.tune": r"layers\.0\."}
+    settings |= {"num-server-rounds": 2, "eval.answers": 0, "eval.every": 2, "train.parameters": r"layers\.0\."}
     run(settings, data_files)
     return Path(settings["run.dir"])
 

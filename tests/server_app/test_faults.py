@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import server_app.drive
+import server_app.rounds
 import server_app.run
 from deploy.testing import Killed
 from fedtune_strategies.errors import DataError, LinkError, NodesError, ResourceError
@@ -148,8 +148,8 @@ def faulty(settings):
         "eval.data": "",
         "round.deadline": 1.0,
         "round.node-wait": 20.0,
-        "fedcybgd.local-steps": 2,
-        "fedkseed.local-steps": 4,
+        "train.local-steps": 2,
+        "train.local-steps": 4,
     }
 
 

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from fedtune_strategies.errors import LedgerError, ResourceError
-from server_app import mend
 from server_app.ledger import Ledger
-from server_app.mend import INLINE_BYTES
+from server_app.ledger_file import INLINE_BYTES
 
 
 @pytest.fixture

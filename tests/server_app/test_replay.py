@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from deploy.cli import app
 from fedtune_strategies.config import parse
-from fedtune_strategies.draws import draw_seeds, seed_key
 from fedtune_strategies.errors import LedgerError
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.shared_random import draw_seeds, seed_key
 from server_app.replay import replay
 from tests.federations import run
 
@@ -86,7 +86,7 @@ def test_without_a_node_the_others_contributions_are_left(settings, data_files, 
 
 
 def _odds(config, state):
-    from fedtune_strategies.strategies.fedkseed_pro import FedKSeedPro
+    from fedtune_strategies.fedkseed.pro import FedKSeedPro
 
     if "sums" not in state:
         return np.empty(0, dtype=np.int16)

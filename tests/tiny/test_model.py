@@ -3,12 +3,12 @@ from itertools import islice, repeat
 
 import pytest
 import torch
+from pretraining.corpus import documents
+from pretraining.train import batches, new_model, train_model, train_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedtune_strategies.tiny import MODEL_FOLDER
-from fedtune_strategies.tiny.corpus import documents
 from fedtune_strategies.tiny.tasks import TASKS, UNSEEN, rows
-from fedtune_strategies.tiny.train import batches, new_model, train_model, train_tokenizer
 
 
 @pytest.fixture(scope="module")

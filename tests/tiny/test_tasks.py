@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pretraining.corpus import documents
 
 from fedtune_strategies.errors import DataError
-from fedtune_strategies.tiny.corpus import documents
 from fedtune_strategies.tiny.tasks import TASKS, UNSEEN, rows, share_of, tasks_of_node, write_federation
 from fedtune_strategies.tiny.words import COUNTS, KINDS, OPPOSITES
 

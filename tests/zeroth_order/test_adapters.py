@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from client_app.seed_rounds import SeedRounds
 from fedtune_strategies.config import parse
+from fedtune_strategies.fedkseed.client import FedKSeedClient
+from fedtune_strategies.fedkseed.packing import pack, read_scalars
+from fedtune_strategies.fedkseed.strategy import FedKSeed
 from fedtune_strategies.language.examples import Examples
 from fedtune_strategies.method import NodeContext
 from fedtune_strategies.protocol import messages as protocol
-from fedtune_strategies.protocol.packing import pack, read_scalars
 from fedtune_strategies.seed_space import make_pool, tuned_parameters
-from fedtune_strategies.strategies.base import arrays_of
-from fedtune_strategies.strategies.fedkseed import FedKSeed
+from fedtune_strategies.strategy import arrays_of
 from fedtune_strategies.zeroth_order import local_steps
 from tests.models import CONFIGS, make_model
 
@@ -51,12 +51,12 @@ def test_slopes_are_derivatives_along_the_adapter_alone(estimator):
 
 
 def test_server_and_node_agree_and_the_rest_stays():
-    config = parse({"fedkseed.seeds": K, "fedkseed.local-steps": 4, "fedkseed.tune": ADAPTER, "train.batch-size": 2})
+    config = parse({"fedkseed.seeds": K, "train.local-steps": 4, "train.parameters": ADAPTER, "train.batch-size": 2})
     model, copy = adapted(), adapted()
     before = weights(model)
     base = {name: before[name] for name in tuned_parameters(model, ADAPTER)}
     examples = Examples(list(IDS.int().numpy()), [4, 4], [("a",), ("b",)], pad_id=0)
-    node = SeedRounds(NodeContext(config, "a", model, before, examples))
+    node = FedKSeedClient(NodeContext(config, "a", model, before, examples))
     units = np.arange(K, dtype=np.int32) * 1000
     empty = torch.empty(0)
     task = protocol.SeedTask(2, 0, pack(units), 2.0**-20, empty, empty, 1e-3, 1e-3, np.inf)

@@ -8,6 +8,9 @@ import typer
 from typer.testing import CliRunner
 
 from deploy.cli import app
+from deploy.common.certificates import node_key
+from deploy.common.flower_cli import Control
+from deploy.common.join_token import JoinToken
 from deploy.local import demo
 from deploy.local.proxy import Traffic
 from deploy.local.report import Result
@@ -18,9 +21,6 @@ from deploy.owner import join as owner_join
 from deploy.owner import node as owner_node
 from deploy.owner import service
 from deploy.owner.join import Membership
-from deploy.plumbing.certificates import node_key
-from deploy.plumbing.control import Control
-from deploy.plumbing.joining import JoinToken
 from tests.federations import run as run_in_memory
 
 

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
+from deploy.common import processes
 from deploy.local.federation import federation
-from deploy.plumbing import processes
 from fedtune_strategies.errors import ConfigError, LinkError, NodesError, PortError
 
 # An app that asks every node for its configuration; each ClientApp leaves a detached process behind.
@@ -61,7 +61,7 @@ def main(grid, context):
 LAUNCHER = """
 import json, signal, sys, time
 from pathlib import Path
-from deploy.plumbing import processes
+from deploy.common import processes
 from deploy.local.federation import federation
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job would have ignored
 folder, app = map(Path, sys.argv[1:])

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from deploy.common.flower_cli import RunStatus
+from deploy.common.units import clock, size
 from deploy.local import progress
 from deploy.local.demo import _deal, _write, show_results
 from deploy.local.progress import Progress, follow
 from deploy.local.proxy import Traffic
 from deploy.local.report import markdown, samples, summarise
-from deploy.plumbing.control import RunStatus
-from deploy.plumbing.units import clock, size
 from fedtune_strategies.errors import DataError, FingerprintError, NodesError, RunError
 from server_app.ledger import Ledger
 

@@ -6,9 +6,9 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from client_app.facts import VARIABLE, Facts
-from client_app.link import WorkerSpec
+from client_app.stats import VARIABLE, Stats
 from client_app.worker import Service
+from client_app.worker_client import WorkerSpec
 from deploy.monitoring.node import node_page
 from fedtune_strategies.errors import ConfigError
 from fedtune_strategies.protocol import messages as protocol
@@ -48,7 +48,7 @@ def test_facts_of_a_worker_that_is_gone_do_not_count(tmp_path):
 
 def test_a_file_that_cannot_be_written_hurts_no_task(tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, str(tmp_path / "nothing" / "facts.json"))
-    facts = Facts()
+    facts = Stats()
     facts.note("hello", "hello-reply", 1, 1, 0.1)
     facts.note("hello", "hello-reply", 1, 1, 0.1)
     assert facts.counts["tasks"] == 2

@@ -9,12 +9,12 @@ from typer.testing import CliRunner
 
 from deploy.cli import app
 from deploy.commands import runs as commands
+from deploy.common.flower_cli import Control, RunStatus
 from deploy.operator import runs
+from deploy.operator.announcement import announce, read_announcement
 from deploy.operator.members import Members
-from deploy.operator.offer import announce, read_offer
 from deploy.operator.runs import find_run, settings_of, tune
 from deploy.operator.watch import Lines, Screen, sparkline
-from deploy.plumbing.control import Control, RunStatus
 from deploy.status.view import RunView
 from fedtune_strategies.errors import ConfigError, LedgerError, NodesError, RunError
 from server_app.ledger import Ledger
@@ -160,14 +160,14 @@ def test_small_bars_follow_the_numbers():
 
 
 def test_the_offer_says_what_a_run_takes(tmp_path, tiny_llama):
-    assert read_offer(tmp_path) == {}
+    assert read_announcement(tmp_path) == {}
     announce(tmp_path, {"method.name": "fedkseed", "model.name": str(tiny_llama)}, 3)
-    offer = read_offer(tmp_path)
+    offer = read_announcement(tmp_path)
     assert offer["settings"]["method.name"] == "fedkseed" and offer["plan"]["up"] > 0
     announce(tmp_path, {"method.name": "fedavg", "model.name": str(tiny_llama)}, 3)
-    assert read_offer(tmp_path)["plan"] is None
+    assert read_announcement(tmp_path)["plan"] is None
     with pytest.raises(ConfigError, match=r"fedkseed\.lr"):
-        announce(tmp_path, {"fedkseed.lr": -1.0}, 3)
+        announce(tmp_path, {"train.lr": -1.0}, 3)
 
 
 def test_what_cannot_work_is_not_submitted(tmp_path, monkeypatch, capsys):
@@ -185,7 +185,7 @@ def test_what_cannot_work_is_not_submitted(tmp_path, monkeypatch, capsys):
 def test_a_configuration_file_is_read_flat(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text('num-server-rounds = 3\n[fedkseed]\nlr = 1e-4\n[model]\nname = "x"\n')
-    assert commands._from_file(file) == {"num-server-rounds": 3, "fedkseed.lr": 1e-4, "model.name": "x"}
+    assert commands._from_file(file) == {"num-server-rounds": 3, "train.lr": 1e-4, "model.name": "x"}
     file.write_text("= 3")
     with pytest.raises(ConfigError, match="not TOML"):
         commands._from_file(file)

@@ -12,13 +12,13 @@ import pytest
 from typer.testing import CliRunner
 
 from deploy.cli import app
+from deploy.common import processes
+from deploy.common.join_token import JoinToken
 from deploy.owner.consent import ALWAYS, base_model, leaves, terms
 from deploy.owner.doctor import examine
 from deploy.owner.join import Membership
 from deploy.owner.node import meanings, run_node, supernode_command
 from deploy.owner.service import install, remove, unit_file, unit_text
-from deploy.plumbing import processes
-from deploy.plumbing.joining import JoinToken
 from fedtune_strategies.errors import ConfigError, DataError, LinkError, ResourceError
 
 
@@ -82,7 +82,7 @@ def test_joining_refuses_before_it_connects(tmp_path):
 
 
 def test_owners_are_told_what_leaves_by_the_method():
-    assert leaves({"settings": {"method.name": "fedkseed", "fedkseed.local-steps": 7}})[0].startswith(
+    assert leaves({"settings": {"method.name": "fedkseed", "train.local-steps": 7}})[0].startswith(
         "FedKSeed, every round: 7"
     )
     assert len(leaves({})) == 3 + len(ALWAYS)  # nothing announced: any of our methods may come

@@ -4,7 +4,7 @@ import numpy as np
 import safetensors.torch
 
 from fedtune_strategies.config import defaults, parse
-from fedtune_strategies.strategies.fedkseed_pro import FedKSeedPro
+from fedtune_strategies.fedkseed.pro import FedKSeedPro
 from server_app.ledger import Ledger
 
 NODES = ("alice", "bob", "carol")

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from deploy.plumbing import httpd, processes
-from deploy.plumbing.certificates import server_files
+from deploy.common import httpd, processes
+from deploy.common.certificates import server_files
 from deploy.status import server as server_module
 from deploy.status.server import serve_page
 from fedtune_strategies.errors import ConfigError, PortError

@@ -1,0 +1,148 @@
+"""What ``flwr`` does for an operator: submit, watch and stop runs, register and list nodes, of one SuperLink."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deploy.common import processes
+from fedtune_strategies.errors import ConfigError, FedTuneError, LinkError, RunError
+
+CONNECTION = "fedtune"
+COMMAND_TIMEOUT = 180.0  # seconds; a command needs 2, on a busy machine many times that
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What the SuperLink says about a run."""
+
+    state: str  # pending, starting, running, finished:completed, finished:failed or finished:stopped
+    details: str
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has ended, in whatever way."""
+        return self.state.startswith("finished")
+
+    @property
+    def completed(self) -> bool:
+        """Whether the run has ended as it should."""
+        return self.state == "finished:completed"
+
+
+@dataclass(frozen=True)
+class Control:
+    """The control interface of one SuperLink; every call takes about a second of one core.
+
+    Attributes
+    ----------
+    folder : Path
+        State; ``flower/config.toml`` below it names the SuperLink, see `write_connection`.
+    environment : dict of str
+        The environment for Flower's commands.
+    """
+
+    folder: Path
+    environment: dict[str, str]
+
+    def submit(self, app: Path, run_config: Mapping[str, str | int | float | bool]) -> int:
+        """Submit a run with ``flwr run`` and return its id.
+
+        Parameters
+        ----------
+        app : Path
+            Folder with the app's ``pyproject.toml``.
+        run_config : mapping
+            Keys that differ from the app's own configuration.
+
+        Raises
+        ------
+        ConfigError
+            Flower refused the app or a key.
+        """
+        overrides = self.folder / "run.toml"
+        # Strings, numbers and booleans are written alike in JSON and TOML.
+        overrides.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in run_config.items()))
+        return int(self._flwr(["run", str(app), CONNECTION, "--run-config", str(overrides)], ConfigError)["run-id"])
+
+    def status(self, run_id: int) -> RunStatus:
+        """Ask the SuperLink about a run."""
+        runs = self._flwr(["ls", CONNECTION, "--run-id", str(run_id)], LinkError)["runs"]
+        return RunStatus(runs[0]["status"], runs[0]["status-details"])
+
+    def stop_run(self, run_id: int) -> None:
+        """Stop a run; messages that nodes are working on still end there."""
+        self._flwr(["stop", str(run_id), CONNECTION], RunError)
+
+    def run_log(self, run_id: int) -> str:
+        """What the run's ServerApp has written so far."""
+        return _call(["flwr", "log", str(run_id), CONNECTION, "--show"], self.environment).stdout
+
+    def register(self, public_key: Path, name: str) -> int:
+        """Make a node's key known to the SuperLink; returns the node's id."""
+        answer = self._flwr(["supernode", "register", str(public_key), CONNECTION, "--name", name], LinkError)
+        return int(answer["node-id"])
+
+    def unregister(self, node_id: int) -> None:
+        """Forget a node's key: the node is refused from now on."""
+        self._flwr(["supernode", "unregister", str(node_id), CONNECTION], LinkError)
+
+    def node_states(self) -> dict[int, str]:
+        """Registered nodes by id: ``online``, ``offline``, or ``registered`` where one never came."""
+        nodes = self._flwr(["supernode", "list", CONNECTION], LinkError)["nodes"]
+        return {int(node["node-id"]): node["status"] for node in nodes}
+
+    def _flwr(self, arguments: Sequence[str], error: type[FedTuneError]) -> dict[str, Any]:
+        """Call ``flwr … --format json`` and return its answer; its exit code says nothing, ``success`` does."""
+        done = _call(["flwr", *arguments, "--format", "json"], self.environment)
+        answer: dict[str, Any] = {}
+        with contextlib.suppress(ValueError):
+            answer, _ = json.JSONDecoder().raw_decode(done.stdout, done.stdout.index("{"))
+        if not answer.get("success"):
+            reason = answer.get("error-message") or done.stderr or done.stdout or f"exit code {done.returncode}"
+            raise error(f"flwr {arguments[0]} failed: {' '.join(str(reason).split())}")
+        return answer
+
+
+def flower_environment(folder: Path) -> dict[str, str]:
+    """The environment for Flower's programs with their home below a folder of state."""
+    loopback = ",".join(filter(None, [os.environ.get("NO_PROXY"), "localhost,127.0.0.1,::1"]))
+    return {
+        **os.environ,
+        "PATH": processes.environment_path(),
+        "FLWR_HOME": str(folder / "flower"),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        # Seconds between looks for a task to start. Flower's own pace is one second; a quicker one than this costs more
+        # in polling than it saves (at 0.05 s, five idle executors and what they ask take 0.4 of a core).
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        "NO_PROXY": loopback,
+        "no_proxy": loopback,
+    }
+
+
+def write_connection(folder: Path, port: int, authority: Path) -> None:
+    """Tell ``flwr`` where the SuperLink's control interface is: on this machine's loopback."""
+    home = folder / "flower"
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\n'
+        f"root-certificates = {json.dumps(str(authority))}\n"
+    )
+
+
+def _call(command: Sequence[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=COMMAND_TIMEOUT)
+    except FileNotFoundError as error:
+        raise LinkError(f"{command[0]} is not installed beside this Python: pip install fedtune again") from error
+    except subprocess.TimeoutExpired as error:
+        raise LinkError(f"{' '.join(command[:2])} gave no answer within {COMMAND_TIMEOUT:.0f} s") from error

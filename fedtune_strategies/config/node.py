@@ -1,0 +1,85 @@
+"""The node's own configuration: what its owner decides, and no run can."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedtune_strategies.config.options import option, options, section
+from fedtune_strategies.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class NodeConfig:
+    """Keys of a SuperNode's ``--node-config``; those below ``device`` say how a result is computed."""
+
+    name: str = option("", "The node's name, unique in the federation; empty for one made of Flower's node id.")
+    data: str = option("", "File or folder with the owner's data; required.")
+    format: str = option("auto", "Format of the data; 'auto' looks at the columns.")
+    model: str = option(
+        "", "Folder of the base model on this machine instead of the run's; 'server' to get it from there."
+    )
+    cache: str = option("", "Folder for models that come from servers; empty for ~/.fedtune/models.")
+    cache_gb: float = option(50.0, "Most gigabytes in it.", above=0.0)
+    device: str = option("cpu", "Where the model runs: cpu, cuda, cuda:1.")
+    micro_batch: int = option(0, "Examples computed at once, for less memory; 0 for the whole batch.", low=0)
+    checkpoint: bool = option(False, "Compute activations again in the backward pass instead of keeping them.")
+    frozen: str = option(
+        "decoded",
+        "Frozen blocks: as weights, coded in memory, or coded on disk; coded ones are decoded when used.",
+        choices=("decoded", "coded", "disk"),
+    )
+    prefix_cache_mb: float = option(
+        0.0, "Most MB for hidden states of the frozen layers below a block, where batches come again.", low=0.0
+    )
+
+
+def parse_node(given: Mapping[str, Any]) -> NodeConfig:
+    """Check a node's configuration; keys of Flower's own such as ``partition-id`` are left alone.
+
+    Parameters
+    ----------
+    given : mapping of str to str, int, float or bool
+        Flower's node config. Numbers and booleans may come as text.
+
+    Returns
+    -------
+    NodeConfig
+        The checked configuration.
+
+    Raises
+    ------
+    ConfigError
+        ``data`` is missing, or a value is not accepted.
+    """
+    known = {name: kind for name, kind, _ in options(NodeConfig)}
+    values = {name: _typed(given[name], kind) for name, kind in known.items() if name in given}
+    config = section(NodeConfig, "", values, where="node config")
+    if not config.data:
+        raise ConfigError(
+            "node config: 'data' is missing; start the node with --node-config 'data=\"/path/to/data.jsonl\"'."
+        )
+    return config
+
+
+def node_settings(config: NodeConfig) -> dict[str, Any]:
+    """Return the keys that differ from their default, as `parse_node` takes them."""
+    return {
+        field.name.replace("_", "-"): value
+        for field in dataclasses.fields(config)
+        if (value := getattr(config, field.name)) != field.default
+    }
+
+
+def _typed(value: Any, kind: type) -> Any:
+    """Read a number or a boolean that came as text, as it does from a service file or a container's environment."""
+    if kind is str or not isinstance(value, str):
+        return value
+    if kind is bool:
+        return {"true": True, "false": False}.get(value.lower(), value)
+    try:
+        return kind(value)
+    except ValueError:
+        return value

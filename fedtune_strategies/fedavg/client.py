@@ -1,0 +1,121 @@
+"""A node's side of federated averaging: train what the task brings, and send it back as it is then."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedtune_strategies.blocks.find import Block
+from fedtune_strategies.blocks.train import apply_delta, train_block
+from fedtune_strategies.errors import ProtocolError
+from fedtune_strategies.fedavg.messages import ArraysReply, ArraysTask
+from fedtune_strategies.language.adapters import add_adapters
+from fedtune_strategies.language.examples import Batch, batches
+from fedtune_strategies.language.loss import response_loss
+from fedtune_strategies.memory import peak_memory
+from fedtune_strategies.method import NodeContext
+from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.seed_space import fingerprint, make_pool, tuned_parameters
+from fedtune_strategies.shared_random import stream
+from fedtune_strategies.zeroth_order import local_steps
+
+
+class FedAvgClient:
+    """Trains all parameters by AdamW.
+
+    Parameters
+    ----------
+    context : NodeContext
+        The node.
+    """
+
+    def __init__(self, context: NodeContext) -> None:
+        self._config: Any = context.config
+        self._model = context.model
+        self._name, self._examples = context.name, context.examples
+        self._checkpoint = context.node.checkpoint
+        self._parameters = self._trained()
+
+    def __call__(self, task: protocol.Message) -> protocol.Message:
+        """Answer an `ArraysTask`."""
+        if not isinstance(task, ArraysTask):
+            raise ProtocolError(f"a node of federated averaging cannot answer a '{task.kind}'.")
+        expected = {name: parameter.shape for name, parameter in self._parameters.items()}
+        if {name: value.shape for name, value in task.arrays.items()} != expected:
+            raise ProtocolError("a task does not fit this node's model: give all nodes the same base model and PEFT.")
+        start = time.monotonic()
+        arrays, losses = self._train(task)
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        return ArraysReply(
+            node=self._name,
+            round=task.round,
+            arrays=arrays,
+            loss=float(np.mean(finite)) if finite else math.nan,
+            skipped=self._config.train.local_steps - len(finite),
+            fingerprint=fingerprint(task.arrays),
+            num_examples=len(self._examples),
+            seconds=time.monotonic() - start,
+            peak_memory=peak_memory(),
+        )
+
+    def _trained(self) -> Mapping[str, nn.Parameter]:
+        return tuned_parameters(self._model)
+
+    def _train(self, task: ArraysTask) -> tuple[dict[str, Tensor], list[float]]:
+        """AdamW with fresh moments, on float32 copies: all that is trained is one block, with nothing below it."""
+        train = self._config.train
+        update = train_block(
+            self._model,
+            Block(0, "all", "embedding", tuple(self._parameters)),
+            response_loss,
+            list(self._batches(task)),
+            train.local_steps,
+            task.lr,
+            weight_decay=train.weight_decay,
+            beta1=train.beta1,
+            start=task.arrays,
+            checkpoint=self._checkpoint,
+        )
+        return apply_delta(task.arrays, update.delta), update.losses
+
+    def _batches(self, task: ArraysTask) -> Iterator[Batch]:
+        train = self._config.train
+        return batches(self._examples, train.batch_size, train.local_steps, self._key(task))
+
+    def _key(self, task: ArraysTask) -> tuple[int, int, str]:
+        return (self._config.train.seed, task.round, self._name)
+
+
+class AdapterClient(FedAvgClient):
+    """Trains LoRA adapters, which are put into the node's model, by AdamW."""
+
+    def _trained(self) -> Mapping[str, nn.Parameter]:
+        lora = self._config.lora
+        return add_adapters(self._model, lora.rank, lora.alpha, lora.targets, self._config.train.seed)
+
+
+class FedZOClient(FedAvgClient):
+    """Trains all parameters by zeroth-order steps."""
+
+    def _train(self, task: ArraysTask) -> tuple[dict[str, Tensor], list[float]]:
+        """MeZO's steps (arXiv 2305.17333), each along a Gaussian direction that no other step or node has."""
+        steps = self._config.train.local_steps
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(task.arrays[name])
+        taken = local_steps(
+            self._model,
+            make_pool("gaussian", key=int(stream("fedzo", *self._key(task)).random_raw()), size=steps),
+            response_loss,
+            self._batches(task),
+            range(steps),
+            eps=self._config.fedzo.eps,
+            lr=task.lr,
+        )
+        return {name: parameter.detach().clone() for name, parameter in self._parameters.items()}, taken.loss.tolist()

@@ -1,0 +1,59 @@
+"""What averaging costs a node: its trained tensors up and down, and what their training keeps in memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from fedtune_strategies.blocks.find import Block
+from fedtune_strategies.blocks.train import train_block
+from fedtune_strategies.cost import HEADER, PROCESS, Cost, Fleet, Shape
+from fedtune_strategies.fedavg.config import FedITRunConfig, FedZORunConfig
+from fedtune_strategies.language.adapters import add_adapters
+from fedtune_strategies.language.loss import response_loss
+from fedtune_strategies.language.model import LanguageModel
+from fedtune_strategies.seed_space import make_pool, tuned_parameters
+from fedtune_strategies.speed import median_seconds, random_batch
+from fedtune_strategies.zeroth_order import local_steps
+
+
+def cost(config: Any, shape: Shape, fleet: Fleet) -> Cost:
+    """Count a node's bytes; every formula stands in docs/planning.md."""
+    train, trained = config.train, shape.parameters
+    if isinstance(config, FedITRunConfig):
+        lora = config.lora
+        adapters = add_adapters(copy.deepcopy(shape.model), lora.rank, lora.alpha, lora.targets, train.seed)
+        trained = sum(parameter.numel() for parameter in adapters.values())
+    tokens = train.batch_size * train.seq_length
+    if isinstance(config, FedZORunConfig):  # the arrived tensors and those that leave
+        own = 8 * trained + shape.activations(tokens)
+    else:  # float32 copy, gradient, two moments and the change of each trained parameter
+        own = 20 * trained + shape.kept_activations(tokens, shape.layers)
+    wire = 4 * trained + HEADER
+    asked = max(1, round(fleet.nodes * config.strategy.fraction_train))
+    return Cost(
+        memory=PROCESS + shape.width * shape.parameters + own,
+        disk=shape.stored,
+        up=wire,
+        down=wire,
+        record=(asked + 1) * wire,
+    )
+
+
+def seconds(config: Any, language: LanguageModel, clock: Callable[[], float]) -> float:
+    """Measure a task on random tokens: a step for each of the local steps."""
+    model, train = language.model, config.train
+    batch = random_batch(language, train.batch_size, train.seq_length)
+    if isinstance(config, FedZORunConfig):
+        pool = make_pool("gaussian", key=0, size=1)
+        return train.local_steps * median_seconds(
+            lambda: local_steps(model, pool, response_loss, [batch], [0], eps=config.fedzo.eps, lr=1e-6), clock
+        )
+    if isinstance(config, FedITRunConfig):
+        lora = config.lora
+        names = tuple(add_adapters(model, lora.rank, lora.alpha, lora.targets, train.seed))
+    else:
+        names = tuple(tuned_parameters(model))
+    block = Block(0, "all", "embedding", names)
+    return train.local_steps * median_seconds(lambda: train_block(model, block, response_loss, [batch], 1, 1e-4), clock)

@@ -1,0 +1,44 @@
+"""FedIT (arXiv 2305.05644): nodes train LoRA adapters, which are averaged; the model that comes out is merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from flwr.app import ArrayRecord
+from torch import Tensor, nn
+
+from fedtune_strategies.fedavg.config import FedITRunConfig
+from fedtune_strategies.fedavg.strategy import ArraysStrategy
+from fedtune_strategies.language.adapters import add_adapters, sharing_weights, weight_changes
+from fedtune_strategies.seed_space import fingerprint
+
+
+class FedIT(ArraysStrategy):
+    """Average adapters: their A and B each for itself, as published.
+
+    Parameters
+    ----------
+    config : FedITRunConfig
+        The run configuration.
+    model : nn.Module
+        The server's model; it stays as it is.
+    base : mapping of str to Tensor
+        W_0 by canonical parameter name.
+    """
+
+    def __init__(self, config: FedITRunConfig, model: nn.Module, base: Mapping[str, Tensor]) -> None:
+        self.base = base
+        self.adapted = sharing_weights(model)
+        lora = config.lora
+        self.adapters = add_adapters(self.adapted, lora.rank, lora.alpha, lora.targets, config.train.seed)
+        super().__init__(config, {name: parameter.detach().clone() for name, parameter in self.adapters.items()})
+
+    def materialise(self, arrays: ArrayRecord, parameters: Mapping[str, Tensor]) -> str:
+        """Write W_0 + (alpha / rank) B A, summed in float32 and rounded once."""
+        with torch.no_grad():
+            for name, adapter in self.adapters.items():
+                adapter.copy_(self.current[name])
+            for name, change in weight_changes(self.adapted):
+                parameters[name].copy_(self.base[name].float() + change.float())
+        return fingerprint(parameters)

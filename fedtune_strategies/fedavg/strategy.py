@@ -1,0 +1,128 @@
+"""A method whose global model is a set of tensors: what a node returns is averaged by a Flower strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from fedtune_strategies.aggregators import robust_aggregator
+from fedtune_strategies.errors import ProtocolError
+from fedtune_strategies.fedavg.messages import ArraysReply, ArraysTask
+from fedtune_strategies.fleet import Fleet
+from fedtune_strategies.lr_schedule import learning_rate
+from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.protocol.flower import address, decoded
+from fedtune_strategies.seed_space import fingerprint
+from fedtune_strategies.shared_random import sample
+from fedtune_strategies.strategy import State, TuningStrategy, arrays_of, check_origin, log
+
+_MODEL = "model"
+
+
+class ArraysStrategy(TuningStrategy):
+    """Send tensors to sampled nodes, and average the tensors that they return.
+
+    Federated averaging (McMahan et al., arXiv 1602.05629) of whatever tensors it is given: all parameters, some of
+    them, or an adapter's. A node answers an `ArraysTask` with an `ArraysReply` of the same names and shapes.
+
+    Parameters
+    ----------
+    config : Config
+        The run configuration; its ``strategy`` is a `RobustConfig`, and ``train`` a `LocalTrainConfig` unless
+        `step_size` is overridden.
+    initial : mapping of str to Tensor
+        The tensors before the first round, by canonical parameter name. They are held and averaged in float32.
+    inner : flwr.serverapp.strategy.Strategy, optional
+        What aggregates the replies, one that remembers nothing from round to round; by default that of
+        ``strategy.aggregation``.
+    """
+
+    def __init__(self, config: Any, initial: Mapping[str, Tensor], inner: Strategy | None = None) -> None:
+        self.config = config
+        self.inner = inner or robust_aggregator(config.strategy)
+        self.current = {name: tensor.to(torch.float32) for name, tensor in sorted(initial.items())}
+
+    def summary(self) -> None:
+        """Log what will be tuned and how."""
+        count = sum(value.numel() for value in self.current.values())
+        log.info(
+            "%s: %d parameters in %d tensors, aggregated by %s",
+            type(self).__name__, count, len(self.current), type(self.inner).__name__,
+        )  # fmt: skip
+
+    def initial_arrays(self) -> ArrayRecord:
+        """Return the tensors before the first round."""
+        return arrays_of(**self.current)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Send the tensors to the sampled nodes."""
+        assert isinstance(grid, Fleet)
+        settings = self.config.strategy
+        count = max(settings.min_replies, round(settings.fraction_train * len(grid.nodes)))
+        chosen = sample((self.config.train.seed, server_round), list(grid.nodes), min(count, len(grid.nodes)))
+        payload = protocol.encode(ArraysTask(server_round, self.current, self.step_size(server_round)))
+        return [address(grid.nodes[name].id, ArraysTask.kind, payload, server_round) for name in chosen]
+
+    def step_size(self, round: int) -> float:
+        """Return the step size of a round's local steps."""
+        train = self.config.train
+        return learning_rate(train.lr, round, self.config.num_server_rounds, train.lr_schedule, train.warmup)
+
+    def accept(self, round: int, reply: protocol.Message) -> bool:
+        """Check type, round, starting weights, names, shapes and finiteness of a reply."""
+        if not isinstance(reply, ArraysReply):
+            raise ProtocolError(f"a node answered an arrays task with a '{reply.kind}'.")
+        check_origin(reply, round, fingerprint(self.current))
+        if shapes(reply.arrays) != shapes(self.current):
+            raise ProtocolError(f"{reply.node} sent other tensors than it was given: the reply is left out.")
+        if not all(value.is_floating_point() and value.isfinite().all() for value in reply.arrays.values()):
+            raise ProtocolError(f"{reply.node} sent tensors that are not finite: the reply is left out.")
+        return True
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Let the inner strategy average the replies, in the order of the nodes' names."""
+        answers = sorted((decoded(reply.content, ArraysReply) for reply in replies), key=lambda a: a.node)
+        arrays, metrics = self.inner.aggregate_train(server_round, [self._as_flower(answer) for answer in answers])
+        if arrays is not None:
+            self._take(arrays)
+        return arrays, metrics
+
+    def materialise(self, arrays: ArrayRecord, parameters: Mapping[str, Tensor]) -> str:
+        """Copy the tensors into the parameters of the same names; the others stay as they are."""
+        with torch.no_grad():
+            for name, value in self.current.items():
+                parameters[name].copy_(value)
+        return fingerprint(parameters)
+
+    def state(self) -> State:
+        """Return the tensors, as one file a round."""
+        return State(files={_MODEL: self.current})
+
+    def restore(self, tensors: dict[str, Tensor], load: Callable[[str], dict[str, Tensor] | None]) -> ArrayRecord:
+        """Take up the newest file of tensors."""
+        self.current = load(_MODEL) or self.current
+        return self.initial_arrays()
+
+    def _take(self, arrays: ArrayRecord) -> None:
+        self.current = {name: torch.from_numpy(arrays[name].numpy()).to(torch.float32) for name in self.current}
+
+    def _as_flower(self, answer: ArraysReply) -> Message:
+        weight = answer.num_examples if self.config.strategy.weighting == "examples" else 1
+        metrics = MetricRecord({"num-examples": weight, "train/loss": answer.loss, "train/skipped": answer.skipped})
+        arrays = arrays_of(**{name: answer.arrays[name].to(torch.float32) for name in self.current})
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), dst_node_id=0, message_type="train")
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """Return the shapes of named tensors."""
+    return {name: tensor.shape for name, tensor in tensors.items()}

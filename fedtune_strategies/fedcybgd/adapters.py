@@ -1,0 +1,55 @@
+"""FedCyBGD over LoRA adapters: only they are trained and travel; the model that comes out is merged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from flwr.app import ArrayRecord
+from torch import Tensor, nn
+
+from fedtune_strategies.blocks.rest import Calibration
+from fedtune_strategies.fedcybgd.config import FedCyBGDRunConfig
+from fedtune_strategies.fedcybgd.partition import cut_model
+from fedtune_strategies.fedcybgd.strategy import FedCyBGD
+from fedtune_strategies.language.adapters import sharing_weights, weight_changes
+from fedtune_strategies.seed_space import fingerprint
+
+
+class AdapterBlocks(FedCyBGD):
+    """Cycle through the adapters of a model, layer by layer.
+
+    Parameters
+    ----------
+    config : FedCyBGDRunConfig
+        The run configuration.
+    model : nn.Module
+        The server's model; it stays as it is.
+    base : mapping of str to Tensor
+        W_0 by canonical parameter name.
+    measure : callable
+        See `FedCyBGD`.
+    """
+
+    def __init__(
+        self,
+        config: FedCyBGDRunConfig,
+        model: nn.Module,
+        base: Mapping[str, Tensor],
+        measure: Callable[[], Calibration],
+    ) -> None:
+        self.adapted = sharing_weights(model)
+        self.base = base
+        blocks = cut_model(self.adapted, config)
+        names = [name for block in blocks for name in block.parameters]
+        super().__init__(config, {n: self.adapted.get_parameter(n).detach().clone() for n in names}, blocks, measure)
+
+    def materialise(self, arrays: ArrayRecord, parameters: Mapping[str, Tensor]) -> str:
+        """Write W_0 + (alpha / rank) B A, summed in float32 and rounded once."""
+        with torch.no_grad():
+            for weights in self.store.weights:
+                for name, value in weights.items():
+                    self.adapted.get_parameter(name).copy_(value)
+            for name, change in weight_changes(self.adapted):
+                parameters[name].copy_(self.base[name].float() + change.float())
+        return fingerprint(parameters)

@@ -1,0 +1,44 @@
+"""What the server and a node must compute alike so that a turn has one result.
+
+A frozen block is always used in its coded form C(W), whether a node received it, made it from the base model, or
+trained it itself: what a node computes depends on the versions of the blocks alone, never on how it got them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from fedtune_strategies.blocks.codec_config import Codec
+from fedtune_strategies.blocks.codecs import decode, encode
+
+UPLOADS = {"float32": Codec(), "bf16": Codec("bf16"), "int8": Codec("int8")}
+"""Coding of a block's change by the value of ``fedcybgd.upload``."""
+
+
+def frozen_form(weights: Mapping[str, Tensor], codec: Codec, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return a block as it takes part in a turn in which it is not trained.
+
+    Parameters
+    ----------
+    weights : mapping of str to Tensor
+        The exact block.
+    codec : Codec
+        Coding of the frozen rest.
+    dtype : torch.dtype
+        Type of the node's model.
+
+    Returns
+    -------
+    dict of str to Tensor
+        decode(encode(weights)) in `dtype`.
+    """
+    return {name: value.to(dtype) for name, value in decode(encode(weights, codec)).items()}
+
+
+def turn_fingerprint(blocks: Iterable[str]) -> str:
+    """Combine the blocks' fingerprints, in the order of the blocks, into that of a turn's starting weights."""
+    return hashlib.blake2b(" ".join(blocks).encode(), digest_size=8).hexdigest()

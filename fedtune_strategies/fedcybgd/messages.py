@@ -1,0 +1,93 @@
+"""A turn of FedCyBGD: blocks down, the change of one up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BlockTask:
+    """One turn of FedCyBGD for one node, or one part of what the turn needs.
+
+    Attributes
+    ----------
+    round : int
+        Turn, from 1.
+    block : int
+        Index of the block to train; -1 to only keep the parts.
+    versions : Tensor
+        int64 [D], version of every block after the parts are applied.
+    exact : dict of str to Tensor
+        float32 parameters of the block to train, where the node lacks it; in a part, of the one that it trains next.
+    frozen : dict of str to Tensor
+        Coded parameters of frozen blocks that the node lacks.
+    lr : float
+        Learning rate of this turn.
+    steps : int
+        Local steps, 0 for the node's own rule.
+    dropped : Tensor
+        int64, decoder layers that are left out in this turn.
+    committed : int
+        The last turn of this node that was committed, 0 for none.
+    """
+
+    kind: ClassVar[str] = "block-task"
+    round: int
+    block: int
+    versions: Tensor
+    exact: dict[str, Tensor]
+    frozen: dict[str, Tensor]
+    lr: float
+    steps: int
+    dropped: Tensor
+    committed: int
+
+
+@dataclass(frozen=True)
+class BlockReply:
+    """What a node answers to a `BlockTask`: the change of one block.
+
+    Attributes
+    ----------
+    node : str
+        Name of the node.
+    round : int
+        Turn of the task.
+    block : int
+        Index of the trained block.
+    base_version : int
+        Version of the block from which the node started.
+    delta : dict of str to Tensor
+        Change of each parameter of the block, coded as ``fedcybgd.upload`` says.
+    loss : float
+        Mean training loss over the finite steps, nats a token.
+    steps : int
+        Optimiser steps that counted.
+    skipped : int
+        Steps left out because their loss was not finite.
+    fingerprint : str
+        Fingerprint of all weights on which the node started the turn.
+    num_examples : int
+        Training examples that the node holds.
+    seconds : float
+        Wall-clock time of the task on the node.
+    peak_memory : int
+        Peak resident memory of the worker so far, in bytes.
+    """
+
+    kind: ClassVar[str] = "block-reply"
+    node: str
+    round: int
+    block: int
+    base_version: int
+    delta: dict[str, Tensor]
+    loss: float
+    steps: int
+    skipped: int
+    fingerprint: str
+    num_examples: int
+    seconds: float
+    peak_memory: int

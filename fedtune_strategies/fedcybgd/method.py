@@ -1,0 +1,100 @@
+"""FedCyBGD as a method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedtune_strategies.fedcybgd.config import FedCyBGDRunConfig
+from fedtune_strategies.method import Method, NodeContext
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fedtune_strategies.blocks.rest import Calibration
+    from fedtune_strategies.cost import Cost, Fleet, Shape
+    from fedtune_strategies.fedcybgd.client import FedCyBGDClient
+    from fedtune_strategies.fedcybgd.strategy import FedCyBGD
+    from fedtune_strategies.language.model import LanguageModel
+
+CALIBRATION_ROWS = 128
+
+
+def _strategy(config: FedCyBGDRunConfig, model: nn.Module, base: Mapping[str, Tensor]) -> FedCyBGD:
+    from fedtune_strategies.fedcybgd.adapters import AdapterBlocks
+    from fedtune_strategies.fedcybgd.partition import cut_model
+    from fedtune_strategies.fedcybgd.strategy import FedCyBGD
+
+    def measure() -> Calibration:
+        return _calibration(config, model)
+
+    if config.fedcybgd.adapters:
+        return AdapterBlocks(config, model, base, measure)
+    return FedCyBGD(config, base, cut_model(model, config), measure)
+
+
+def _calibration(config: FedCyBGDRunConfig, model: nn.Module) -> Calibration:
+    """Measure how much each layer matters, on text of the server."""
+    from fedtune_strategies.blocks.rest import calibrate
+    from fedtune_strategies.language.data import read_rows
+    from fedtune_strategies.language.examples import batches, tokenise
+    from fedtune_strategies.language.loss import response_loss
+    from fedtune_strategies.language.model import load_tokenizer
+
+    rows = read_rows(Path(config.fedcybgd.calibration).expanduser(), "auto")[:CALIBRATION_ROWS]
+    examples = tokenise(rows, load_tokenizer(config.model.name), config.train.seq_length)
+    count = -(-len(examples) // config.train.batch_size)
+    return calibrate(model, list(batches(examples, config.train.batch_size, count, ("calibration",))), response_loss)
+
+
+def _client(context: NodeContext) -> FedCyBGDClient:
+    from fedtune_strategies.fedcybgd.client import FedCyBGDClient
+
+    return FedCyBGDClient(context)
+
+
+def _messages() -> Sequence[type]:
+    from fedtune_strategies.fedcybgd.messages import BlockReply, BlockTask
+
+    return BlockTask, BlockReply
+
+
+def _leaves(config: FedCyBGDRunConfig) -> Sequence[str]:
+    what = "the LoRA adapters of one block" if config.fedcybgd.adapters else "one block of the model"
+    return (f"in its turns: the change of {what} by training on your data",)
+
+
+def _cost(config: FedCyBGDRunConfig, shape: Shape, fleet: Fleet) -> Cost:
+    from fedtune_strategies.fedcybgd.cost import cost
+
+    return cost(config, shape, fleet)
+
+
+def _seconds(config: FedCyBGDRunConfig, language: LanguageModel, examples: int, clock: Callable[[], float]) -> float:
+    from fedtune_strategies.fedcybgd.cost import seconds
+
+    return seconds(config, language, examples, clock)
+
+
+def _parts(config: FedCyBGDRunConfig, model: nn.Module) -> Sequence[tuple[str, int, bool]]:
+    from fedtune_strategies.blocks.find import block_sizes
+    from fedtune_strategies.fedcybgd.partition import cut_model
+
+    blocks = cut_model(model, config)
+    sizes = dict(block_sizes(model, blocks))
+    return [(block.name, sizes[block.index], block.frozen) for block in blocks]
+
+
+FEDCYBGD = Method(
+    name="fedcybgd",
+    summary="one block of the model at a time, by AdamW; only that block travels exactly",
+    config=FedCyBGDRunConfig,
+    strategy=_strategy,
+    client=_client,
+    leaves=_leaves,
+    messages=_messages,
+    cost=_cost,
+    seconds=_seconds,
+    parts=_parts,
+)

@@ -1,0 +1,329 @@
+"""FedCyBGD (arXiv 2406.11187, algorithm 1): nodes train one block of the model in turn.
+
+The server holds every block in float32 under a version number. A round is one turn, or several from one snapshot: the
+schedule names blocks and nodes; a node receives its block exactly and, of the frozen rest, the coded form of what it
+does not hold yet; it sends back the block's change, and the block's version grows by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, MetricRecordValues
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fedtune_strategies.blocks.codec_config import parse_codec
+from fedtune_strategies.blocks.codecs import decode, encoded_size
+from fedtune_strategies.blocks.find import Block
+from fedtune_strategies.blocks.rest import Calibration
+from fedtune_strategies.blocks.train import apply_delta, weighted_mean
+from fedtune_strategies.errors import ProtocolError
+from fedtune_strategies.fedcybgd.block_store import BlockStore
+from fedtune_strategies.fedcybgd.config import FedCyBGDRunConfig
+from fedtune_strategies.fedcybgd.messages import BlockReply, BlockTask
+from fedtune_strategies.fedcybgd.node_states import NodeStates
+from fedtune_strategies.fedcybgd.schedule import blocks_of_round, nodes_for, rounds_in_cycle
+from fedtune_strategies.fedcybgd.staleness import rebased
+from fedtune_strategies.fleet import Fleet
+from fedtune_strategies.lr_schedule import learning_rate
+from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.protocol.flower import decoded, task
+from fedtune_strategies.seed_space import fingerprint
+from fedtune_strategies.strategy import State, TuningStrategy, arrays_of, check_origin, log
+
+# A task is cut into several above this: Flower holds a message several times over in memory.
+PART_BYTES = 64 * 2**20
+
+
+class Lease(NamedTuple):
+    """What a node was given to train in a round.
+
+    Attributes
+    ----------
+    block, version : int
+        The block, and the version on which the node was to start.
+    fingerprint : str
+        Fingerprint of all weights on which it was to start.
+    """
+
+    block: int
+    version: int
+    fingerprint: str
+
+
+class FedCyBGD(TuningStrategy):
+    """Cycle through the blocks of the model.
+
+    Parameters
+    ----------
+    config : FedCyBGDRunConfig
+        The run configuration.
+    base : mapping of str to Tensor
+        W_0 by canonical parameter name.
+    blocks : sequence of Block
+        The blocks of the model, see `fedtune_strategies.blocks.find_blocks`.
+    measure : callable
+        Makes the `Calibration` by which a codec with drop chooses layers.
+    """
+
+    def __init__(
+        self,
+        config: FedCyBGDRunConfig,
+        base: Mapping[str, Tensor],
+        blocks: Sequence[Block],
+        measure: Callable[[], Calibration] = Calibration,
+    ) -> None:
+        self.config = config
+        self.settings = config.fedcybgd
+        self.takes_late = config.strategy.late > 0
+        self.trained = [block.index for block in blocks if not block.frozen]
+        codec, dtype = parse_codec(self.settings.rest), getattr(torch, config.model.dtype)
+        self.store = BlockStore(base, blocks, codec, dtype, measure)
+        self.node_states = NodeStates(len(blocks))
+        self.width = self.settings.nodes_per_round if self.settings.structure == "parallel" else 1
+        self.plan: dict[str, int] = {}
+        self._round = 0
+        self._accepted: list[int] = []
+        self.leases: dict[tuple[int, str], Lease] = {}
+        self.owed: list[int] = []
+        self.committed: tuple[int, list[int]] = (0, [])
+        self._changed: list[int] = []
+
+    def summary(self) -> None:
+        """Log the blocks and their schedule."""
+        own = self.settings
+        log.info(
+            "FedCyBGD: %d blocks, %d trained in %s order, %s with %d nodes a round, AdamW at %g, frozen rest as %s, "
+            "changes as %s",
+            len(self.store.blocks), len(self.trained), own.order, own.structure, own.nodes_per_round,
+            self.config.train.lr, own.rest, own.upload,
+        )  # fmt: skip
+
+    def initial_arrays(self) -> ArrayRecord:
+        """Return the versions of the blocks: all zero, the base model."""
+        return arrays_of(versions=self.store.versions)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Give the round's nodes their blocks, with whatever they lack; and the next round's, as far as it is there."""
+        assert isinstance(grid, Fleet)
+        nodes = list(grid.nodes)
+        if server_round != self._round:
+            self._round, self.plan, self._accepted = server_round, {}, []
+        self.plan = self._plan(server_round, nodes, self.plan, self._accepted)
+        self.leases = {key: lease for key, lease in self.leases.items() if key[0] >= server_round - 1}
+        prints = {block: self.store.turn_fingerprint(block) for block in self.plan.values()}
+        for name, block in self.plan.items():
+            self.leases[server_round, name] = Lease(block, int(self.store.versions[block]), prints[block])
+            for message in self._turn(server_round, name, block):
+                yield task(grid.nodes[name].id, message, server_round)
+        if self.settings.prefetch and server_round < self.config.num_server_rounds:
+            for name, block in self._plan(server_round + 1, nodes).items():
+                if name not in self.plan:
+                    for message in self._ahead(server_round, name, block):
+                        yield task(grid.nodes[name].id, message, server_round)
+
+    def accept(self, round: int, reply: protocol.Message) -> bool:
+        """Check round, block, version, shapes and starting weights of a reply."""
+        if isinstance(reply, protocol.Ack):
+            self.node_states.acknowledged(reply.node)
+            return False
+        if isinstance(reply, protocol.StateMissing):
+            log.info("%s holds the base model alone (its worker was restarted): sending it again", reply.node)
+            self.node_states.forget(reply.node)
+            return False
+        if not isinstance(reply, BlockReply):
+            raise ProtocolError(f"a node answered a block task with a '{reply.kind}'.")
+        self._check(reply, round, self.leases.get((round, reply.node)) if reply.node in self.plan else None)
+        self._accepted.append(reply.block)
+        return True
+
+    def accept_late(self, round: int, reply: protocol.Message) -> bool:
+        """Take a turn of this round or the one before whose lease ran out, if ``strategy.late`` lets it count."""
+        if not isinstance(reply, BlockReply) or not self.config.strategy.late or reply.round not in (round, round - 1):
+            return super().accept_late(round, reply)
+        self._check(reply, reply.round, self.leases.get((reply.round, reply.node)))
+        if reply.round == round:
+            self._accepted.append(reply.block)
+        return True
+
+    def _check(self, reply: BlockReply, round: int, lease: Lease | None) -> None:
+        check_origin(reply, round, lease.fingerprint if lease else reply.fingerprint)
+        if lease is None or (reply.block, reply.base_version) != (lease.block, lease.version):
+            raise ProtocolError(
+                f"{reply.node} trained version {reply.base_version} of block {reply.block}, not the one in turn: "
+                "the reply is left out."
+            )
+        delta = decode(reply.delta)
+        expected = {name: value.shape for name, value in self.store.weights[reply.block].items()}
+        if {name: value.shape for name, value in delta.items()} != expected:
+            raise ProtocolError(f"{reply.node} sent other tensors than block {reply.block} has: the reply is left out.")
+        if reply.steps < 1 or not all(value.isfinite().all() for value in delta.values()):
+            raise ProtocolError(f"{reply.node} sent an update that is not finite: the reply is left out.")
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Commit the changes of the round's blocks, each the mean of those that came: version + 1.
+
+        A late change whose block nobody else has committed since is one of these; the others are added to the block as
+        it is now, with the weight of ``strategy.late``.
+        """
+        answers = sorted((decoded(reply.content, BlockReply) for reply in replies), key=lambda own: own.node)
+        if not answers:
+            return None, None
+        snapshot = self.store.versions
+        last, blocks = self.committed
+        stale = {answer.node for answer in answers if answer.round == last and answer.block in blocks}
+        self._changed = sorted({answer.block for answer in answers})
+        done = {answer.block for answer in answers if answer.node not in stale}
+        self.owed = [block for block in dict.fromkeys(self._due(server_round)) if block not in done]
+        for block in self._changed:
+            group = [answer for answer in answers if answer.block == block]
+            fresh = [answer for answer in group if answer.node not in stale]
+            self.store.commit(block, self._next(block, fresh, [answer for answer in group if answer.node in stale]))
+            for answer in group:
+                own = self.node_states.of(answer.node)
+                if answer.round == server_round:
+                    own = self.node_states.trained(answer.node, server_round, snapshot, self.store.absent_blocks(block))
+                own.committed = answer.round
+                if len(group) == len(fresh) == 1:
+                    # The node makes the new version from its own change.
+                    own.exact = (block, int(self.store.versions[block]))
+                    own.versions[block] = self.store.versions[block]
+        self.committed = (server_round, self._changed)
+        return arrays_of(versions=self.store.versions), self._metrics(answers)
+
+    def materialise(self, arrays: ArrayRecord, parameters: Mapping[str, Tensor]) -> str:
+        """Copy the newest version of every block into the model."""
+        with torch.no_grad():
+            for block in self.store.weights:
+                for name, value in block.items():
+                    parameters[name].copy_(value)
+        return fingerprint(parameters)
+
+    def state(self) -> State:
+        """Return versions, what nodes hold, what is owed and was committed; of the blocks those that changed."""
+        tensors = {
+            "versions": self.store.versions,
+            "owed": torch.tensor(self.owed, dtype=torch.int64),
+            "committed": torch.tensor([self.committed[0], *self.committed[1]], dtype=torch.int64),
+        }
+        return State(tensors | self.node_states.state(), self.store.state(self._changed))
+
+    def restore(self, tensors: dict[str, Tensor], load: Callable[[str], dict[str, Tensor] | None]) -> ArrayRecord:
+        """Take up what `state` returned, with the newest file of every block."""
+        self.store.restore(tensors["versions"], load)
+        self.node_states.restore(tensors)
+        self.owed = tensors["owed"].tolist()
+        round, *blocks = tensors["committed"].tolist()
+        self.committed = (round, blocks)
+        return arrays_of(versions=self.store.versions)
+
+    def _plan(
+        self, round: int, nodes: Sequence[str], before: Mapping[str, int] | None = None, done: Sequence[int] = ()
+    ) -> dict[str, int]:
+        """Say which block each node of a round trains.
+
+        Where the round has begun, nodes keep their blocks; those of lost nodes go to idle ones.
+        """
+        kept = {name: block for name, block in (before or {}).items() if name in nodes}
+        due = self._due(round)
+        for block in [*kept.values(), *done]:
+            if block in due:
+                due.remove(block)
+        order = nodes_for(round, nodes, rounds_in_cycle(len(self.trained), self.width))
+        return kept | dict(zip((name for name in order if name not in kept), due, strict=False))
+
+    def _due(self, round: int) -> list[int]:
+        """Return the blocks of a round, once for each node that trains them; then what lost nodes left undone."""
+        own = self.settings
+        blocks = blocks_of_round(round, self.width, self.trained, own.order, self.config.train.seed)
+        if own.structure == "averaged":
+            return blocks * own.nodes_per_round
+        return [*blocks, *(block for block in self.owed if block not in blocks)]
+
+    def _turn(self, round: int, node: str, block: int) -> Iterator[BlockTask]:
+        """Make the messages that let a node train a block."""
+        version = int(self.store.versions[block])
+        exact = {} if version == 0 or self.node_states.of(node).exact == (block, version) else self.store.weights[block]
+        parts = self._parts(node, block, {block})
+        last = parts.pop()
+        yield from self._offer(round, node, parts)
+        train = self.config.train
+        lr = learning_rate(train.lr, round, self.config.num_server_rounds, train.lr_schedule, train.warmup)
+        yield BlockTask(
+            round, block, self.store.versions, exact, self._coded(last), lr, train.local_steps,
+            torch.tensor(self.store.absent_layers(block), dtype=torch.int64), self.node_states.of(node).committed,
+        )  # fmt: skip
+
+    def _ahead(self, round: int, node: str, block: int) -> Iterator[BlockTask]:
+        """Make the messages that bring a node what it lacks for the next round, but for what is being trained now."""
+        busy = set(self.plan.values())
+        version = int(self.store.versions[block])
+        exact = None if block in busy or version == 0 or self.node_states.of(node).exact == (block, version) else block
+        parts = [part for part in self._parts(node, block, busy | {block}) if part]
+        yield from self._offer(round, node, parts, exact)
+
+    def _offer(
+        self, round: int, node: str, parts: Sequence[Sequence[int]], exact: int | None = None
+    ) -> Iterator[BlockTask]:
+        held = self.node_states.of(node)
+        held.offered.clear()
+        for index, part in enumerate([*parts, *([] if exact is None else [[]])]):
+            last = index == len(parts)
+            pair = (exact, int(self.store.versions[exact])) if last and exact is not None else None
+            held.offered.append(([(block, int(self.store.versions[block])) for block in part], pair))
+            weights = {} if pair is None else self.store.weights[pair[0]]
+            yield BlockTask(
+                round, -1, self.store.versions, weights, self._coded(part), 0.0, 0,
+                torch.empty(0, dtype=torch.int64), held.committed,
+            )  # fmt: skip
+
+    def _parts(self, node: str, trained: int, without: set[int]) -> list[list[int]]:
+        """Group the frozen blocks that a node lacks into messages of bounded size; at least one, maybe empty."""
+        held, versions = self.node_states.of(node).versions, self.store.versions
+        left_out = without | self.store.absent_blocks(trained)
+        parts: list[list[int]] = [[]]
+        size = 0
+        for block in range(len(versions)):
+            if block in left_out or held[block] == versions[block]:
+                continue
+            coded = encoded_size(self.store.coded(block))
+            if parts[-1] and size + coded > PART_BYTES:
+                parts.append([])
+                size = 0
+            parts[-1].append(block)
+            size += coded
+        return parts
+
+    def _coded(self, blocks: Iterable[int]) -> dict[str, Tensor]:
+        return {key: part for block in blocks for key, part in self.store.coded(block).items()}
+
+    def _next(self, block: int, fresh: Sequence[BlockReply], stale: Sequence[BlockReply]) -> dict[str, Tensor]:
+        """Move a block by gamma times the mean change of its newest version; then add those of the one before."""
+        nodes, weights = self.config.strategy, self.store.weights[block]
+        if fresh:
+            weights = apply_delta(weights, self._mean(fresh), nodes.server_lr)
+        return rebased(weights, [decode(answer.delta) for answer in stale], nodes.server_lr, nodes.late)
+
+    def _mean(self, group: Sequence[BlockReply]) -> Mapping[str, Tensor]:
+        deltas = [decode(answer.delta) for answer in group]
+        if len(deltas) == 1:
+            return deltas[0]
+        weights = [answer.num_examples if self.config.strategy.weighting == "examples" else 1 for answer in group]
+        return weighted_mean(deltas, weights)
+
+    def _metrics(self, answers: Sequence[BlockReply]) -> MetricRecord:
+        weight = sum(answer.num_examples for answer in answers)
+        metrics: dict[str, MetricRecordValues] = {
+            "train/loss": sum(answer.loss * answer.num_examples for answer in answers) / weight,
+            "train/skipped": sum(answer.skipped for answer in answers),
+            "blocks": self._changed,
+            "steps": sum(answer.steps for answer in answers),
+        }
+        return MetricRecord(metrics)

@@ -1,0 +1,209 @@
+"""A node's side of FedKSeed: theta as it holds it, and the local steps from there."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedtune_strategies.errors import ProtocolError
+from fedtune_strategies.fedkseed.config import FedKSeedRunConfig
+from fedtune_strategies.fedkseed.messages import SeedReply, SeedTask
+from fedtune_strategies.fedkseed.packing import round_scalars, unpack
+from fedtune_strategies.fedkseed.pools import nth_pool, pool_number, rebuild
+from fedtune_strategies.fedkseed.seed_draws import draw_seeds, seed_key
+from fedtune_strategies.language.examples import Batch, batches, collate
+from fedtune_strategies.language.loss import example_losses, loss_in_parts
+from fedtune_strategies.memory import peak_memory
+from fedtune_strategies.method import NodeContext
+from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.seed_space import Pool, fingerprint, tuned_parameters
+from fedtune_strategies.zeroth_order import LocalSteps, local_steps
+from fedtune_strategies.zeroth_order.calibrate import DIRECTIONS, Calibration, calibrate
+from fedtune_strategies.zeroth_order.estimators import Estimator
+from fedtune_strategies.zeroth_order.private import poisson_sample, private_two_sided
+from fedtune_strategies.zeroth_order.steps import Loss
+
+EMPTY: Batch = {"labels": torch.empty(0, 1, dtype=torch.int64)}
+
+
+class FedKSeedClient:
+    """Theta of the node's last task, and what it takes to work from it.
+
+    Parameters
+    ----------
+    context : NodeContext
+        The node.
+    """
+
+    def __init__(self, context: NodeContext) -> None:
+        self._config: FedKSeedRunConfig = context.config
+        self._model, self._base = context.model, context.base
+        self._name, self._examples = context.name, context.examples
+        self._micro_batch = context.node.micro_batch
+        self._pattern = self._config.train.parameters or None
+        self._parameters = tuned_parameters(self._model, self._pattern)
+        self._version = 0
+        self._units = np.zeros((1, self._config.fedkseed.seeds), dtype=np.int32)
+
+    def __call__(self, task: protocol.Message) -> protocol.Message:
+        """Answer a `SeedTask`."""
+        if not isinstance(task, SeedTask):
+            raise ProtocolError(f"a node of FedKSeed cannot answer a '{task.kind}'.")
+        start = time.monotonic()
+        if not self.take(task):
+            return protocol.StateMissing(self._name, task.round)
+        found = self.calibrate(task)
+        steps, starting_print = self.train(task, found)
+        scalars, unit = round_scalars(steps.g, self._config.fedkseed.scalar_bits)
+        finite = steps.loss[np.isfinite(steps.loss)]
+        return SeedReply(
+            node=self._name,
+            round=task.round,
+            scalars=scalars,
+            unit=unit,
+            loss=float(finite.mean()) if finite.size and not self._config.privacy.clip else float("nan"),
+            fingerprint=starting_print,
+            num_examples=len(self._examples),
+            seconds=time.monotonic() - start,
+            peak_memory=peak_memory(),
+            lr=found.lr,
+            eps=found.eps,
+            noise=found.noise,
+        )
+
+    def take(self, task: SeedTask) -> bool:
+        """Take up the theta of a task.
+
+        Parameters
+        ----------
+        task : SeedTask
+            The task.
+
+        Returns
+        -------
+        bool
+            Whether the node held the theta that the task counts on.
+
+        Raises
+        ------
+        ProtocolError
+            The change does not fit the run.
+        """
+        if task.since not in (0, self._version):
+            return self._version == task.round - 1  # is it the last task again?
+        held = self._units if task.since else np.zeros_like(self._units[:1])
+        units = np.zeros((pool_number(self._config, task.round) + 1, held.shape[1]), dtype=np.int32)
+        units[: len(held)] = held
+        changed = units[len(held) - 1 :]
+        changed += unpack(task.change, changed.size).reshape(changed.shape)
+        self._units, self._version = units, task.round - 1
+        return True
+
+    def calibrate(self, task: SeedTask) -> Calibration:
+        """Find what a task leaves open; in the first round, also say how noisy slopes are.
+
+        Parameters
+        ----------
+        task : SeedTask
+            The task; `take` said that theta is there.
+
+        Returns
+        -------
+        Calibration
+            Step size, distance and noise; no noise where it was not measured.
+        """
+        settings, seed = self._config.fedkseed, self._config.train.seed
+        if task.round > 1 or self._config.privacy.clip:  # what is found here tells something about the data
+            return Calibration(task.lr, task.eps, math.nan)
+        self._rebuild(task)
+        found = calibrate(
+            self._model,
+            self._pool(),
+            loss_in_parts(self._micro_batch),
+            next(batches(self._examples, self._config.train.batch_size, 1, (seed, 0, self._name))),
+            range(min(DIRECTIONS, settings.seeds)),
+            lr=task.lr,
+            eps=task.eps,
+            pattern=self._pattern,
+        )
+        exact = settings.estimator == "forward"
+        return Calibration(found.lr, found.eps, math.nan) if exact else found
+
+    def train(self, task: SeedTask, found: Calibration) -> tuple[LocalSteps, str]:
+        """Take the round's local steps.
+
+        Parameters
+        ----------
+        task : SeedTask
+            The task; `take` said that theta is there.
+        found : Calibration
+            Step size and distance.
+
+        Returns
+        -------
+        tuple of LocalSteps and str
+            Scalars and losses, and the fingerprint of the weights on which they began.
+
+        Raises
+        ------
+        ProtocolError
+            The odds of the seeds are unusable.
+        """
+        settings = self._config.fedkseed
+        key = seed_key(self._config, task.round, self._name)
+        odds = self._odds(task)
+        seeds = draw_seeds(key, self._config.train.local_steps, settings.seeds, odds)
+        self._rebuild(task)
+        starting_print = fingerprint(self._parameters)
+        estimator, loss, data = self._plan(task)
+        steps = local_steps(
+            self._model,
+            self._pool(),
+            loss,
+            data,
+            seeds,
+            eps=found.eps,
+            lr=found.lr,
+            limit=task.limit,
+            pattern=self._pattern,
+            estimator=estimator,
+            directions=settings.directions,
+        )
+        return steps, starting_print
+
+    def _rebuild(self, task: SeedTask) -> None:
+        rebuild(self._config, list((self._units * task.unit).astype(np.float32)), self._parameters, self._base)
+
+    def _pool(self) -> Pool:
+        return nth_pool(self._config, len(self._units) - 1)
+
+    def _plan(self, task: SeedTask) -> tuple[str | Estimator, Loss, Iterator[Batch]]:
+        """Say how slopes are found, of which loss, on which batches."""
+        examples = self._examples
+        settings, privacy, size = self._config.fedkseed, self._config.privacy, self._config.train.batch_size
+        count = -(-self._config.train.local_steps // settings.directions)
+        if not privacy.clip:
+            key = (self._config.train.seed, task.round, self._name)
+            return settings.estimator, loss_in_parts(self._micro_batch), batches(examples, size, count, key)
+        size = min(size, len(examples))
+        drawn = poisson_sample(len(examples), size / len(examples), count)
+        data = (collate(examples, indices) if indices else EMPTY for indices in drawn)
+        return private_two_sided(privacy.clip, privacy.noise_multiplier, size), example_losses, data
+
+    def _odds(self, task: SeedTask) -> NDArray[np.int16]:
+        if not task.odds.numel():
+            return np.empty(0, dtype=np.int16)
+        levels, odds = unpack(task.levels, self._config.fedkseed.seeds), task.odds.numpy()
+        if (
+            odds.dtype != np.int16
+            or odds.ndim != 1
+            or odds.min() < 1
+            or not 0 <= levels.min() <= levels.max() < len(odds)
+        ):
+            raise ProtocolError("the odds of the seeds are not one positive number for each.")
+        return odds[levels]

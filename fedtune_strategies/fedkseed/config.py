@@ -1,0 +1,150 @@
+"""The keys of FedKSeed and FedKSeed-Pro, differential privacy among them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from fedtune_strategies.config import Config, LocalTrainConfig, RobustConfig, option
+from fedtune_strategies.errors import ConfigError
+
+# Aggregations that compare replies seed by seed: all nodes draw the same seeds in a round.
+COMPARED = ("fedmedian", "trimmed-mean", "krum")
+
+
+@dataclass(frozen=True)
+class SeedTrainConfig(LocalTrainConfig):
+    """Zeroth-order steps."""
+
+    local_steps: int = option(200, "tau, zeroth-order steps of a node in a round.", low=1, high=100_000)
+    lr: float = option(
+        1e-4, "eta, step size along one direction; 'auto': the nodes find it in the first round.", above=0.0, auto=True
+    )
+    weight_decay: float = option(
+        0.0, "Part by which theta shrinks in a round, towards the base model.", low=0.0, high=1.0
+    )
+    parameters: str = option(
+        "", "Regular expression: only parameters with a match in their name are tuned; empty for all."
+    )
+
+
+@dataclass(frozen=True)
+class SeedStrategyConfig(RobustConfig):
+    """How the nodes' moves become one."""
+
+    aggregation: str = option(
+        "fedavg",
+        "The Flower strategy that aggregates the nodes' points in seed space. With the last three all nodes draw the "
+        "same seeds, so that they can be compared.",
+        choices=("fedavg", "fedavgm", "fedadam", "fedyogi", *COMPARED),
+    )
+    server_lr: float = option(1.0, "theta moves by this much of the aggregated move.", above=0.0)
+    momentum: float = option(0.9, "Momentum of fedavgm, beta_1 of fedadam and fedyogi.", low=0.0, high=0.9999)
+    second_momentum: float = option(0.99, "beta_2 of fedadam and fedyogi.", low=0.0, high=0.99999)
+    adaptivity: float = option(1e-2, "tau of fedadam and fedyogi, in units of the step size.", above=0.0)
+    late: float = option(
+        0.0,
+        "A reply that comes one round late counts so much of a prompt one; 0 leaves it out.",
+        low=0.0,
+        high=1.0,
+    )
+
+
+@dataclass(frozen=True)
+class FedKSeedConfig:
+    """FedKSeed (arXiv 2312.06353)."""
+
+    seeds: int = option(4096, "K, the number of seeded directions.", low=2, high=2**20)
+    pool: str = option("walsh", "Kind of directions.", choices=("walsh", "gaussian"))
+    pool_every: int = option(
+        0, "Rounds after which a fresh pool of directions takes over from the last; 0 for one pool.", low=0
+    )
+    estimator: str = option(
+        "two-sided",
+        "How a slope is found: by two losses, by one and a shared one, exactly by forward-mode derivatives (float32 "
+        "models), or its sign alone.",
+        choices=("two-sided", "one-sided", "forward", "sign"),
+    )
+    directions: int = option(1, "Steps in a row that share one batch and are taken at once.", low=1)
+    eps: float = option(
+        1e-3,
+        "epsilon, distance of the two loss evaluations from the weights; 'auto': the nodes find it in the first round.",
+        above=0.0,
+        auto=True,
+    )
+    clip: float = option(
+        10.0, "Scalars are clipped to so many running medians of their magnitude, on both sides; 0 for never.", low=0.0
+    )
+    outlier: float = option(
+        10.0,
+        "A reply whose scalars are in the median so many times above or below the running one is refused; 0 for never.",
+        low=0.0,
+    )
+    theta_bits: int = option(
+        8, "Bits to which a round's move of an entry of theta is rounded; the rest moves later.", low=3, high=24
+    )
+    scalar_bits: int = option(32, "Bits of a scalar on the wire: 32, 16 or 8.", low=8, high=32)
+
+
+@dataclass(frozen=True)
+class FedKSeedProConfig(FedKSeedConfig):
+    """FedKSeed-Pro (arXiv 2312.06353, section 4.3)."""
+
+    pro_mean: str = option(
+        "counted",
+        "Mean amplitude of a seed: 'counted' divides by the draws of the seed, 'faithful' starts every history with "
+        "the published code's artificial zero.",
+        choices=("counted", "faithful"),
+    )
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """Differential privacy of each example (DPZero, arXiv 2310.09639)."""
+
+    clip: float = option(0.0, "Largest slope of the loss of one example that counts; 0 for no privacy.", low=0.0)
+    noise_multiplier: float = option(1.0, "Standard deviation of a scalar's noise, in units of the clip.", above=0.0)
+    delta: float = option(1e-5, "delta, for which epsilon is reported.", above=0.0, high=0.5)
+
+
+@dataclass(frozen=True)
+class FedKSeedRunConfig(Config):
+    """A run of FedKSeed."""
+
+    train: SeedTrainConfig = field(default_factory=SeedTrainConfig)
+    strategy: SeedStrategyConfig = field(default_factory=SeedStrategyConfig)
+    fedkseed: FedKSeedConfig = field(default_factory=FedKSeedConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+
+    def check(self) -> None:
+        """See `Config.check`."""
+        super().check()
+        own, train = self.fedkseed, self.train
+        if self.privacy.clip and (own.estimator != "two-sided" or own.directions > 1):
+            raise ConfigError(
+                "run config: 'privacy.clip' works with 'fedkseed.estimator' = \"two-sided\" and 'fedkseed.directions' "
+                "= 1 alone: set these, or 'privacy.clip' to 0."
+            )
+        if self.privacy.clip and not (train.lr and own.eps):
+            raise ConfigError(
+                "run config: 'train.lr' and 'fedkseed.eps' must be numbers where 'privacy.clip' is set: finding them "
+                "tells something about the data."
+            )
+        if self.strategy.late and self.strategy.aggregation in COMPARED:
+            raise ConfigError(
+                f"run config: 'strategy.late' does not work with '{self.strategy.aggregation}', which compares replies "
+                "of one round: set it to 0, or choose another 'strategy.aggregation'."
+            )
+        try:
+            re.compile(train.parameters)
+        except re.error as error:
+            raise ConfigError(f"run config: 'train.parameters' is no regular expression: {error}.") from None
+        if own.scalar_bits not in (8, 16, 32):
+            raise ConfigError(f"run config: 'fedkseed.scalar-bits' is {own.scalar_bits}, but must be 8, 16 or 32.")
+
+
+@dataclass(frozen=True)
+class FedKSeedProRunConfig(FedKSeedRunConfig):
+    """A run of FedKSeed-Pro."""
+
+    fedkseed: FedKSeedProConfig = field(default_factory=FedKSeedProConfig)

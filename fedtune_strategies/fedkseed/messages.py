@@ -1,0 +1,95 @@
+"""A round of FedKSeed: theta down, scalars up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SeedTask:
+    """One round of FedKSeed for one node.
+
+    Attributes
+    ----------
+    round : int
+        Round, from 1.
+    since : int
+        The round whose theta the node must hold from its last task; 0 for the base model, theta = 0.
+    change : Tensor
+        uint8, packed whole numbers [pools, K]: what was added since then to theta of the pool that was in use, and of
+        every later one, in units; see `protocol.packing`.
+    unit : float
+        Unit of theta, a power of two.
+    levels : Tensor
+        uint8, packed whole numbers [K]: which of the odds each seed has; empty for uniform draws.
+    odds : Tensor
+        int16, relative odds of drawing a seed, by level; empty for uniform draws.
+    lr : float
+        Step size along one direction in this round; 0 where the node shall find one, in the first round.
+    eps : float
+        Distance of the losses from the weights; 0 as above.
+    limit : float
+        Largest magnitude of a scalar; larger ones are clipped. Infinite where nothing is known yet.
+    """
+
+    kind: ClassVar[str] = "seed-task"
+    round: int
+    since: int
+    change: Tensor
+    unit: float
+    levels: Tensor
+    odds: Tensor
+    lr: float
+    eps: float
+    limit: float
+
+
+@dataclass(frozen=True)
+class SeedReply:
+    """What a node answers to a `SeedTask`: scalars alone.
+
+    The seeds need not travel: `fedtune_strategies.shared_random.draw_seeds` gives them to both sides.
+
+    Attributes
+    ----------
+    node : str
+        Name of the node.
+    round : int
+        Round of the task.
+    scalars : Tensor
+        float32, float16 or int8 [tau], projected gradients in the order of the draws, not a number where the loss was
+        not finite; see `protocol.packing.read_scalars`.
+    unit : float
+        Unit of the scalars.
+    loss : float
+        Mean training loss over the finite steps, nats a token.
+    fingerprint : str
+        Fingerprint of the rebuilt W(theta) on which the node worked.
+    num_examples : int
+        Training examples that the node holds.
+    seconds : float
+        Wall-clock time of the task on the node.
+    peak_memory : int
+        Peak resident memory of the worker so far, in bytes.
+    lr, eps : float
+        Step size and distance that the node took: its own where the task left them open.
+    noise : float
+        Share of error in its slopes, measured in the first round; otherwise not a number. See `calibrate`.
+    """
+
+    kind: ClassVar[str] = "seed-reply"
+    node: str
+    round: int
+    scalars: Tensor
+    unit: float
+    loss: float
+    fingerprint: str
+    num_examples: int
+    seconds: float
+    peak_memory: int
+    lr: float
+    eps: float
+    noise: float

@@ -1,0 +1,64 @@
+"""The subspace in which FedKSeed tunes: the pools of a run, one after another.
+
+With ``fedkseed.pool-every`` = n every n rounds have a pool of their own, and the tuned model is
+``W_0 + sum_p sum_k theta_{p,k} z_{p,k}``: it is confined to K directions in each n rounds, not in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedtune_strategies.fedkseed.config import FedKSeedRunConfig
+from fedtune_strategies.seed_space import Pool, make_pool
+from fedtune_strategies.shared_random import stream
+
+
+def pool_number(config: FedKSeedRunConfig, round: int) -> int:
+    """Return the number of the pool in which a round (from 1) moves, from 0."""
+    every = config.fedkseed.pool_every
+    return (round - 1) // every if every else 0
+
+
+def nth_pool(config: FedKSeedRunConfig, number: int) -> Pool:
+    """Make one of the run's pools: the first has the run's seed as its key, the others keys derived from it."""
+    seed = config.train.seed
+    key = int(stream("pool", seed, number).random_raw()) if number else seed
+    return make_pool(config.fedkseed.pool, key=key, size=config.fedkseed.seeds)
+
+
+def rebuild(
+    config: FedKSeedRunConfig,
+    points: Sequence[NDArray[np.float32]],
+    parameters: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
+) -> None:
+    """Set every parameter to its value at a point of every pool, in place.
+
+    Sums are float32 in the order of the pools, rounded to the parameter's dtype once at the end, so the result does not
+    depend on who rebuilds, or since when it takes part. Costs one transform for each pool, and the memory of one more
+    tensor in float32.
+
+    Parameters
+    ----------
+    config : FedKSeedRunConfig
+        The run configuration.
+    points : sequence of ndarray of float32, shape [K]
+        Theta of each pool so far, at least one.
+    parameters : mapping of str to Tensor
+        What to write, by canonical name: `tuned_parameters` of the model.
+    base : mapping of str to Tensor
+        W_0 by the same names.
+    """
+    *closed, (last, point) = [(nth_pool(config, n), torch.from_numpy(point)) for n, point in enumerate(points)]
+    for name, parameter in parameters.items():
+        value = base[name].to(parameter.device)
+        if closed:
+            value = value.to(torch.float32, copy=True)
+        for pool, theta in closed:
+            pool.rebuild(name, value, theta, out=value)
+        last.rebuild(name, value, point, out=parameter.detach())

@@ -1,0 +1,325 @@
+"""FedKSeed (arXiv 2312.06353, algorithm 1): the model is a point in seed space.
+
+The global model is theta, an array of K floats; W(theta) = W_0 + sum_k theta_k z_k. A node returns tau scalars, which
+are a move of theta; moves are aggregated by a Flower strategy (`FedAvg` unless another is given), to which a node's
+reply looks like any other: an array and a number of examples.
+
+Each round's move of theta is rounded before it is made, and what rounding left is added to the next one. So theta is
+a whole number of units, and its change since any round goes down exactly in few bytes.
+
+With ``fedkseed.pool-every`` a pool that has served its rounds is closed: its theta stays in the model as it is, and a
+fresh pool begins at theta = 0. To Flower the model is the theta of the newest pool alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, MetricRecordValues, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedtune_strategies.errors import ProtocolError
+from fedtune_strategies.fedkseed.accountant import epsilon
+from fedtune_strategies.fedkseed.aggregators import (
+    forget_moments,
+    make_aggregator,
+    moments,
+    prepare,
+    restore_moments,
+    set_step,
+)
+from fedtune_strategies.fedkseed.config import FedKSeedRunConfig
+from fedtune_strategies.fedkseed.messages import SeedReply, SeedTask
+from fedtune_strategies.fedkseed.packing import SCALAR_TYPES, pack, read_scalars
+from fedtune_strategies.fedkseed.pools import pool_number, rebuild
+from fedtune_strategies.fedkseed.screening import amplitude, clipped, out_of_line, running_amplitude
+from fedtune_strategies.fedkseed.seed_draws import draw_seeds, odds_of_levels, seed_key
+from fedtune_strategies.fedkseed.versions import LARGEST, Versions, round_move, unit_of
+from fedtune_strategies.fleet import Fleet
+from fedtune_strategies.lr_schedule import learning_rate
+from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.protocol.flower import address, decoded
+from fedtune_strategies.seed_space import fingerprint
+from fedtune_strategies.shared_random import sample
+from fedtune_strategies.strategy import State, TuningStrategy, arrays_of, check_origin, log
+
+# Share of error in a node's slopes above which less than half of their mean square is signal.
+NOISE_LIMIT = 0.7
+
+
+class FedKSeed(TuningStrategy):
+    """Tune in the space of K seeded directions by scalars alone.
+
+    Parameters
+    ----------
+    config : FedKSeedRunConfig
+        The run configuration.
+    base : mapping of str to Tensor
+        W_0 of the tuned parameters by canonical name.
+    inner : flwr.serverapp.strategy.Strategy, optional
+        Aggregates the nodes' theta; that of ``strategy.aggregation`` by default.
+    """
+
+    def __init__(self, config: FedKSeedRunConfig, base: Mapping[str, Tensor], inner: Strategy | None = None) -> None:
+        self.config = config
+        self.takes_late = config.strategy.late > 0
+        self.base = base
+        self.inner = inner or make_aggregator(config.strategy)
+        self.closed: list[NDArray[np.float32]] = []
+        self.theta = np.zeros(config.fedkseed.seeds, dtype=np.float32)
+        self.carry = np.zeros(config.fedkseed.seeds, dtype=np.float32)
+        self.eta, self.eps = config.train.lr, config.fedkseed.eps  # 0 until the first round has found them
+        self.versions = Versions()
+        self.amplitude = 0.0
+        self.asked: dict[str, tuple[int, int]] = {}
+        self.fingerprint, self.last_fingerprint = "", ""
+        self.last_odds = np.empty(0, dtype=np.int16)
+
+    def summary(self) -> None:
+        """Log what will be tuned and how."""
+        if self.config.privacy.clip:
+            epsilon(self.config, [])  # the accountant must be there before anything is spent
+        settings, train = self.config.fedkseed, self.config.train
+        log.info(
+            "FedKSeed: K = %d %s seeds, tau = %d, eta = %g (%s), epsilon = %g (0: to be found), aggregated by %s",
+            settings.seeds, settings.pool, train.local_steps, self.eta, train.lr_schedule, self.eps,
+            type(self.inner).__name__,
+        )  # fmt: skip
+
+    def initial_arrays(self) -> ArrayRecord:
+        """Return theta = 0 in the first pool: the base model."""
+        return arrays_of(theta=torch.zeros(self.config.fedkseed.seeds))
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Send the sampled nodes what changed in theta since their last task, and the odds of the seeds."""
+        assert isinstance(grid, Fleet)
+        nodes, settings = grid.nodes, self.config.strategy
+        self.theta = arrays["theta"].numpy()
+        prepare(self.inner)
+        self.inner.configure_train(server_round, arrays, config, grid)
+        self.versions.add(
+            server_round - 1, [np.rint(row / self.unit).astype(np.int32) for row in (*self.closed, self.theta)]
+        )
+        count = max(settings.min_replies, round(settings.fraction_train * len(nodes)))
+        chosen = sample((self.config.train.seed, server_round), list(nodes), min(count, len(nodes)))
+        since = {name: self.versions.since(name) for name in chosen}
+        payloads = {version: protocol.encode(self._task(server_round, version)) for version in set(since.values())}
+        kind = SeedTask.kind
+        return [address(nodes[name].id, kind, payloads[since[name]], server_round) for name in chosen]
+
+    def note_asked(self, nodes: Mapping[str, int]) -> None:
+        """Count what privacy has cost each node: with its task it is spent, whether or not a reply comes."""
+        for name, examples in nodes.items() if self.config.privacy.clip else ():
+            self.asked[name] = (self.asked.get(name, (0, 0))[0] + 1, examples)
+
+    def accept(self, round: int, reply: protocol.Message) -> bool:
+        """Check type, round, length and fingerprint of a reply."""
+        if isinstance(reply, protocol.StateMissing):
+            log.info("%s does not hold the last theta (its worker was restarted): sending it in full", reply.node)
+            self.versions.forget(reply.node)
+            return False
+        if not isinstance(reply, SeedReply):
+            raise ProtocolError(f"a node answered a seed task with a '{reply.kind}'.")
+        check_origin(reply, round, self.fingerprint)
+        self._check_scalars(reply)
+        self.versions.hold(reply.node, round - 1)
+        return True
+
+    def accept_late(self, round: int, reply: protocol.Message) -> bool:
+        """Let a reply of the round before count, if ``strategy.late`` is above 0: scalars commute."""
+        if not isinstance(reply, SeedReply) or reply.round not in (round, round - 1):
+            return super().accept_late(round, reply)
+        if reply.round == round:  # its round still goes on
+            return self.accept(round, reply)
+        if not self.config.strategy.late or pool_number(self.config, round) != pool_number(self.config, round - 1):
+            return super().accept_late(round, reply)
+        check_origin(reply, round - 1, self.last_fingerprint)
+        self._check_scalars(reply)
+        self.versions.hold(reply.node, reply.round - 1)
+        return True
+
+    def _check_scalars(self, reply: SeedReply) -> None:
+        settings, steps = self.config.fedkseed, self.config.train.local_steps
+        if reply.scalars.shape != (steps,) or reply.scalars.dtype != SCALAR_TYPES[settings.scalar_bits]:
+            raise ProtocolError(
+                f"{reply.node} sent {tuple(reply.scalars.shape)} scalars of {reply.scalars.dtype}, not "
+                f"{steps} of {SCALAR_TYPES[settings.scalar_bits]}: the reply is left out."
+            )
+        if not (0 < reply.lr < math.inf and 0 < reply.eps < math.inf):
+            raise ProtocolError(f"{reply.node} found no step size: its losses are not finite. The reply is left out.")
+        scalars = read_scalars(reply.scalars, reply.unit)
+        if not np.isfinite(scalars).any():
+            raise ProtocolError(f"{reply.node} had no step with a finite loss: the reply is left out.")
+        if out_of_line(amplitude(scalars), self.amplitude, settings.outlier):
+            raise ProtocolError(
+                f"{reply.node} sent scalars of median magnitude {amplitude(scalars):.3g}, out of line with "
+                f"{self.amplitude:.3g} so far ('fedkseed.outlier'): the reply is left out."
+            )
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Turn every reply into the theta that its node reached, and let the inner strategy aggregate those."""
+        answers = sorted((decoded(reply.content, SeedReply) for reply in replies), key=lambda one: one.node)
+        if not answers:
+            return None, None
+        self._calibrate(answers)
+        set_step(self.inner, self.lr(server_round), self.config.strategy.adaptivity)
+        odds = {server_round: self.odds(), server_round - 1: self.last_odds}
+        received = [read_scalars(answer.scalars, answer.unit) for answer in answers]
+        amplitudes = [amplitude(one) for one in received]
+        limit = self._limit(float(np.median(amplitudes)))
+        scalars = [clipped(one, limit) for one in received]
+        moved = [
+            self._moved(answer, one, odds[answer.round], late=answer.round < server_round)
+            for answer, one in zip(answers, scalars, strict=True)
+        ]
+        arrays, metrics = self.inner.aggregate_train(server_round, moved)
+        if arrays is None:
+            return None, metrics
+        if metrics is not None and self.config.privacy.clip:
+            metrics["privacy/epsilon"] = epsilon(self.config, self.asked.values())
+        self.amplitude = running_amplitude(self.amplitude, amplitudes)
+        for answer, one in zip(answers, scalars, strict=True):
+            self.observe(self.draws(answer.node, answer.round, odds[answer.round]), one)
+        self.last_odds = odds[server_round]
+        self._move(arrays["theta"].numpy(), server_round)
+        if pool_number(self.config, server_round + 1) > len(self.closed):
+            self.next_pool()
+        return arrays_of(theta=torch.from_numpy(self.theta)), metrics
+
+    def materialise(self, arrays: ArrayRecord, parameters: Mapping[str, Tensor]) -> str:
+        """Rebuild W(theta) from W_0; parameters that are not tuned stay as they are."""
+        tuned = {name: parameters[name] for name in self.base}
+        rebuild(self.config, [*self.closed, arrays["theta"].numpy().copy()], tuned, self.base)
+        self.fingerprint, self.last_fingerprint = fingerprint(tuned), self.fingerprint
+        return self.fingerprint
+
+    def state(self) -> State:
+        """Return theta, what rounding left of its moves, the running amplitude, and the inner strategy's momenta.
+
+        Theta of a closed pool is a file: it will not change any more.
+        """
+        own = {"theta": self.theta, "carry": self.carry, "amplitude": np.float64(self.amplitude)}
+        own |= {"last_odds": self.last_odds} if self.config.strategy.late else {}
+        own |= {"eta": np.float64(self.eta), "eps": np.float64(self.eps)}
+        asked = {f"asked/{node}": np.array(counts) for node, counts in self.asked.items()}
+        files = {f"pool-{len(self.closed) - 1}": {"theta": torch.from_numpy(row)} for row in self.closed[-1:]}
+        return State({name: torch.tensor(value) for name, value in (own | asked).items()} | moments(self.inner), files)
+
+    def restore(self, tensors: dict[str, Tensor], load: Callable[[str], dict[str, Tensor] | None]) -> ArrayRecord:
+        """Take up what `state` returned."""
+        restore_moments(self.inner, tensors)
+        while (closed := load(f"pool-{len(self.closed)}")) is not None:
+            self.closed.append(closed["theta"].numpy())
+        self.theta, self.carry = tensors["theta"].numpy(), tensors["carry"].numpy()
+        self.amplitude = float(tensors["amplitude"])
+        if self.config.strategy.late:
+            self.last_odds = tensors["last_odds"].numpy()
+        self.eta, self.eps = float(tensors["eta"]), float(tensors["eps"])
+        counts = {key.removeprefix("asked/"): value for key, value in tensors.items() if key.startswith("asked/")}
+        self.asked = {node: (int(pair[0]), int(pair[1])) for node, pair in counts.items()}
+        return arrays_of(theta=tensors["theta"])
+
+    def lr(self, round: int) -> float:
+        """Return the step size of a round: eta times its schedule."""
+        train = self.config.train
+        return learning_rate(self.eta, round, self.config.num_server_rounds, train.lr_schedule, train.warmup)
+
+    @property
+    def unit(self) -> float:
+        """Unit of theta."""
+        return unit_of(self.eta) if self.eta else 1.0
+
+    def levels(self) -> NDArray[np.int32]:
+        """Return which of the odds each seed has, int32 [K]; empty for uniform draws."""
+        return np.empty(0, dtype=np.int32)
+
+    def odds(self) -> NDArray[np.int16]:
+        """Return the relative odds of drawing each seed, int16 [K]; empty for uniform draws."""
+        return odds_of_levels()[self.levels()]
+
+    def observe(self, seeds: NDArray[np.int64], scalars: NDArray[np.float32]) -> None:
+        """Learn from the scalars of one node; uniform draws learn nothing."""
+
+    def next_pool(self) -> None:
+        """Close the pool: its theta stays, and all that is known of its directions is forgotten.
+
+        What rounding left of its last move goes too: below 1 % of that move's largest entry at 8 bits.
+        """
+        self.closed.append(self.theta)
+        self.theta, self.carry = np.zeros_like(self.theta), np.zeros_like(self.carry)
+        forget_moments(self.inner)
+        log.info("pool %d has served its rounds: the next one begins", len(self.closed))
+
+    def draws(self, node: str, round: int, odds: NDArray[np.int16]) -> NDArray[np.int64]:
+        """Return the seeds that a node draws in a round, int64 [tau]."""
+        steps, seeds = self.config.train.local_steps, self.config.fedkseed.seeds
+        return draw_seeds(seed_key(self.config, round, node), steps, seeds, odds)
+
+    def _task(self, round: int, held: int) -> SeedTask:
+        since, change = self.versions.change(held, round - 1)
+        levels = self.levels()
+        return SeedTask(
+            round=round,
+            since=since,
+            change=change,
+            unit=self.unit,
+            levels=pack(levels) if levels.size else torch.empty(0, dtype=torch.uint8),
+            odds=torch.from_numpy(odds_of_levels() if levels.size else odds_of_levels()[:0]),
+            lr=self.lr(round),
+            eps=self.eps,
+            limit=self._limit(self.amplitude),
+        )
+
+    def _calibrate(self, answers: list[SeedReply]) -> None:
+        """In the first round: take the medians of what the nodes found, and say where slopes are mostly error."""
+        noise = {answer.node: answer.noise for answer in answers if math.isfinite(answer.noise)}
+        for node in [node for node, share in noise.items() if share > NOISE_LIMIT]:
+            log.warning(
+                "%s: the signal in its scalars is below the noise: %.0f %% of their size is error; "
+                "set 'fedkseed.eps' to \"auto\", or 'model.dtype' to \"float32\"",
+                node, 100 * noise[node],
+            )  # fmt: skip
+        if not (self.eta and self.eps):
+            self.eta = self.eta or float(np.median([answer.lr for answer in answers]))
+            self.eps = self.eps or float(np.median([answer.eps for answer in answers]))
+            log.info("found by %d nodes: train.lr = %.3g, fedkseed.eps = %.3g", len(answers), self.eta, self.eps)
+
+    def _move(self, aggregated: NDArray[np.float64], round: int) -> None:
+        """Move theta by the server's step, less weight decay, both rounded; what rounding leaves moves next time."""
+        settings = self.config.strategy
+        theta = self.theta.astype(np.float64)
+        decay = self.config.train.weight_decay * self.lr(round) / self.eta
+        move = settings.server_lr * (aggregated - theta) - decay * theta + self.carry
+        steps = np.rint(theta / self.unit) + round_move(move / self.unit, self.config.fedkseed.theta_bits)
+        self.theta = (np.clip(steps, -LARGEST, LARGEST) * self.unit).astype(np.float32)
+        self.carry = (move - (self.theta - theta)).astype(np.float32)
+
+    def _limit(self, amplitude: float) -> float:
+        return self.config.fedkseed.clip * amplitude or math.inf
+
+    def _moved(
+        self, answer: SeedReply, scalars: NDArray[np.float32], odds: NDArray[np.int16], *, late: bool
+    ) -> Message:
+        """Turn a reply into the theta that its node reached, as a reply to a Flower strategy."""
+        seeds, theta = self.draws(answer.node, answer.round, odds), self.theta.astype(np.float64)
+        np.subtract.at(theta, seeds, self.lr(answer.round) * np.nan_to_num(scalars.astype(np.float64)))
+        weight: float = answer.num_examples if self.config.strategy.weighting == "examples" else 1
+        if late:
+            weight *= self.config.strategy.late
+        metrics: dict[str, MetricRecordValues] = {
+            "num-examples": weight,
+            "train/loss": answer.loss,
+            "train/skipped": int(np.isnan(scalars).sum()),
+        }
+        content = RecordDict({"arrays": arrays_of(theta=torch.from_numpy(theta)), "metrics": MetricRecord(metrics)})
+        return Message(content, dst_node_id=0, message_type="train")

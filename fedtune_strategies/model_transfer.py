@@ -1,0 +1,243 @@
+"""The base model over the wire: for nodes that hold nothing.
+
+A node asks and the server answers, chunk by chunk: first the manifest of the model folder, then every chunk that the
+node lacks. A chunk is checked against its SHA-256 before it is kept, and kept chunks survive a broken connection and a
+restart. Complete models stay in a cache of bounded size on the node's disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedtune_strategies.errors import ProtocolError, ResourceError
+from fedtune_strategies.protocol.messages import Message, ModelChunk, ModelManifest, ModelRequest
+
+CHUNK_BYTES = 64 * 2**20
+# What a causal language model and its tokenizer consist of; nothing that could be run.
+_FILE = re.compile(r"[\w-][\w.-]*\.(json|safetensors|txt|model|jinja)")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One stretch of a file.
+
+    Attributes
+    ----------
+    file : str
+        Name of the file.
+    start, size : int
+        In bytes.
+    sha256 : str
+        Of its bytes.
+    """
+
+    file: str
+    start: int
+    size: int
+    sha256: str
+
+
+class ModelSource:
+    """A model folder on the server, to be handed out.
+
+    Parameters
+    ----------
+    folder : Path
+        The folder.
+    chunk_bytes : int
+        Largest chunk.
+    """
+
+    def __init__(self, folder: Path, chunk_bytes: int = CHUNK_BYTES) -> None:
+        self._folder = folder
+        self._chunk_bytes = chunk_bytes
+
+    @cached_property
+    def manifest(self) -> str:
+        """All chunks as JSON; read and hashed when it is first asked for."""
+        files = sorted(path for path in self._folder.iterdir() if path.is_file() and _FILE.fullmatch(path.name))
+        return json.dumps([vars(chunk) for path in files for chunk in _chunks(path, self._chunk_bytes)])
+
+    def answer(self, wanted: ModelRequest) -> Message:
+        """Answer what a node wants.
+
+        Raises
+        ------
+        ProtocolError
+            There is no such chunk.
+        """
+        if wanted.chunk < 0:
+            return ModelManifest(self.manifest)
+        chunks = read_manifest(self.manifest)
+        if wanted.chunk >= len(chunks):
+            raise ProtocolError(f"{wanted.node} wants chunk {wanted.chunk} of a model of {len(chunks)} chunks.")
+        data = bytearray(_read(self._folder, chunks[wanted.chunk]))
+        return ModelChunk(wanted.chunk, torch.frombuffer(data, dtype=torch.uint8))
+
+
+class ModelCache:
+    """Models that came from servers, on a node's disk.
+
+    Parameters
+    ----------
+    folder : Path
+        Where they lie; made where absent. Nodes of one machine may share it.
+    limit : int
+        Most bytes in it. To make room, the models that were unused longest are deleted.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self._folder = folder
+        self._limit = limit
+        self._chunks: list[Chunk] = []
+        self._missing: list[int] = []
+        self._target = folder
+
+    def find(self, name: str) -> Path | None:
+        """Return the folder of the model that last came under a name, None where there is none."""
+        try:
+            found = self._folder / self._pointer(name).read_text()
+            os.utime(found)
+            return found
+        except OSError:
+            return None
+
+    def start(self, node: str, name: str, manifest: str) -> Path | ModelRequest:
+        """Begin with a manifest; return the model's folder if it is here already, else the first wanted chunk.
+
+        Raises
+        ------
+        ProtocolError
+            The manifest is damaged or names files that do not belong to a model.
+        ResourceError
+            The model is larger than the cache may be, or the disk is full or read-only.
+        """
+        self._chunks = read_manifest(manifest)
+        digest = hashlib.sha256(manifest.encode()).hexdigest()[:32]
+        self._target = self._folder / digest
+        try:
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            if not self._target.is_dir():
+                self._make_room(sum(chunk.size for chunk in self._chunks))
+                self._partial.mkdir(exist_ok=True)
+                self._missing = [i for i, chunk in enumerate(self._chunks) if not _is_there(self._partial, chunk)]
+            else:
+                self._missing = []
+            self._pointer(name).write_text(digest)
+        except OSError as error:
+            raise self._error(error) from None
+        return self._next(node)
+
+    def take(self, node: str, number: int, data: bytes) -> Path | ModelRequest:
+        """Keep a chunk; return the model's folder if it was the last one, else the next wanted chunk.
+
+        Raises
+        ------
+        ProtocolError
+            It is not wanted, or not what the manifest says.
+        ResourceError
+            The disk is full or read-only.
+        """
+        if number not in self._missing:
+            raise ProtocolError(f"chunk {number} of a model came unasked.")
+        chunk = self._chunks[number]
+        if hashlib.sha256(data).hexdigest() != chunk.sha256:
+            raise ProtocolError(f"chunk {number} of a model is not what the server's list says.")
+        try:
+            path = self._partial / chunk.file
+            path.touch()
+            with path.open("r+b") as file:
+                file.seek(chunk.start)
+                file.write(data)
+        except OSError as error:
+            raise self._error(error) from None
+        self._missing.remove(number)
+        return self._next(node)
+
+    @property
+    def _partial(self) -> Path:
+        return self._target.with_suffix(".partial")
+
+    def _pointer(self, name: str) -> Path:
+        return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.name"
+
+    def _next(self, node: str) -> Path | ModelRequest:
+        if self._missing:
+            return ModelRequest(node, self._missing[0])
+        if not self._target.is_dir():
+            self._partial.rename(self._target)
+        return self._target
+
+    def _make_room(self, size: int) -> None:
+        if size > self._limit:
+            raise ResourceError(
+                f"the run's model has {size:,} bytes, the cache in {self._folder} may have {self._limit:,}: "
+                "raise the node's 'cache-gb', or give it the model with 'model'."
+            )
+        models = [path for path in self._folder.iterdir() if path.is_dir() and path != self._partial]
+        sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in models}
+        for path in sorted(models, key=lambda model: model.stat().st_mtime):
+            if sum(sizes.values()) + size <= self._limit:
+                return
+            shutil.rmtree(path)
+            del sizes[path]
+
+    def _error(self, error: OSError) -> ResourceError:
+        return ResourceError(f"{self._folder}: {error.strerror}; free space, or choose another 'cache' for the node.")
+
+
+def read_manifest(text: str) -> list[Chunk]:
+    """Read a manifest.
+
+    Raises
+    ------
+    ProtocolError
+        It is damaged, or names a file that does not belong to a model.
+    """
+    try:
+        chunks = [Chunk(**entry) for entry in json.loads(text)]
+        sound = all(
+            _FILE.fullmatch(chunk.file) and type(chunk.start) is int and type(chunk.size) is int and chunk.start >= 0
+            for chunk in chunks
+        )
+    except (ValueError, TypeError):
+        sound = False
+    if not sound or not chunks:
+        raise ProtocolError("received a damaged list of a model's files.")
+    return chunks
+
+
+def _chunks(path: Path, chunk_bytes: int) -> Iterator[Chunk]:
+    start = 0
+    with path.open("rb") as file:
+        while data := file.read(chunk_bytes):
+            yield Chunk(path.name, start, len(data), hashlib.sha256(data).hexdigest())
+            start += len(data)
+
+
+def _read(folder: Path, chunk: Chunk) -> bytes:
+    with (folder / chunk.file).open("rb") as file:
+        file.seek(chunk.start)
+        return file.read(chunk.size)
+
+
+def _is_there(folder: Path, chunk: Chunk) -> bool:
+    if not (folder / chunk.file).is_file():
+        return False
+    return hashlib.sha256(_read(folder, chunk)).hexdigest() == chunk.sha256
+
+
+def as_bytes(data: torch.Tensor) -> bytes:
+    """Return the bytes of a chunk."""
+    return np.ascontiguousarray(data.numpy()).tobytes()

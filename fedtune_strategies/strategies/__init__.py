@@ -1,1 +1,0 @@
-"""One Flower ``Strategy`` per method."""

@@ -1,0 +1,209 @@
+"""What the strategies of FedTune add to Flower's: a state that can be stored, checked replies, weights on request."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from fedtune_strategies.errors import FingerprintError, ProtocolError
+from fedtune_strategies.protocol import messages as protocol
+
+log = logging.getLogger("fedtune")
+
+
+@dataclass(frozen=True)
+class State:
+    """What a strategy must have stored to go on after a round.
+
+    Attributes
+    ----------
+    tensors : dict of str to Tensor
+        Small state, stored whole after every round.
+    files : dict of str to dict of str to Tensor
+        Large parts by label, such as one block; only those that changed in the round. A later part of the same
+        label replaces the earlier one.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    files: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+class TuningStrategy(Strategy):
+    """A Flower ``Strategy`` that the server can stop, resume, evaluate and export after any round.
+
+    Beside Flower's ``configure_train`` and ``aggregate_train``, a method says how its arrays become weights, which
+    replies it accepts, and what to store. Evaluation happens on the server, so no evaluation tasks are sent.
+
+    Attributes
+    ----------
+    history : tuple of str
+        Names of stored tensors that say what the nodes were asked to do, not where the model is: a replay without some
+        node takes them as they were.
+    takes_late : bool
+        Whether a reply that comes a round late can still count; see `accept_late`.
+    """
+
+    history: tuple[str, ...] = ()
+    takes_late: bool = False
+
+    @abstractmethod
+    def initial_arrays(self) -> ArrayRecord:
+        """Return the global model before the first round, as Flower's arrays."""
+
+    @abstractmethod
+    def materialise(self, arrays: ArrayRecord, parameters: Mapping[str, Tensor]) -> str:
+        """Write the weights that the arrays stand for into a model.
+
+        Parameters
+        ----------
+        arrays : ArrayRecord
+            The global model.
+        parameters : mapping of str to Tensor
+            The model's parameters by canonical name; written in place.
+
+        Returns
+        -------
+        str
+            Fingerprint of the written weights.
+        """
+
+    @abstractmethod
+    def accept(self, round: int, reply: protocol.Message) -> bool:
+        """Check one reply.
+
+        Parameters
+        ----------
+        round : int
+            The current round.
+        reply : protocol.Message
+            A decoded reply.
+
+        Returns
+        -------
+        bool
+            Whether the reply contributes to the round; False for a mere acknowledgement.
+
+        Raises
+        ------
+        FedTuneError
+            The reply must not be used; the line says why.
+        """
+
+    def accept_late(self, round: int, reply: protocol.Message) -> bool:
+        """Check a reply to an earlier round's task; most methods have no use for it.
+
+        Parameters
+        ----------
+        round : int
+            The current round.
+        reply : protocol.Message
+            A decoded reply.
+
+        Returns
+        -------
+        bool
+            Whether the reply contributes to the current round.
+
+        Raises
+        ------
+        FedTuneError
+            The reply must not be used; the line says why.
+        """
+        raise ProtocolError("its round was over: the reply is left out.")
+
+    @abstractmethod
+    def state(self) -> State:
+        """Return what to store after the round that was just aggregated."""
+
+    @abstractmethod
+    def restore(self, tensors: dict[str, Tensor], load: Callable[[str], dict[str, Tensor] | None]) -> ArrayRecord:
+        """Take up a stored state.
+
+        Parameters
+        ----------
+        tensors : dict of str to Tensor
+            The small state of the last round.
+        load : callable
+            Gives the newest file of a label, None where there is none.
+
+        Returns
+        -------
+        ArrayRecord
+            The global model after that round.
+        """
+
+    def note_asked(self, nodes: Mapping[str, int]) -> None:
+        """Take note of whom a round really asks, also after a restart; most methods need not.
+
+        Parameters
+        ----------
+        nodes : mapping of str to int
+            Number of examples of each node, by name.
+        """
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Send nothing: evaluation happens on the server, and training metrics come with the replies."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Return None, see `configure_evaluate`."""
+        return None
+
+
+class Reply(Protocol):
+    """What a reply says about where it comes from."""
+
+    @property
+    def node(self) -> str: ...  # noqa: D102
+    @property
+    def round(self) -> int: ...  # noqa: D102
+    @property
+    def fingerprint(self) -> str: ...  # noqa: D102
+    @property
+    def num_examples(self) -> int: ...  # noqa: D102
+
+
+def check_origin(reply: Reply, round: int, fingerprint: str) -> None:
+    """Refuse a reply that belongs to another round or was computed on other weights.
+
+    Parameters
+    ----------
+    reply : Reply
+        The reply.
+    round : int
+        The current round.
+    fingerprint : str
+        Fingerprint of the weights on which the node should have worked.
+
+    Raises
+    ------
+    ProtocolError
+        The reply is of another round, or its number of examples is not positive.
+    FingerprintError
+        The node worked on other weights.
+    """
+    if reply.round != round:
+        raise ProtocolError(f"{reply.node} answered for round {reply.round} in round {round}: the reply is left out.")
+    if reply.num_examples < 1:
+        raise ProtocolError(f"{reply.node} claims {reply.num_examples} examples: the reply is left out.")
+    if reply.fingerprint != fingerprint:
+        raise FingerprintError(
+            f"{reply.node} worked on other weights (fingerprint {reply.fingerprint}, the server's is {fingerprint}): "
+            "the reply is left out; check that node's base model, dtype and FedTune version."
+        )
+
+
+def arrays_of(**tensors: Tensor) -> ArrayRecord:
+    """Put named tensors into an ArrayRecord."""
+    return ArrayRecord({name: Array(np.ascontiguousarray(tensor.numpy())) for name, tensor in tensors.items()})

@@ -1,0 +1,116 @@
+"""Scalars that are too large, and nodes that are out of line."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from fedtune_strategies.config import parse
+from fedtune_strategies.errors import ProtocolError
+from fedtune_strategies.fedkseed.pro import FedKSeedPro
+from fedtune_strategies.fedkseed.screening import amplitude, clipped, out_of_line, running_amplitude
+from fedtune_strategies.fedkseed.strategy import FedKSeed
+from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.protocol.flower import task
+from fedtune_strategies.shared_random import draw_seeds, importance, seed_key
+from fedtune_strategies.testing import InMemoryGrid
+
+K, TAU = 64, 20
+
+
+def make(cls=FedKSeed, **changes):
+    InMemoryGrid({})
+    return cls(parse({"fedkseed.seeds": K, "train.local-steps": TAU, "train.lr": 0.25} | changes), {})
+
+
+def reply(name, scalars, round=1):
+    return protocol.SeedReply(
+        name, round, torch.from_numpy(np.float32(scalars)), 1.0, 2.0, "", 1, 1.0, 1, 1e-4, 1e-3, 0.1
+    )
+
+
+def play(strategy, replies):
+    strategy.aggregate_train(replies[0].round, [task(1, one, one.round) for one in replies])
+
+
+def honest(count, round=1):
+    random = np.random.default_rng(round)
+    return [reply(f"n{i}", random.normal(size=TAU), round) for i in range(count)]
+
+
+@given(arrays.arrays(np.float32, 30, elements=st.floats(width=32)), st.floats(0.125, 1e6, width=32))
+def test_clipped_scalars_are_within_the_limit_or_skipped(scalars, limit):
+    found = clipped(scalars, limit)
+    finite = np.isfinite(scalars)
+    assert np.array_equal(np.isnan(found), ~finite) and (np.abs(found[finite]) <= limit).all()
+    inside = finite & (np.abs(scalars) <= limit)
+    assert np.array_equal(found[inside], scalars[inside])
+
+
+def test_amplitudes_run():
+    assert amplitude(np.float32([1, -3, np.nan, 2])) == 2 and amplitude(np.float32([np.nan])) == 0
+    assert running_amplitude(0.0, [1, 2, 100]) == 2 and running_amplitude(4.0, [1, 2, 100]) == 3
+    assert out_of_line(11, 1, 10) and out_of_line(0.09, 1, 10)
+    assert not out_of_line(9, 1, 10) and not out_of_line(99, 0, 10) and not out_of_line(99, 1, 0)
+
+
+def test_one_huge_node_moves_theta_no_more_than_the_limit():
+    strategy, clean = make(), make()
+    bad = reply("n9", [1e30] * TAU)
+    play(strategy, [*honest(9), bad])
+    play(clean, honest(9))
+    limit = 10 * np.median([amplitude(one.scalars.numpy()) for one in [*honest(9), bad]])
+    most = (
+        0.25
+        * limit
+        / 10
+        * np.bincount(draw_seeds(seed_key(strategy.config, 1, "n9"), TAU, K, np.empty(0, np.int16)), minlength=K)
+    )
+    moved = np.abs(strategy.theta + strategy.carry - 0.9 * (clean.theta + clean.carry))
+    assert (moved <= most + 1e-5).all() and strategy.theta.any()
+
+
+@pytest.mark.parametrize("factor", [100.0, 0.01, 1e30])
+def test_a_node_out_of_line_is_refused_with_its_name(factor):
+    strategy = make()
+    for one in honest(3):
+        assert strategy.accept(1, one)
+    play(strategy, honest(3))
+    for one in honest(3, round=2):
+        assert strategy.accept(2, one)
+    with pytest.raises(ProtocolError, match=r"n1 sent .*fedkseed\.outlier"):
+        strategy.accept(2, reply("n1", honest(3, 2)[1].scalars.numpy() * np.float32(factor), 2))
+
+
+def test_nodes_are_told_the_limit():
+    strategy = make()
+    strategy.versions.add(0, [np.zeros(K, dtype=np.int32)])
+    assert strategy._task(1, 0).limit == np.inf
+    play(strategy, honest(3))
+    assert strategy._task(1, 0).limit == pytest.approx(10 * strategy.amplitude)
+
+
+def test_the_amplitude_survives_a_restart():
+    strategy, again = make(), make()
+    play(strategy, honest(3))
+    again.restore(strategy.state().tensors, lambda label: None)
+    assert again.amplitude == strategy.amplitude > 0
+
+
+def test_importance_weights_make_odds_unbiased():
+    odds = np.array([1, 2, 5, 8], dtype=np.int16)
+    np.testing.assert_allclose((importance(odds) * odds / odds.sum()), 1 / 4)
+
+
+def test_steps_are_weighed_where_asked():
+    plain, weighed = (
+        make(FedKSeedPro, **{"fedkseed.pro-importance": on, "fedkseed.theta-bits": 24}) for on in (False, True)
+    )
+    for strategy in (plain, weighed):
+        strategy.observe(np.arange(K), np.linspace(0.1, 9, K, dtype=np.float32))
+    odds = plain.odds()
+    for strategy in (plain, weighed):
+        play(strategy, honest(1))
+    np.testing.assert_allclose(weighed.theta + weighed.carry, importance(odds) * (plain.theta + plain.carry), atol=1e-5)

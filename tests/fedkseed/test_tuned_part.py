@@ -1,0 +1,32 @@
+"""Pools over a part of the parameters."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fedtune_strategies.config import parse
+from fedtune_strategies.errors import ConfigError, ModelError
+from tests.federations import final_state, run
+
+
+def test_only_matching_parameters_move(settings, data_files, tmp_path):
+    settings |= {"train.parameters": r"layers\.1\..*proj", "num-server-rounds": 2, "eval.answers": 0}
+    ledger = run(settings, data_files)
+    assert not list(ledger.records("refused"))
+    base = AutoModelForCausalLM.from_pretrained(settings["model.name"])
+    tuned = AutoModelForCausalLM.from_pretrained(ledger.last("finished").body["model"])
+    moved = {
+        name for (name, a), b in zip(base.named_parameters(), tuned.parameters(), strict=True) if not torch.equal(a, b)
+    }
+    assert moved == {name for name, _ in base.named_parameters() if "layers.1." in name and "proj" in name}
+    resumed = settings | {"run.dir": str(tmp_path / "resumed")}
+    run(resumed | {"num-server-rounds": 1}, data_files)
+    run(resumed, data_files)
+    assert final_state(resumed) == final_state(settings)
+
+
+def test_a_pattern_without_a_match_or_meaning(settings, data_files):
+    with pytest.raises(ModelError, match="nothing-like-this"):
+        run(settings | {"train.parameters": "nothing-like-this"}, {})
+    with pytest.raises(ConfigError, match="no regular expression"):
+        parse({"train.parameters": "("})

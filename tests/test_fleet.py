@@ -1,0 +1,163 @@
+import time
+
+import pytest
+
+from fedtune_strategies.errors import DataError, FedTuneError, FingerprintError, NodesError
+from fedtune_strategies.fleet import Fleet
+from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.protocol.flower import task
+from fedtune_strategies.testing import InMemoryGrid
+
+
+def greeter(name, fingerprint="base", version=protocol.PROTOCOL_VERSION):
+    """Make a node that answers a hello, and any task with an acknowledgement."""
+
+    def handle(kind, payload):
+        reply = (
+            protocol.HelloReply(name, version, 5, fingerprint, 1)
+            if kind == "hello"
+            else protocol.Ack(name, protocol.decode(kind, payload).round)
+        )
+        return reply.kind, protocol.encode(reply)
+
+    return handle
+
+
+def failing(exit_code, line):
+    failure = protocol.Failure(exit_code, line)
+    return lambda kind, payload: (failure.kind, protocol.encode(failure))
+
+
+def make(nodes, events=None):
+    note = (lambda *event: events.append(event)) if events is not None else (lambda *event: None)
+    return Fleet(InMemoryGrid(nodes), "base", poll_interval=0.01, on_event=note)
+
+
+def kept(node, round=1):
+    return task(node.id, protocol.Ack(node.name, round), round)
+
+
+def test_admitted_nodes_come_by_name_in_sorted_order():
+    fleet = make({1: greeter("b"), 2: greeter("a"), 3: greeter("c")})
+    fleet.wait_for_nodes(3, wait=1)
+    assert list(fleet.nodes) == ["a", "b", "c"] and fleet.get_node_ids() == [2, 1, 3]
+
+
+def test_joining_and_leaving_are_events():
+    events, nodes = [], {1: greeter("a"), 2: greeter("b")}
+    fleet = make(nodes, events)
+    fleet.wait_for_nodes(2, wait=1)
+    del nodes[1]
+    nodes[3] = greeter("a")
+    fleet.wait_for_nodes(2, wait=1)
+    assert [event[:2] for event in events] == [("joined", "a"), ("joined", "b"), ("lost", "a"), ("joined", "a")]
+    assert fleet.nodes["a"].id == 3
+
+
+@pytest.mark.parametrize(
+    ("handler", "error", "words"),
+    [
+        (greeter("x", fingerprint="other"), FingerprintError, "another base model"),
+        (greeter("x", version=99), FedTuneError, "protocol 99"),
+        (failing(11, "data.jsonl, line 3: broken"), DataError, "line 3"),
+        (lambda kind, payload: ("kept", protocol.encode(protocol.Ack("x", 1))), FedTuneError, "kept"),
+        (lambda kind, payload: ("nonsense", b""), FedTuneError, "nonsense"),
+    ],
+)
+def test_a_node_that_may_not_take_part_is_named_with_the_reason(handler, error, words):
+    events = []
+    fleet = make({1: handler}, events)
+    with pytest.raises(error, match=words):
+        fleet.wait_for_nodes(1, wait=5)
+    assert events[0][0] == "refused" and words in events[0][2]
+
+
+def test_refused_nodes_do_not_keep_the_others_out():
+    fleet = make({1: failing(11, "no data"), 2: greeter("b")})
+    fleet.wait_for_nodes(1, wait=1)
+    assert list(fleet.nodes) == ["b"]
+
+
+def test_waiting_for_nodes_has_an_end():
+    start = time.monotonic()
+    with pytest.raises(NodesError, match="1 of 2 nodes"):
+        make({1: greeter("a")}).wait_for_nodes(2, wait=0.2)
+    assert time.monotonic() - start < 2
+
+
+class SlowGrid(InMemoryGrid):
+    """Holds the replies of some nodes back."""
+
+    def __init__(self, nodes, slow):
+        super().__init__(nodes)
+        self.slow = slow
+        self.most_waiting = 0
+        self.waiting = {}
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        for message in messages:
+            waiting = self.waiting.setdefault(message.metadata.dst_node_id, 0) + 1
+            self.waiting[message.metadata.dst_node_id] = waiting
+            self.most_waiting = max(self.most_waiting, waiting)
+        return super().push_messages(messages)
+
+    def pull_messages(self, message_ids):
+        replies = super().pull_messages(message_ids)
+        for reply in replies:
+            self.waiting[reply.metadata.src_node_id] -= 1
+        return [reply for reply in replies if reply.metadata.src_node_id not in self.slow]
+
+
+def test_an_exchange_ends_at_its_deadline_without_the_slow():
+    grid = SlowGrid({1: greeter("a"), 2: greeter("b")}, slow=set())
+    fleet = Fleet(grid, "base", poll_interval=0.01)
+    fleet.wait_for_nodes(2, wait=1)
+    grid.slow = {2}
+    start = time.monotonic()
+    received = list(fleet.exchange([kept(node) for node in fleet.nodes.values()], deadline=0.3))
+    assert [one.node.name for one in received] == ["a"]
+    assert 0.2 < time.monotonic() - start < 2
+
+
+def test_tasks_carry_their_deadline():
+    grid = InMemoryGrid({1: greeter("a")})
+    fleet = Fleet(grid, "base", poll_interval=0.01)
+    fleet.wait_for_nodes(1, wait=1)
+    message = kept(fleet.nodes["a"])
+    list(fleet.exchange([message], deadline=12.5))
+    assert message.metadata.ttl == 12.5
+
+
+def test_a_node_gets_one_task_at_a_time_in_order():
+    seen = []
+
+    def handle(kind, payload):
+        if kind != "hello":
+            seen.append(protocol.decode(kind, payload).round)
+        return greeter("a")(kind, payload)
+
+    grid = SlowGrid({1: handle}, slow=set())
+    fleet = Fleet(grid, "base", poll_interval=0.01)
+    fleet.wait_for_nodes(1, wait=1)
+    node = fleet.nodes["a"]
+    received = list(fleet.exchange([kept(node, number) for number in range(5)], deadline=5))
+    assert seen == [0, 1, 2, 3, 4] and len(received) == 5
+    assert grid.most_waiting == 1
+
+
+def test_an_error_instead_of_a_reply_is_received_as_one():
+    fleet = make({1: greeter("a")})
+    fleet.wait_for_nodes(1, wait=1)
+    fleet._grid.nodes = {1: lambda kind, payload: 1 / 0}
+    (received,) = fleet.exchange([kept(fleet.nodes["a"])], deadline=1)
+    assert isinstance(received.message, NodesError) and "division by zero" in str(received.message)
+
+
+def test_nodes_set_aside_are_hidden_until_called_back():
+    fleet = make({1: greeter("a"), 2: greeter("b")})
+    fleet.wait_for_nodes(2, wait=1)
+    fleet.exclude({"a"})
+    assert list(fleet.nodes) == ["b"]
+    fleet.exclude(())
+    assert list(fleet.nodes) == ["a", "b"]

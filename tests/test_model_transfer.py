@@ -1,0 +1,156 @@
+"""The base model over the wire: chunks, cache, and whole runs of nodes that hold nothing."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import fedtune_strategies.admission
+from client_app.node import Node
+from fedtune_strategies.errors import ConfigError, NodesError, ProtocolError, ResourceError
+from fedtune_strategies.fleet import Fleet
+from fedtune_strategies.model_transfer import ModelCache, ModelSource, as_bytes, read_manifest
+from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.testing import InMemoryGrid
+from server_app.run import execute
+from tests.federations import final_state, run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Something like a model folder."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(os.urandom(1000))
+    (folder / "modeling.py").write_text("import os")
+    return folder
+
+
+def receive(cache, source, stop_after=10**6):
+    """Let a cache take what it wants from a source; return the folder, or the last wish."""
+    step = cache.start("n", "some/model", source.manifest)
+    while isinstance(step, protocol.ModelRequest) and stop_after:
+        chunk = source.answer(step)
+        step = cache.take("n", chunk.chunk, as_bytes(chunk.data))
+        stop_after -= 1
+    return step
+
+
+def test_a_model_arrives_whole_and_without_code(folder, tmp_path):
+    got = receive(ModelCache(tmp_path / "cache", 10**6), ModelSource(folder, chunk_bytes=300))
+    assert sorted(path.name for path in got.iterdir()) == ["config.json", "model.safetensors"]
+    assert (got / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert ModelCache(tmp_path / "cache", 10**6).find("some/model") == got
+
+
+def test_after_a_restart_only_what_is_missing_is_wanted(folder, tmp_path):
+    source = ModelSource(folder, chunk_bytes=300)
+    assert len(read_manifest(source.manifest)) == 5
+    wish = receive(ModelCache(tmp_path / "cache", 10**6), source, stop_after=3)
+    assert wish.chunk == 3
+    again = ModelCache(tmp_path / "cache", 10**6)
+    assert again.find("some/model") is None
+    assert again.start("n", "some/model", source.manifest).chunk == 3
+    # What was spoilt on disk meanwhile is wanted again.
+    partial = next((tmp_path / "cache").glob("*.partial"))
+    with (partial / "model.safetensors").open("r+b") as file:
+        file.write(b"spoilt")
+    assert again.start("n", "some/model", source.manifest).chunk == 1
+    assert (receive(again, source) / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_a_damaged_or_foreign_chunk_is_refused(folder, tmp_path):
+    cache, source = ModelCache(tmp_path / "cache", 10**6), ModelSource(folder)
+    with pytest.raises(ProtocolError, match="unasked"):
+        cache.take("n", 0, b"")
+    cache.start("n", "some/model", source.manifest)
+    with pytest.raises(ProtocolError, match="not what the server's list says"):
+        cache.take("n", 1, b"something else")
+    with pytest.raises(ProtocolError, match="of 2 chunks"):
+        source.answer(protocol.ModelRequest("n", 2))
+
+
+@pytest.mark.parametrize(
+    "file", ["../../etc/passwd.json", "/etc/passwd.json", "run.py", "weights.bin", ".json", "a/b.json", "x.json\n"]
+)
+def test_a_manifest_cannot_name_other_files(file, tmp_path):
+    manifest = json.dumps([{"file": file, "start": 0, "size": 1, "sha256": ""}])
+    with pytest.raises(ProtocolError, match="damaged list"):
+        ModelCache(tmp_path, 10).start("n", "some/model", manifest)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("manifest", ["", "[]", "{}", "[1]", '[{"file": 3}]', '[{"file": "a.json", "start": -1}]'])
+def test_a_damaged_manifest(manifest):
+    with pytest.raises(ProtocolError, match="damaged list"):
+        read_manifest(manifest)
+
+
+def test_the_cache_forgets_what_was_unused_longest(tmp_path):
+    cache = ModelCache(tmp_path / "cache", 2500)
+    found = {}
+    for number, name in enumerate(["one", "two", "three"]):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(os.urandom(1000))
+        step = cache.start("n", name, ModelSource(folder).manifest)
+        found[name] = cache.take("n", step.chunk, (folder / "model.safetensors").read_bytes())
+        os.utime(found[name], (number, number))
+        if name == "two":
+            cache.find("one")
+    assert [found[name].is_dir() for name in ("one", "two", "three")] == [True, False, True]
+    (tmp_path / "one" / "model.safetensors").write_bytes(bytes(3000))
+    with pytest.raises(ResourceError, match="cache-gb"):
+        cache.start("n", "one", ModelSource(tmp_path / "one").manifest)
+
+
+@pytest.mark.parametrize("method", ["fedkseed", "fedcybgd"])
+def test_nodes_without_a_model_take_part_like_others(settings, data_files, method, tmp_path, monkeypatch):
+    settings |= {"method.name": method, "num-server-rounds": 2, "eval.answers": 0}
+    run(settings, data_files)
+    bare = settings | {"run.dir": str(tmp_path / "bare")}
+    monkeypatch.setattr(ModelSource.__init__, "__defaults__", (2000,))
+    monkeypatch.setattr(fedtune_strategies.admission, "_REFUSED_FOR_S", 0.0)
+    cut = iter([True])
+    kinds = []
+
+    def node(number, name):
+        own = {"name": name, "data": str(data_files[name]), "model": "server", "cache": str(tmp_path / name)}
+        live = Node(bare, own, number)
+
+        def handle(kind, payload):
+            nonlocal live
+            kinds.append(kind)
+            if kind == "model-chunk" and protocol.decode(kind, payload).chunk == 3 and next(cut, False):
+                live = Node(bare, own, number)
+                raise RuntimeError("power cut")
+            return live.handle(kind, payload)
+
+        return handle
+
+    grid = InMemoryGrid({number: node(number, name) for number, name in enumerate(data_files, start=1)})
+    execute(grid, bare, run_id=1)
+    assert final_state(bare) == final_state(settings)
+    chunks = len(read_manifest(ModelSource(Path(settings["model.name"]), 2000).manifest))
+    assert kinds.count("model-chunk") == 3 * chunks + 1, "one chunk was lost with the power"
+    kinds.clear()
+    execute(
+        InMemoryGrid({number: node(number, name) for number, name in enumerate(data_files, start=1)}),
+        bare | {"num-server-rounds": 3},
+        run_id=2,
+    )
+    assert "model-chunk" not in kinds, "a restarted node has the model in its cache"
+
+
+def test_a_node_of_a_server_without_the_model_to_give(settings, data_files, tmp_path):
+    node = Node(settings, {"data": str(data_files["node-0"]), "model": "server", "cache": str(tmp_path / "c")}, 1)
+    fleet = Fleet(InMemoryGrid({1: node.handle}), "abcd")
+    with pytest.raises(NodesError, match="none to send"):
+        fleet.wait_for_nodes(1, 1.0)
+
+
+def test_a_bad_cache_limit(settings, data_files):
+    with pytest.raises(ConfigError, match="cache-gb"):
+        Node(settings, {"data": str(data_files["node-0"]), "cache-gb": "much"}, 1)
