@@ -79,7 +79,7 @@ def run(
             )  # fmt: skip
             packed, unit = encode(found.theta.numpy(), 1)
             replies.append((len(nodes[int(node)]), decode(packed, unit, 1, seeds)))
-        mean = sum(count * theta for count, theta in replies) / sum(count for count, _ in replies)
+        mean = np.average([theta for _, theta in replies], axis=0, weights=[count for count, _ in replies])
         packed, unit = encode(mean.astype(np.float32), 4)
         weights.add(pool, torch.from_numpy(decode(packed, unit, 4, seeds)))
         for name, parameter in parameters.items():
