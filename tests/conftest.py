@@ -66,6 +66,8 @@ class Settings(dict):
             kept |= OWN.get(name, {"train.local-steps": 3})
         return Settings({**kept, **changes})
 
+    __ior__ = __or__
+
 
 @pytest.fixture
 def settings(tiny_llama, tmp_path):

@@ -19,8 +19,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client_app.node import check_node_config
 from fedtune_strategies.config import Config, keys, parse
+from fedtune_strategies.config.node import parse_node
 from fedtune_strategies.errors import ConfigError, DataError, FedTuneError, LedgerError, ProtocolError
 from fedtune_strategies.fedkseed.packing import unpack
 from fedtune_strategies.language import data as language_data
@@ -233,6 +233,6 @@ def test_configurations(flat):
 @given(st.dictionaries(st.sampled_from(["name", "data", "format", "model", "device", "x"]), VALUES, max_size=4))
 def test_node_configurations(flat):
     try:
-        assert check_node_config(flat)["data"]
+        assert parse_node(flat).data
     except ConfigError as error:
         one_line(error)

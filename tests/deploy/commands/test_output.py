@@ -94,7 +94,7 @@ def test_an_owner_s_words_and_questions(tmp_path, monkeypatch):
     data.write_text('{"text": "fine"}\n')
     word = JoinToken("server.example:9092", "alice", bytes(32), bytes(16), 2_000_000_000).encode()
     monkeypatch.setattr(owner_join, "meet", lambda token: ("", {"offer": {}}))
-    monkeypatch.setattr(owner_join, "redeem", lambda token, authority, mine, waits: mine.save() or mine)
+    monkeypatch.setattr(owner_join, "register", lambda token, authority, mine, waits: mine.save() or mine)
     monkeypatch.setattr(owner_node, "run_node", lambda membership, log: None)
     monkeypatch.setattr(service, "_systemctl", lambda *_: False)
     result = CliRunner().invoke(app, ["join", word, "--data", str(data), "--format", "json"], input="y\n")
