@@ -25,6 +25,7 @@ from fedtune_strategies.errors import ConfigError, DataError, FedTuneError, Ledg
 from fedtune_strategies.fedkseed.packing import unpack
 from fedtune_strategies.language import data as language_data
 from fedtune_strategies.language.data import READERS, read_rows
+from fedtune_strategies.method import own_methods
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.records import from_record
 from server_app.ledger import Ledger
@@ -60,7 +61,7 @@ def test_messages(message):
         except ProtocolError as error:
             one_line(error)
 
-    lines, memory = explore(target, [protocol.encode(message)], RUNS // 5, ["protocol/messages"])
+    lines, memory = explore(target, [protocol.encode(message)], RUNS // 5, ["protocol/wire"])
     assert lines > 15 and memory < MEMORY
 
 
@@ -74,7 +75,7 @@ def test_packed_numbers():
     from fedtune_strategies.fedkseed.packing import pack
 
     seeds = [pack(np.arange(100, dtype=np.int32)).numpy().tobytes()]
-    assert explore(target, seeds, RUNS, ["protocol/packing"])[1] < MEMORY
+    assert explore(target, seeds, RUNS, ["fedkseed/packing"])[1] < MEMORY
 
 
 @pytest.mark.parametrize("suffix", GOOD)
@@ -177,7 +178,7 @@ def test_ledgers(tmp_path):
                     one_line(error)
             assert {one.name for one in path.parent.parent.iterdir()} <= {"good", path.parent.name}
 
-    lines, memory = explore(target, [good], RUNS // 5, ["server_app/mend", "server_app/ledger"])
+    lines, memory = explore(target, [good], RUNS // 5, ["server_app/ledger_file", "server_app/ledger"])
     assert lines > 80 and memory < MEMORY
 
 
@@ -211,7 +212,7 @@ def test_a_ledger_with_foreign_values_in_its_columns(tmp_path):
             raise LedgerError("only read")
 
 
-NAMES = [key.name for key in keys()]
+NAMES = [key.name for method in own_methods() for key in keys(method)]
 VALUES = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.binary(max_size=5),
     st.sampled_from(["(" * 500, "fedcybgd", "fedit", "nan", "int8", "drop:99", "prune:2", "../x", 0, -1, 2**70, 1e308]),

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fedtune_strategies.config import parse
+from fedtune_strategies.config.node import NodeConfig
 from fedtune_strategies.fedkseed.client import FedKSeedClient
 from fedtune_strategies.fedkseed.messages import SeedTask
 from fedtune_strategies.fedkseed.packing import pack, read_scalars
@@ -56,7 +57,7 @@ def test_server_and_node_agree_and_the_rest_stays():
     before = weights(model)
     base = {name: before[name] for name in tuned_parameters(model, ADAPTER)}
     examples = Examples(list(IDS.int().numpy()), [4, 4], [("a",), ("b",)], pad_id=0)
-    node = FedKSeedClient(NodeContext(config, "a", model, before, examples))
+    node = FedKSeedClient(NodeContext(config, "a", model, before, examples, NodeConfig()))
     units = np.arange(K, dtype=np.int32) * 1000
     empty = torch.empty(0)
     task = SeedTask(2, 0, pack(units), 2.0**-20, empty, empty, 1e-3, 1e-3, np.inf)
