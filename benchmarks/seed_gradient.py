@@ -2,8 +2,8 @@
 
     python benchmarks/seed_gradient.py [--layers 12] [--hidden 768] [--vocabulary 32000] [--batch 2] [--length 128]
 
-A random Llama (109.5 M parameters by default) with tied embeddings. Every figure is from a process of its own. Memory is
-the largest private memory (what the system cannot take back from files) less what the process had before the model:
+A random Llama (109.5 M parameters by default) with tied embeddings. Every figure is from a process of its own. Memory
+is the largest private memory (what the system cannot take back from files) less what the process had before the model:
 of one loss without gradient, and of a step, whose W_r is in a mapped file. Seconds are processor time, the median of
 the steps after the first: of a checkpointed forward and backward pass of the plain model, and of a step.
 """
@@ -11,6 +11,7 @@ the steps after the first: of a checkpointed forward and backward pass of the pl
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -106,7 +107,7 @@ def run(way: str, args: argparse.Namespace, config: LlamaConfig) -> list[float]:
     starts = [time.process_time()]
     for _ in WAYS[way](model, batch, args):
         starts.append(time.process_time())
-    return [later - earlier for earlier, later in zip(starts, starts[1:], strict=False)]
+    return [later - earlier for earlier, later in itertools.pairwise(starts)]
 
 
 def loss_of(model: nn.Module, batch: Tensor) -> Tensor:

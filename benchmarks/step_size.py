@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from comparison.protocols import STORIES, dolly, tiny
+from fedtune_strategies.draws import sample
 
-from fedtune_strategies.shared_random import sample
 from fedtune_strategies.language.data import read_rows
 from fedtune_strategies.language.evaluation import evaluate_loss
 from fedtune_strategies.language.examples import Examples, batches, tokenise
@@ -79,8 +79,8 @@ def run(
             )  # fmt: skip
             packed, unit = encode(found.theta.numpy(), 1)
             replies.append((len(nodes[int(node)]), decode(packed, unit, 1, seeds)))
-        mean = np.average([theta for _, theta in replies], axis=0, weights=[count for count, _ in replies])
-        packed, unit = encode(mean.astype(np.float32), 4)
+        mean = sum(count * theta for count, theta in replies) / sum(count for count, _ in replies)
+        packed, unit = encode(np.asarray(mean, np.float32), 4)
         weights.add(pool, torch.from_numpy(decode(packed, unit, 4, seeds)))
         for name, parameter in parameters.items():
             parameter.data.copy_(weights[name])
