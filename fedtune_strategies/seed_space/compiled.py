@@ -21,6 +21,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from fedtune_strategies.seed_space.philox import BITS, MULTIPLIERS, WEYL
+from fedtune_strategies.seed_space.reference import GOLDEN, MIX, SHIFTS
 
 CACHED = 16384  # elements of a transform that is done in the cache; longer ones take two stages
 STRIP = 256  # columns of the second stage
@@ -28,6 +29,7 @@ TILE = 2048  # elements that are worked on at once: fits the first-level cache
 M0, M1 = map(np.uint64, MULTIPLIERS)
 W0, W1 = map(np.uint32, WEYL)
 HIGH = np.uint64(32)
+G, (X0, X1, X2), (R0, R1, R2, R3, R4) = np.uint64(GOLDEN), map(np.uint64, MIX), map(np.uint64, SHIFTS)
 PLACES = np.array([0xAAAAAAAA, 0xCCCCCCCC, 0xF0F0F0F0, 0xFF00FF00, 0xFFFF0000], np.uint32)  # bit by bit of 0 … 31
 I32, U32, F32 = np.int32, np.uint32, np.float32
 ONE, TWO, HALF, UNIT = F32(1), F32(2), F32(0.5), F32(2.0**-24)
@@ -411,3 +413,18 @@ def _sum(x):
         for i in range(n):
             x[i] += x[n + i]
     return x[0]
+
+
+@_compile
+def word_sums(words, start):
+    """See `reference.word_sums`."""
+    first, second = np.uint64(0), np.uint64(0)
+    for i in range(len(words)):
+        x = words[i] + (np.uint64(start) + np.uint64(i) + np.uint64(1)) * G
+        x = (x ^ (x >> R0)) * X0
+        x = (x ^ (x >> R1)) * X1
+        x ^= x >> R2
+        y = (x ^ (x >> R3)) * X2
+        first += x
+        second += y ^ (y >> R4)
+    return first, second

@@ -65,6 +65,12 @@ def gaussian_project(delta: Tensor, size: int, key: int, name: str, start: int =
     return torch.from_numpy(total)
 
 
+def word_sums(words: Tensor, start: int = 0) -> tuple[int, int]:
+    """As `reference.word_sums`."""
+    first, second = compiled.word_sums(words.numpy().view(np.uint64), start)
+    return int(first), int(second)
+
+
 _kept = threading.local()
 
 
