@@ -15,7 +15,17 @@ from torch import Tensor
 
 from fedtune_strategies.seed_space import compiled, reference
 from fedtune_strategies.seed_space.philox import BITS, ELEMENT_SIGNS, MASK, NORMALS, SEED_SIGNS, stream
-from fedtune_strategies.seed_space.reference import Moves
+from fedtune_strategies.seed_space.reference import ANY_DTYPE, Moves
+
+__all__ = [
+    "ANY_DTYPE",
+    "gaussian_project",
+    "gaussian_rebuild",
+    "walsh_add",
+    "walsh_project",
+    "walsh_rebuild",
+    "word_sums",
+]
 
 
 def walsh_add(

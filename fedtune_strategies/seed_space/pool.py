@@ -149,7 +149,12 @@ class Pool(ABC):
                 raise ConfigError(f"seed {k} is not in a pool of {self.size}: seeds are 0 to {self.size - 1}")
 
         def kernel(result: Tensor, source: Tensor, start: int) -> None:
-            self._move(name, result, source, moves, start)
+            if result.dtype == torch.float32 or len(moves) == 1:
+                self._move(name, result, source, moves, start)
+            else:  # several passes over 16 bits would round several times
+                wide = source.to(torch.float32)
+                self._move(name, wide, wide, moves, start)
+                result.copy_(wide)
 
         return _sweep(kernel, weight, out, self._chunk)
 
@@ -394,22 +399,22 @@ def make_pool(kind: str, key: int, size: int, transform: int | None = None) -> P
 
 
 def _sweep(kernel: Callable[[Tensor, Tensor, int], None], source: Tensor, out: Tensor | None, chunk: int) -> Tensor:
-    """Apply a flat float32 kernel to a tensor of any dtype, over all threads that torch may use."""
+    """Apply a flat kernel to a tensor of any dtype, over all threads that torch may use; round once at the end."""
     source = source.detach()
     out = torch.empty_like(source, memory_format=torch.contiguous_format) if out is None else out
     if not out.is_contiguous():
-        return out.copy_(_sweep(kernel, source, None, chunk))
+        return out.copy_(_sweep(kernel, source, torch.empty_like(out, memory_format=torch.contiguous_format), chunk))
     flat, result = source.reshape(-1), out.detach().view(-1)
     if source.data_ptr() == out.data_ptr():
         flat = result
-    direct = flat.dtype == result.dtype == torch.float32
+    direct = flat.dtype == result.dtype == torch.float32 or kernels(flat.device).ANY_DTYPE
 
     def run(low: int, high: int) -> None:
         if direct:
             target = result[low:high]
             kernel(target, target if flat is result else flat[low:high], low)
             return
-        for start in range(low, high, chunk):  # 16 bits: through a small float32 scratch
+        for start in range(low, high, chunk):  # 16 bits where kernels take float32: through a small scratch
             stop = min(start + chunk, high)
             scratch = flat[start:stop].to(torch.float32)
             kernel(scratch, scratch, start)

@@ -77,6 +77,8 @@ def test_16_bit_results_are_the_float32_ones_rounded_once(kind, transform, dtype
     assert torch.equal(pool.perturb("w", base, 9, 0.1), pool.perturb("w", base.float(), 9, 0.1).to(dtype))
     rounded = pool.rebuild("w", base.float(), theta, out=torch.empty_like(base))
     assert torch.equal(rounded, pool.rebuild("w", base, theta))
+    wide = pool.rebuild("w", base.float(), theta)
+    assert torch.equal(pool.rebuild("w", base, theta, out=torch.empty(2 * len(base))[::2]), wide)
 
 
 @kinds
