@@ -61,7 +61,7 @@ def operations(parameters: int, sizes: list[int], device: str) -> dict[str, Call
             for weight in weights.values():
                 weight.add_(z.normal_(), alpha=1e-9)
 
-    found = {
+    found: dict[str, Callable[[], object]] = {
         "copy": lambda: [weights[name].copy_(tensor) for name, tensor in base.items()],
         "fingerprint": lambda: fingerprint(weights),
         f"walsh rebuild, B = K = {size}": lambda: narrow.rebuild_model(weights, base, theta),

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from comparison.protocols import STORIES, dolly, tiny
-
 from fedtune_strategies.draws import sample
+
 from fedtune_strategies.language.data import read_rows
 from fedtune_strategies.language.evaluation import evaluate_loss
 from fedtune_strategies.language.examples import Examples, batches, tokenise

@@ -60,7 +60,7 @@ def execute(grid: Grid, flat: Mapping[str, Any], run_id: int) -> Path:
     try:
         with (
             about(run=ledger.folder.name),
-            tracking(config, ledger, defaults(config.method.name) | dict(flat)) as report,
+            tracking(config, ledger, defaults(config.method.name, flat) | dict(flat)) as report,
         ):
             return _execute(grid, config, ledger, report)
     except FedTuneError as error:
@@ -121,7 +121,7 @@ def _open_ledger(config: Config, flat: Mapping[str, Any], run_id: int) -> Ledger
         raise LedgerError(f"{folder} holds no run to resume: check 'run.dir' or set 'run.resume' to 'auto'.")
     ledger = Ledger(folder)
     started = ledger.last("start")
-    settings = defaults(config.method.name) | dict(flat)
+    settings = defaults(config.method.name, flat) | dict(flat)
     if started is not None:
         _check_same_run(started.body["config"], settings, folder)
     ledger.append("start", body={"config": settings, "version": version("fedtune"), "run_id": str(run_id)})

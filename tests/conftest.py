@@ -55,7 +55,7 @@ OWN = {
 
 
 class Settings(dict):
-    """A run config whose method can be exchanged: ``settings | {"method.name": ...}`` brings that method's test keys."""
+    """A run config whose method can be exchanged: ``settings | {"method.name": ...}`` brings its test keys."""
 
     def __or__(self, changes):
         name = changes.get("method.name", self["method.name"])

@@ -73,7 +73,7 @@ def test_values_reach_their_field():
         ({"strategy.min-replies": 3, "strategy.min-nodes": 2}, ["'strategy.min-replies'", "'strategy.min-nodes'"]),
         (
             {"method.name": "fedcybgd", "strategy.aggregation": "krum"},
-            ["'fedcybgd' does not read 'strategy.aggregation'", "fedkseed", "nearest key that it reads"],
+            ["'fedcybgd' does not read 'strategy.aggregation' here", "fedkseed", "nearest key that it reads"],
         ),
         ({"fedkseed.pro-mean": "faithful"}, ["'fedkseed' does not read 'fedkseed.pro-mean'", "fedkseed-pro"]),
         ({"method.name": "fedavg", "fedkseed.seeds": 4}, ["'fedavg' does not read 'fedkseed.seeds'"]),

@@ -134,7 +134,7 @@ def _config(method: str, model: str, nodes: int, out: Path, changes: Mapping[str
 
 def _tune(running: Federation, config: Mapping[str, Scalar], console: Console) -> Result:
     method, folder = str(config["method.name"]), Path(str(config["run.dir"]))
-    app = write_app(folder.parent / "app", method)
+    app = write_app(folder.parent / "app", config)
     shutil.rmtree(folder, ignore_errors=True)
     before = running.traffic()
     started = time.time()

@@ -297,7 +297,7 @@ class RunView:
 
 def _standard(config: dict[str, Any]) -> dict[str, Any]:
     with contextlib.suppress(FedTuneError):  # a method that is not installed here
-        return dict(defaults(str(config.get("method.name", ""))))
+        return dict(defaults(str(config.get("method.name", "")), config))
     return {}
 
 

@@ -17,7 +17,7 @@ from fedtune_strategies.seed_space import make_pool, tuned_parameters
 from fedtune_strategies.speed import median_seconds, random_batch
 from fedtune_strategies.zeroth_order import local_steps
 
-TENSOR_HEADER = 110  # bytes: name, shape and place of one tensor in a message
+TENSOR_HEADER = 70  # bytes: name, shape and place of one tensor in a message
 
 
 def cost(config: Any, shape: Shape, fleet: Fleet) -> Cost:

@@ -39,7 +39,7 @@ def projected_by_rows(model: nn.Module, parameters: Mapping[str, nn.Parameter], 
     add : callable
         Takes the slopes of each part.
     """
-    names = {parameter: name for name, parameter in parameters.items() if parameter.numel() > LARGE}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items() if parameter.numel() > LARGE}
     with contextlib.ExitStack() as stack:
         for module in model.modules():
             # Of these types exactly: a subclass may do more with its weight.

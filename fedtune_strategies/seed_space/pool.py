@@ -403,6 +403,7 @@ def _sweep(kernel: Callable[[Tensor, Tensor, int], None], source: Tensor, out: T
     source = source.detach()
     out = torch.empty_like(source, memory_format=torch.contiguous_format) if out is None else out
     if not out.is_contiguous():
+        # In the output's own dtype, or it would be rounded twice.
         return out.copy_(_sweep(kernel, source, torch.empty_like(out, memory_format=torch.contiguous_format), chunk))
     flat, result = source.reshape(-1), out.detach().view(-1)
     if source.data_ptr() == out.data_ptr():
@@ -416,7 +417,7 @@ def _sweep(kernel: Callable[[Tensor, Tensor, int], None], source: Tensor, out: T
             return
         for start in range(low, high, chunk):  # 16 bits where kernels take float32: through a small scratch
             stop = min(start + chunk, high)
-            scratch = flat[start:stop].to(torch.float32)
+            scratch = flat[start:stop].to(torch.float32, copy=True)  # the kernel works in place
             kernel(scratch, scratch, start)
             result[start:stop] = scratch
 
