@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fedtune_strategies.blocks.find import decoder_layers
+from fedtune_strategies.layer_weights import forward_as
 
 
 @contextlib.contextmanager
@@ -107,17 +108,3 @@ class PrefixCache:
 
 def _unchanged(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return hidden_states
-
-
-@contextlib.contextmanager
-def forward_as(module: nn.Module, function: Callable[..., Tensor]) -> Iterator[None]:
-    """Replace the forward of one module, whose own or replaced one comes back at the end."""
-    replaced_before = module.__dict__.get("forward")
-    module.forward = function  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if replaced_before is None:
-            del module.__dict__["forward"]
-        else:
-            module.forward = replaced_before  # type: ignore[method-assign]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fedtune_strategies.blocks.layers import forward_as
+from fedtune_strategies.layer_weights import forward_as
 
 LARGE = 8 * 2**20
 """Elements from which on a matrix is used by rows."""
@@ -46,7 +46,7 @@ def large_modules(model: nn.Module, names: Collection[str]) -> dict[nn.Module, s
 
 
 @contextlib.contextmanager
-def by_rows(modules: dict[nn.Module, str], rows: Rows) -> Iterator[None]:
+def chunked(modules: dict[nn.Module, str], rows: Rows) -> Iterator[None]:
     """Let modules use their weight some rows at a time.
 
     Parameters
