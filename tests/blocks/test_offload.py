@@ -52,7 +52,7 @@ def test_no_decoded_layer_outlives_its_use():
         assert len(most) == len(names) and max(most) == 7  # the matrices of a layer
         assert not alive
         loss.backward()
-    assert len(most) > len(names) and max(most) <= 2
+    assert len(most) > len(names) and max(most[len(names) :]) <= 2
     assert not alive
 
 
