@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fedtune_strategies.blocks.chunked_matmul import chunked, large_modules
 from fedtune_strategies.blocks.codec_config import Codec, parse_codec
 from fedtune_strategies.blocks.codecs import decode_rows, encode, encoded_size
 from fedtune_strategies.blocks.find import Block, find_blocks
 from fedtune_strategies.blocks.gradients import LossFn, block_gradients
 from fedtune_strategies.blocks.offload import coded_loader, empty_model, offloaded
-from fedtune_strategies.blocks.chunked_matmul import chunked, large_modules
 from fedtune_strategies.blocks.train import train_block
 from fedtune_strategies.memory import prefer_memory
 

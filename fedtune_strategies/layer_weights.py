@@ -87,7 +87,7 @@ def reads_within_layers(model: nn.Module, names: Collection[str], loss: Callable
     names : collection of str
         Canonical names of the parameters to exchange; those that are not in memory are not looked at.
     loss : callable
-        One forward pass of the model on a small batch, the same at every call.
+        The loss or the logits of a small batch, the same at every call.
 
     Returns
     -------
@@ -102,11 +102,34 @@ def reads_within_layers(model: nn.Module, names: Collection[str], loss: Callable
             parameter.data = placeholder(parameter, parameter.device)
         with layer_weights(model, parameters, lambda stored: nullcontext({name: true[name] for name in stored})):
             return torch.allclose(loss(), expected, rtol=1e-4, equal_nan=True)
-    except (RuntimeError, IndexError, ValueError):  # NaN where numbers were counted on
+    except (RuntimeError, IndexError, ValueError, KeyError):  # NaN where numbers were counted on
         return False
     finally:
         for name, parameter in parameters.items():
             parameter.data = true[name]
+
+
+def require_reads_within_layers(model: nn.Module, names: Collection[str]) -> None:
+    """Refuse a model of transformers for which `layer_weights` would be wrong, by two forward passes of eight tokens.
+
+    Raises
+    ------
+    ModelError
+        If it reads one of these weights outside of its layer.
+    """
+    config = getattr(model, "config", None)
+    devices = [parameter.device for name in names if not (parameter := model.get_parameter(name)).is_meta]
+    if config is None or not devices:
+        return
+    ids = torch.arange(8, device=devices[0])[None] % config.get_text_config().vocab_size
+    training = model.training
+    model.eval()
+    if not reads_within_layers(model, names, lambda: model(input_ids=ids, use_cache=False).logits):
+        raise ModelError(
+            f"{type(model).__name__} reads weights outside of the layer that they belong to, so they must stay in "
+            "memory as they are: use float32 weights, and frozen = decoded on the node"
+        )
+    model.train(training)
 
 
 def placeholder(like: Tensor, device: torch.device | str) -> Tensor:

@@ -15,6 +15,7 @@ from fedtune_strategies.blocks.chunked_matmul import chunked, large_modules
 from fedtune_strategies.blocks.codecs import decode, decode_rows
 from fedtune_strategies.blocks.offload import empty_parameters, offloaded
 from fedtune_strategies.language.model_files import map_tensors
+from fedtune_strategies.layer_weights import require_reads_within_layers
 
 
 class FrozenBlocks:
@@ -28,6 +29,11 @@ class FrozenBlocks:
         Canonical names of the parameters of all blocks.
     hold : {"decoded", "coded", "disk"}
         How matrices are held. On disk they are mapped files without a name, which go with the process.
+
+    Raises
+    ------
+    ModelError
+        If the model reads a matrix that is not held decoded outside of its layer.
     """
 
     def __init__(self, model: nn.Module, names: Collection[str], hold: str) -> None:
@@ -36,6 +42,8 @@ class FrozenBlocks:
         self._hold = hold
         self._parts: dict[str, Mapping[str, Tensor]] = {}
         self._outside = set() if hold == "decoded" else {n for n in names if model.get_parameter(n).dim() > 1}
+        if self._outside:
+            require_reads_within_layers(model, self._outside)
         empty_parameters(model, self._outside)
 
     @torch.no_grad()

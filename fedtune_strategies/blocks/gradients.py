@@ -91,7 +91,8 @@ def block_gradients(
             total += loss.item() / len(chosen)
             if not math.isfinite(total):
                 break
-            (loss.float() * (scale / len(chosen))).backward()
+            if loss.requires_grad:  # not so where the loss does not depend on the block
+                (loss.float() * (scale / len(chosen))).backward()
         tensors = [_taken(parameter, scale) for parameter in parameters]
         if not math.isfinite(total):
             return BlockGradient(total, tensors, math.nan)
@@ -109,7 +110,7 @@ def block_gradients(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_only_trainable(model, parameters))
         if cache_bytes and batches and below:
-            if cache.check(below, lambda: loss_of(0)):
+            if cache.check(below, parameters, lambda: loss_of(0)):
                 stack.enter_context(cache.installed(below))
             else:
                 log.info("%s gives another loss with cached layers: they run every time.", type(model).__name__)

@@ -19,6 +19,8 @@ from fedtune_strategies.blocks.find import decoder_layers
 from fedtune_strategies.errors import ModelError
 from fedtune_strategies.layer_weights import forward_as
 
+_Form = tuple[type, int] | None
+
 
 @contextlib.contextmanager
 def without_layers(model: nn.Module, layers: Iterable[int]) -> Iterator[None]:
@@ -43,19 +45,19 @@ def without_layers(model: nn.Module, layers: Iterable[int]) -> Iterator[None]:
             f"{type(model).__name__} runs one layer in several places, so none can be left out: "
             "choose a codec without drop"
         )
-    widths: list[int] = []  # of what layers return: known as soon as one has run
+    forms: list[_Form] = []  # of what layers return: known as soon as one has run
     sample = next((module for index, module in enumerate(modules) if index not in left_out), modules[0]).forward
 
     def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        widths.append(_width(output))
+        forms.append(_form(output))
         return output
 
     def skip(*args: Any, **kwargs: Any) -> Any:
-        if not widths:
+        if not forms:
             with torch.no_grad():
                 run(sample, *args, **kwargs)
-        return _unchanged(widths[-1], *args, **kwargs)
+        return _unchanged(forms[-1], *args, **kwargs)
 
     with contextlib.ExitStack() as stack:
         for index, module in enumerate(modules):
@@ -98,7 +100,7 @@ class PrefixCache:
     def __init__(self, budget: int) -> None:
         self.free = budget
         self._states: dict[tuple[int, int], Any] = {}
-        self._widths: dict[nn.Module, int] = {}
+        self._forms: dict[nn.Module, _Form] = {}
         self._batch = 0
         self._call = 0
 
@@ -116,23 +118,33 @@ class PrefixCache:
                 stack.enter_context(forward_as(module, partial(self._recall, module.forward)))
             yield
 
-    def check(self, prefix: Sequence[nn.Module], loss: Callable[[], Tensor]) -> bool:
-        """Whether a batch has the same loss with and without the cache; fills it with that batch.
+    def check(self, prefix: Sequence[nn.Module], trained: Sequence[nn.Parameter], loss: Callable[[], Tensor]) -> bool:
+        """Whether the states kept of a batch are still right when what is trained has changed; keeps them if so.
 
-        Not so where layers above the prefix take more from it than its last hidden states, or run it in another order.
+        They are not where layers above the prefix take more from it than its last hidden states, or where the prefix
+        runs again on what the trained layers gave.
         """
-        expected = loss()
+        before = [parameter.data for parameter in trained]
         try:
             with self.installed(prefix):
-                return all(torch.equal(loss(), expected) for _ in ("filling", "recalling"))
-        except (RuntimeError, TypeError, AttributeError, IndexError, KeyError):  # None where a tensor was counted on
+                loss()
+            for parameter in trained:
+                parameter.data = parameter.data * 1.5 + 0.01
+            self._call = 0
+            expected = loss()
+            with self.installed(prefix):
+                return torch.equal(loss(), expected)
+        except (RuntimeError, TypeError, AttributeError, ValueError, LookupError):  # None where a tensor was counted on
             return False
+        finally:
+            for parameter, data in zip(trained, before, strict=True):
+                parameter.data = data
 
     def _skip_if_known(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if (self._batch, self._call) in self._states:
-            return _unchanged(self._widths[module], *args, **kwargs)
+            return _unchanged(self._forms[module], *args, **kwargs)
         output = forward(*args, **kwargs)
-        self._widths[module] = _width(output)
+        self._forms[module] = _form(output)
         return output
 
     def _recall(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -141,7 +153,7 @@ class PrefixCache:
         if key in self._states:
             return self._states[key]
         output = forward(*args, **kwargs)
-        tensors = [one for one in (output if isinstance(output, tuple) else [output]) if isinstance(one, Tensor)]
+        tensors = [one for one in ([output] if isinstance(output, Tensor) else output) if isinstance(one, Tensor)]
         size = sum(tensor.nbytes for tensor in tensors)
         # An output with a gradient depends on what is trained, and is another one at every step.
         if not any(tensor.requires_grad for tensor in tensors) and size <= self.free:
@@ -150,12 +162,12 @@ class PrefixCache:
         return output
 
 
-def _width(output: Any) -> int:
-    """Length of the tuple that a layer returns; 0 for a tensor alone."""
-    return len(output) if isinstance(output, tuple) else 0
+def _form(output: Any) -> _Form:
+    """How a layer returns its hidden states: alone, or as the first of so many in a tuple or list."""
+    return None if isinstance(output, Tensor) else (type(output), len(output))
 
 
-def _unchanged(width: int, *args: Any, **kwargs: Any) -> Any:
-    """Return a layer's hidden states as it would: alone, or before attention weights and the like that it has not."""
+def _unchanged(form: _Form, *args: Any, **kwargs: Any) -> Any:
+    """Return a layer's hidden states in its form, with None for attention weights and the like."""
     hidden = args[0] if args else kwargs["hidden_states"]
-    return (hidden, *[None] * (width - 1)) if width else hidden
+    return form[0]([hidden, *[None] * (form[1] - 1)]) if form else hidden
