@@ -110,7 +110,7 @@ def tiny_model(kind: str) -> nn.Module:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4)
-    loss(model, BATCH)
+        loss(model, BATCH)
     return model
 
 
@@ -281,8 +281,9 @@ def page(chosen: list[str]) -> str:
         "# Architectures",
         "",
         f"Each of the {len(rows)} causal language models of transformers {transformers.__version__} on every path of",
-        f"ours: {len(built)} can be built tiny (three layers, at most {LARGEST // 10**6} million random parameters), of",
-        f"which {clean} are right on all paths. Made by `python benchmarks/architectures.py > docs/architectures.md`;",
+        f"ours: {len(built)} can be built tiny (three layers, at most {LARGEST // 10**6} million random parameters);",
+        f"{clean} of them are right on all paths. Made by",
+        "`python benchmarks/architectures.py > docs/architectures.md`;",
         "`tests/test_architectures.py` fails where a new release of transformers changes it.",
         "",
         *paths,

@@ -88,7 +88,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = gradients
-        total = torch.zeros(ctx.shape, dtype=gradient.dtype, device=gradient.device)
+        # Chunks are summed in float32: in 16 bits the sum would round once a chunk.
+        total = torch.zeros(ctx.shape, dtype=torch.float32, device=gradient.device)
         for rows in ctx.chunks:
             total += gradient[..., rows] @ ctx.fetch(rows).to(gradient.dtype)
         return total.to(ctx.dtype), None, None

@@ -55,3 +55,15 @@ def test_every_way_of_holding_a_large_matrix_gives_the_same_bits(monkeypatch, ti
     for other in updates[1:]:
         assert other.losses == updates[0].losses
         assert all(torch.equal(value, other.delta[name]) for name, value in updates[0].delta.items())
+
+
+def test_chunks_of_a_16_bit_gradient_are_summed_in_float32(monkeypatch):
+    torch.manual_seed(0)
+    module = nn.Linear(8, 4096, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    inputs = torch.randn(2, 8, dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn(2, 4096, dtype=torch.bfloat16)
+    exact = upstream.double() @ module.weight.double()
+    monkeypatch.setattr(chunked_matmul, "_CHUNK", 8 * 16)
+    with chunked_matmul.chunked({module: "weight"}, lambda name, rows: module.weight[rows]):
+        (got,) = torch.autograd.grad(module(inputs), inputs, upstream)
+    assert ((got.double() - exact).norm() / exact.norm()) < 2**-8  # one rounding to bfloat16, and less
