@@ -40,7 +40,7 @@ def main() -> None:
         files, _ = write_federation(folder / "data", NODES)
         nodes = {f"node-{i}": file for i, file in enumerate(files)}
         with federation(folder / "federation", nodes, bandwidth=args.bandwidth) as running:
-            app = write_app(folder / "app", "fedcybgd")
+            app = write_app(folder / "app", {"method.name": "fedcybgd"})
             for prefetch in (False, True):
                 settings = {
                     "method.name": "fedcybgd",

@@ -86,7 +86,7 @@ def main() -> None:
         files, _ = write_federation(folder / "data", args.nodes)
         nodes = {f"node-{i}": file for i, file in enumerate(files)}
         with federation(folder / "federation", nodes) as running:
-            rows = measure(running, write_app(folder / "app", str(settings["method.name"])), settings, folder / "run")
+            rows = measure(running, write_app(folder / "app", settings), settings, folder / "run")
     print(
         f"{'round':>5} {'seconds':>8} {'work':>6} {'fixed':>6} {'payload':>9} {'up':>9} {'down':>9} {'in all':>9} bytes"
     )

@@ -38,7 +38,6 @@ _QUICK: dict[str, Scalar] = {
     "num-server-rounds": 3,
     "train.seq-length": 32,
     "train.batch-size": 2,
-    "fedkseed.seeds": 64,
     "train.local-steps": 3,
     "round.deadline": 0.5,
     "round.node-wait": 5.0,

@@ -139,14 +139,14 @@ def _points() -> dict[str, EntryPoint]:
 
 
 def installed_methods() -> tuple[str, ...]:
-    """Return the names of all methods: FedTune's in their documented order, then those of other packages, sorted."""
+    """Return the names of all methods, FedTune's before those of other packages."""
     own = own_methods()
     return (*own, *sorted(set(_points()) - set(own)))
 
 
 def own_methods() -> tuple[str, ...]:
-    """Return the names of the methods that FedTune brings, in their documented order."""
-    return tuple(name for name, point in _points().items() if point.dist is None or point.dist.name == "fedtune")
+    """Return the names of the methods that FedTune brings, sorted."""
+    return tuple(sorted(name for name, point in _points().items() if point.dist and point.dist.name == "fedtune"))
 
 
 def load_method(name: str) -> Method:

@@ -55,7 +55,7 @@ OWN = {
 
 
 class Settings(dict):
-    """A run config whose method can be exchanged: ``settings | {"method.name": ...}`` brings that method's test keys."""
+    """A run config whose method can be exchanged: ``settings | {"method.name": ...}`` brings its test keys."""
 
     def __or__(self, changes):
         name = changes.get("method.name", self["method.name"])
@@ -65,6 +65,8 @@ class Settings(dict):
             kept = {k: v for k, v in self.items() if k in defaults(name) and k not in own}
             kept |= OWN.get(name, {"train.local-steps": 3})
         return Settings({**kept, **changes})
+
+    __ior__ = __or__
 
 
 @pytest.fixture

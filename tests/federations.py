@@ -11,10 +11,10 @@ from server_app.ledger import Ledger
 from server_app.run import execute
 
 
-def make_nodes(settings, data_files):
-    """Make a node for each data file; ids are small numbers."""
+def make_nodes(settings, data_files, **own):
+    """Make a node for each data file; ids are small numbers. `own` are keys of the nodes' own configuration."""
     return {
-        number: Node(settings, {"name": name, "data": str(path)}, number)
+        number: Node(settings, {"name": name, "data": str(path), **own}, number)
         for number, (name, path) in enumerate(data_files.items(), start=1)
     }
 
@@ -38,9 +38,9 @@ def run_with_restarts(settings, data_files):
     execute(InMemoryGrid({number: restarted_for_each_task(number) for number in nodes}), settings, run_id=1)
 
 
-def run(settings, data_files):
+def run(settings, data_files, **own):
     """Run a whole federation in memory; returns the ledger, open for reading."""
-    execute(make_grid(make_nodes(settings, data_files)), settings, run_id=1)
+    execute(make_grid(make_nodes(settings, data_files, **own)), settings, run_id=1)
     return Ledger.read(_folder(settings))
 
 

@@ -20,13 +20,12 @@ from fedtune_strategies.config import parse
 def test_every_entrant_has_a_valid_configuration_and_the_same_number_of_local_steps(name):
     protocol = PROTOCOLS[name]
     for entrant in protocol.entrants():
-        flat = protocol.settings() | {"num-server-rounds": protocol.rounds} | entrant.settings
-        flat |= {entrant.lr: entrant.start}
-        config = parse(flat | ({"strategy.fraction-train": 1.0, "strategy.min-nodes": 1} if entrant.central else {}))
-        steps = next(value for key, value in entrant.settings.items() if key.endswith("local-steps"))
-        nodes = 1 if entrant.central else round(config.strategy.fraction_train * config.strategy.min_nodes)
+        config = parse(protocol.run_config(entrant, entrant.start))
+        steps = config.train.local_steps
         if config.method.name == "fedcybgd":
             nodes = config.fedcybgd.nodes_per_round
+        else:
+            nodes = 1 if entrant.central else round(config.strategy.fraction_train * config.strategy.min_nodes)
         assert config.num_server_rounds * nodes * steps == protocol.budget, entrant.name
 
 
@@ -43,9 +42,9 @@ def protocol(settings, data_files, tmp_path):
             return common
 
     entrants = [
-        Entrant("FedKSeed", {"method.name": "fedkseed", "train.local-steps": 2}, "train.lr", 1e-4),
-        Entrant("FedAvg", {"method.name": "fedavg", "train.local-steps": 2}, "train.lr", 1e-3),
-        Entrant("alone", {"method.name": "fedavg", "train.local-steps": 6}, "train.lr", 1e-3, True, "FedAvg"),
+        Entrant("FedKSeed", {"method.name": "fedkseed", "train.local-steps": 2}, 1e-4),
+        Entrant("FedAvg", {"method.name": "fedavg", "train.local-steps": 2}, 1e-3),
+        Entrant("alone", {"method.name": "fedavg", "train.local-steps": 6}, 1e-3, True, "FedAvg"),
     ]
     return Small("small", lambda folder: files, rounds=2, steps=2, asked=3, list_entrants=lambda _: entrants)
 

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune_strategies.config import Config, as_toml, defaults, keys, parse
+from fedtune_strategies.config import Config, app_defaults, as_toml, defaults, from_flower, keys, parse
 from fedtune_strategies.errors import ConfigError
+from fedtune_strategies.method import load_method, own_methods
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
@@ -18,27 +19,42 @@ def flatten(table, prefix=""):
     return flat
 
 
-def test_pyproject_holds_exactly_these_keys_and_defaults():
+def test_pyproject_holds_exactly_the_keys_of_all_methods():
     table = tomllib.loads(PYPROJECT.read_text())["tool"]["flwr"]["app"]["config"]
-    assert flatten(table) == defaults()
+    assert flatten(table) == app_defaults()
 
 
-def test_rendered_toml_reads_back_as_the_defaults():
-    assert flatten(tomllib.loads(as_toml())) == defaults()
+@pytest.mark.parametrize("method", own_methods())
+def test_rendered_toml_reads_back_as_the_defaults(method):
+    assert flatten(tomllib.loads(as_toml(defaults(method)))) == defaults(method)
 
 
-def test_defaults_are_valid_and_give_the_default_config():
-    assert parse(defaults()) == parse({}) == Config()
+@pytest.mark.parametrize("method", own_methods())
+def test_defaults_are_valid_and_give_the_default_config(method):
+    config = parse({"method.name": method})
+    assert parse(defaults(method)) == config and type(config) is load_method(method).config
 
 
-def test_every_key_is_documented():
-    assert all(key.help.endswith(".") and key.accepted for key in keys())
+@pytest.mark.parametrize("method", own_methods())
+def test_every_key_is_documented(method):
+    assert all(key.help.endswith(".") and key.accepted for key in keys(method))
+
+
+@pytest.mark.parametrize("method", own_methods())
+def test_what_flower_fills_in_for_all_methods_is_the_methods_default(method):
+    assert parse(from_flower(app_defaults() | {"method.name": method})) == parse({"method.name": method})
+
+
+def test_a_user_of_one_method_sees_its_keys_alone():
+    names = {method: set(defaults(method)) for method in own_methods()}
+    assert not any(key.startswith(("fedcybgd.", "lora.")) for key in names["fedkseed"])
+    assert "strategy.aggregation" not in names["fedcybgd"] and "train.beta1" not in names["fedzo"]
 
 
 def test_values_reach_their_field():
     config = parse({"train.seq-length": 77, "train.lr": 1})
     assert config.train.seq_length == 77
-    assert config.fedkseed.lr == 1.0 and isinstance(config.fedkseed.lr, float)
+    assert config.train.lr == 1.0 and isinstance(config.train.lr, float)
 
 
 @pytest.mark.parametrize(
@@ -53,9 +69,14 @@ def test_values_reach_their_field():
         ({"train.lr": float("nan")}, ["'train.lr'", "number"]),
         ({"train.lr": float("inf")}, ["'train.lr'", "number"]),
         ({"method.name": "fedprox"}, ["'method.name'", "'fedprox'", "'fedcybgd'"]),
-        ({"fedcybgd.train-embeddings": 1}, ["'fedcybgd.train-embeddings'", "true or false"]),
+        ({"method.name": "fedcybgd", "fedcybgd.train-embeddings": 1}, ["'fedcybgd.train-embeddings'", "true or false"]),
         ({"strategy.min-replies": 3, "strategy.min-nodes": 2}, ["'strategy.min-replies'", "'strategy.min-nodes'"]),
-        ({"fedkseed.pro-mean": "faithful", "fedkseed.pro-temperature": 0.5}, ["'fedkseed.pro-temperature'"]),
+        (
+            {"method.name": "fedcybgd", "strategy.aggregation": "krum"},
+            ["'fedcybgd' does not read 'strategy.aggregation' here", "fedkseed", "nearest key that it reads"],
+        ),
+        ({"fedkseed.pro-mean": "faithful"}, ["'fedkseed' does not read 'fedkseed.pro-mean'", "fedkseed-pro"]),
+        ({"method.name": "fedavg", "fedkseed.seeds": 4}, ["'fedavg' does not read 'fedkseed.seeds'"]),
     ],
 )
 def test_a_bad_value_is_one_line_with_key_and_accepted_values(flat, words):

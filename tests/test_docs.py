@@ -10,6 +10,7 @@ import pytest
 
 from fedtune_strategies.config import defaults
 from fedtune_strategies.errors import FedTuneError
+from fedtune_strategies.method import own_methods
 from fedtune_strategies.tiny.tasks import write_federation
 
 ROOT = Path(__file__).parents[1]
@@ -23,12 +24,13 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target.partition("#")[0]).exists(), f"{page.name}: {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "LOG.md"], ids=lambda page: page.name)
 def test_configuration_keys_in_backticks_exist(page):
-    groups = {key.partition(".")[0] for key in defaults() if "." in key}
+    known = {key for method in own_methods() for key in defaults(method)}
+    groups = {key.partition(".")[0] for key in known if "." in key}
     for key in re.findall(r"`([a-z]+\.[a-z-]+)(?: = [^`]*)?`", page.read_text()):
         if key.partition(".")[0] in groups - {"model", "run"}:
-            assert key in defaults(), f"{page.name}: {key}"
+            assert key in known, f"{page.name}: {key}"
 
 
 @pytest.mark.slow

@@ -2,7 +2,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune_strategies.shared_random import MAX_ODDS, draw_seeds, sample
+from fedtune_strategies.fedkseed.seed_draws import MAX_ODDS, draw_seeds
+from fedtune_strategies.shared_random import sample
 
 UNIFORM = np.empty(0, dtype=np.int16)
 

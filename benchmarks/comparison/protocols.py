@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedtune_strategies.config import defaults
 from fedtune_strategies.language.partition import partition_file
 from fedtune_strategies.tiny.tasks import write_federation
 
@@ -46,8 +47,6 @@ class Entrant:
         As shown.
     settings : dict
         What it sets beside the protocol's own settings.
-    lr : str
-        Key of its step size.
     start : float
         Where the search of its step size begins.
     central : bool
@@ -58,7 +57,6 @@ class Entrant:
 
     name: str
     settings: dict[str, Any]
-    lr: str
     start: float
     central: bool = False
     tuned_as: str = ""
@@ -79,7 +77,7 @@ class Protocol:
     asked : int
         Nodes asked in a round.
     starts : dict of str to float
-        Where the searches begin, by key of the step size, where not as usual.
+        Where the searches begin, by kind of method, where not as usual.
     list_entrants : callable
         Who is compared: `methods`, or `seed_options`.
     """
@@ -105,6 +103,14 @@ class Protocol:
             settings["model.name"] = str(STORIES)
         return settings
 
+    def run_config(self, entrant: Entrant, lr: float) -> dict[str, Any]:
+        """Return an entrant's run configuration: of the shared settings those that its method reads."""
+        shared = self.settings() | {"num-server-rounds": self.rounds}
+        if entrant.central:
+            shared |= {"strategy.fraction-train": 1.0, "strategy.min-nodes": 1}
+        known = defaults(entrant.settings["method.name"], entrant.settings)
+        return {key: value for key, value in shared.items() if key in known} | entrant.settings | {"train.lr": lr}
+
     def entrants(self) -> list[Entrant]:
         """Return who is compared, in the order of the table."""
         return self.list_entrants(self)
@@ -112,17 +118,16 @@ class Protocol:
 
 def methods(protocol: Protocol) -> list[Entrant]:
     """Return the methods of this project first, then federated baselines, then those without a federation."""
-    zeroth = {"train.local-steps": protocol.steps}
-    local = {"train.local-steps": protocol.steps}
-    turns = {"train.local-steps": protocol.steps, "num-server-rounds": protocol.rounds * protocol.asked}
-    turns |= {"eval.every": protocol.asked}
+    steps = {"train.local-steps": protocol.steps}
+    turns = steps | {"num-server-rounds": protocol.rounds * protocol.asked, "eval.every": protocol.asked}
     # Half the steps for twice the rounds, or most blocks would not have their turn.
     averaged: dict[str, Any] = {
         "train.local-steps": protocol.steps // 2,
         "num-server-rounds": 2 * protocol.rounds,
         "eval.every": 2,
+        "fedcybgd.structure": "averaged",
+        "fedcybgd.nodes-per-round": protocol.asked,
     }
-    averaged |= {"fedcybgd.structure": "averaged", "fedcybgd.nodes-per-round": protocol.asked}
     pairs: dict[str, Any] = {
         "fedcybgd.layers-per-block": 2,
         "fedcybgd.order": "descending",
@@ -131,28 +136,36 @@ def methods(protocol: Protocol) -> list[Entrant]:
         "train.warmup": 0.05,
     }
     alone = {"train.local-steps": protocol.steps * protocol.asked}
+    every_layer = {"lora.targets": "all-linear"}
 
-    def entrant(name: str, method: str, lr: str, start: float, own: dict[str, Any], **more: Any) -> Entrant:
-        return Entrant(name, {"method.name": method} | own, lr, protocol.starts.get(lr, start), **more)
+    def entrant(name: str, method: str, start: float, own: dict[str, Any], **more: Any) -> Entrant:
+        kind = {"fedkseed-pro": "fedkseed", "fedit": "fedavg", "fedzo": "fedavg"}.get(method, method)
+        return Entrant(name, {"method.name": method} | own, protocol.starts.get(kind, start), **more)
+
+    def gradient(seeds: int) -> Entrant:
+        own = steps | {"fedkseed.estimator": "gradient", "fedkseed.seeds": seeds}
+        return Entrant(f"seed-space gradient, K = {seeds}", {"method.name": "fedkseed"} | own, 0.01)
 
     return [
-        entrant("FedKSeed", "fedkseed", "train.lr", 1e-4, zeroth),
-        entrant("FedKSeed-Pro", "fedkseed-pro", "train.lr", 1e-4, zeroth, tuned_as="FedKSeed"),
-        entrant("FedCyBGD", "fedcybgd", "train.lr", 3e-3, turns),
-        entrant("FedCyBGD, two layers", "fedcybgd", "train.lr", 3e-3, turns | pairs),
-        entrant("FedAvg", "fedavg", "train.lr", 1e-3, local),
-        entrant("FedAvg, beta1 0.5", "fedavg", "train.lr", 1e-3, local | {"train.beta1": 0.5}, tuned_as="FedAvg"),
-        entrant("FedIT (LoRA)", "fedit", "train.lr", 1e-2, local),
-        entrant("FedBAvg", "fedcybgd", "train.lr", 3e-3, averaged, tuned_as="FedCyBGD"),
-        entrant("FedZO", "fedzo", "train.lr", 1e-4, local),
-        entrant("central AdamW", "fedavg", "train.lr", 1e-3, alone, central=True, tuned_as="FedAvg"),
-        entrant("central LoRA", "fedit", "train.lr", 1e-2, alone, central=True, tuned_as="FedIT (LoRA)"),
+        *map(gradient, (16384, 4096, 1024)),
+        entrant("FedKSeed", "fedkseed", 1e-4, steps),
+        entrant("FedKSeed-Pro", "fedkseed-pro", 1e-4, steps, tuned_as="FedKSeed"),
+        entrant("FedCyBGD", "fedcybgd", 3e-3, turns),
+        entrant("FedCyBGD, two layers", "fedcybgd", 3e-3, turns | pairs),
+        entrant("FedAvg", "fedavg", 1e-3, steps),
+        entrant("FedAvg, beta1 0.5", "fedavg", 1e-3, steps | {"train.beta1": 0.5}, tuned_as="FedAvg"),
+        entrant("FedIT (LoRA)", "fedit", 1e-2, steps),
+        entrant("FedIT, all linear layers", "fedit", 1e-2, steps | every_layer),
+        entrant("FedBAvg", "fedcybgd", 3e-3, averaged, tuned_as="FedCyBGD"),
+        entrant("FedZO", "fedzo", 1e-4, steps),
+        entrant("central AdamW", "fedavg", 1e-3, alone, central=True, tuned_as="FedAvg"),
+        entrant("central LoRA", "fedit", 1e-2, alone, central=True, tuned_as="FedIT (LoRA)"),
         entrant(
-            "central blocks (BAdam)", "fedcybgd", "train.lr", 3e-3, turns | {"fedcybgd.rest": "none"},
+            "central blocks (BAdam)", "fedcybgd", 3e-3, turns | {"fedcybgd.rest": "none"},
             central=True, tuned_as="FedCyBGD",
         ),
         # Not FedZO's step: averaging over its nodes makes that smaller, and one node alone diverged with it.
-        entrant("central MeZO", "fedzo", "train.lr", 3e-5, alone, central=True),
+        entrant("central MeZO", "fedzo", 3e-5, alone, central=True),
     ]  # fmt: skip
 
 
@@ -165,7 +178,7 @@ def seed_options(protocol: Protocol) -> list[Entrant]:
             "method.name": "fedkseed", "fedkseed.seeds": seeds, "train.local-steps": steps,
             "strategy.fraction-train": asked / nodes, "num-server-rounds": protocol.budget // (steps * asked),
         }  # fmt: skip
-        return Entrant(name, settings, "train.lr", 1e-4, tuned_as="" if name == BASIC else BASIC)
+        return Entrant(name, settings, 1e-4, tuned_as="" if name == BASIC else BASIC)
 
     return [
         entrant(BASIC),
@@ -233,15 +246,15 @@ PROTOCOLS = {
         Protocol("dolly-5.0", lambda folder: dolly(folder, 5.0), rounds=4, steps=20, asked=4),
         Protocol(
             "natural-instructions", natural_instructions, rounds=10, steps=20, asked=2,
-            starts={"train.lr": 3e-4},
+            starts={"fedcybgd": 3e-4},
         ),
         Protocol(
             "tiny", tiny, rounds=4, steps=24, asked=4,
-            starts={"train.lr": 3e-4, "train.lr": 3e-3, "train.lr": 1e-3},
+            starts={"fedkseed": 3e-4, "fedcybgd": 3e-3, "fedavg": 1e-3},
         ),
         Protocol(
             "tiny-long", tiny, rounds=16, steps=24, asked=4,
-            starts={"train.lr": 3e-4, "train.lr": 6e-4, "train.lr": 6e-4}, config="tiny",
+            starts={"fedkseed": 3e-4, "fedcybgd": 6e-4, "fedavg": 6e-4}, config="tiny",
         ),
     )
 }  # fmt: skip

@@ -181,10 +181,7 @@ class Study:
 
     def settings(self, entrant: Entrant, lr: float, seed: int, stage: str) -> dict[str, Any]:
         """Return the run configuration of one run."""
-        settings = self.common | {"num-server-rounds": self.protocol.rounds} | entrant.settings
-        settings |= {entrant.lr: lr, "train.seed": seed}
-        if entrant.central:
-            settings |= {"strategy.fraction-train": 1.0, "strategy.min-nodes": 1}
+        settings = self.protocol.run_config(entrant, lr) | {"train.seed": seed}
         if stage == "search":
             rounds = settings["num-server-rounds"] // 2
             return settings | {

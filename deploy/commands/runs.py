@@ -14,7 +14,8 @@ from rich.live import Live
 from deploy.commands.output import Format, FormatOption, SetOption, console, errors, log, setting, show
 from deploy.commands.serve import FolderOption
 from deploy.common.paths import server_folder
-from fedtune_strategies.config import Scalar
+from fedtune_strategies.config import Scalar, defaults
+from fedtune_strategies.method import installed_methods
 
 RunArgument = Annotated[
     Path | None, typer.Argument(help="The run's folder, or its name below `~/.fedtune/runs`. Default: the newest run.")
@@ -23,7 +24,7 @@ DetachOption = Annotated[bool, typer.Option("--detach", help="Submit and return;
 
 
 def run(
-    method: Annotated[str, typer.Option(help="fedkseed, fedkseed-pro, fedcybgd, or one of an installed package.")] = "",
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(installed_methods())}.")] = "",
     model: Annotated[str, typer.Option(help="Base model: folder, Hub id, or the embedded `fedtune-tiny`.")] = "",
     held_out: Annotated[
         Path | None, typer.Option("--eval", help="Your held-out examples, in any format that nodes may use.")
@@ -60,7 +61,8 @@ def run(
     }
     settings: dict[str, Scalar] = _from_file(config) | dict(map(setting, changes or []))
     settings |= {key: value for key, value in given.items() if value is not None}
-    settings.setdefault("run.dir", str(new_folder(str(settings.get("method.name", "fedkseed")))))
+    settings.setdefault("method.name", defaults()["method.name"])
+    settings.setdefault("run.dir", str(new_folder(str(settings["method.name"]))))
     _preflight(control, settings)
     _tune(control, settings, detach, form)
 

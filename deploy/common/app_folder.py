@@ -6,14 +6,15 @@ checkout is not needed to submit a run.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from fedtune_strategies.config import as_toml, defaults
+from fedtune_strategies.config import Scalar, as_toml, defaults
 
 
-def write_app(folder: Path, method: str) -> Path:
-    """Write the app's ``pyproject.toml`` for a run of a method into a folder; returns the folder."""
+def write_app(folder: Path, settings: Mapping[str, Scalar]) -> Path:
+    """Write the app's ``pyproject.toml`` for a run into a folder; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "pyproject.toml").write_text(
         f"""[project]
@@ -30,7 +31,7 @@ serverapp = "server_app.app:app"
 clientapp = "client_app.app:app"
 
 [tool.flwr.app.config]
-{as_toml(defaults(method))}""",
+{as_toml(defaults(str(settings.get("method.name", "")), settings))}""",
         encoding="utf-8",
     )
     return folder

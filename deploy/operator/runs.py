@@ -58,7 +58,7 @@ def settings_of(folder: Path) -> dict[str, Scalar]:
 
 def submit(control: Control, settings: Mapping[str, Scalar]) -> int:
     """Submit a run and announce it to those who join; returns Flower's id."""
-    run_id = control.submit(write_app(control.folder / "app", str(settings.get("method.name", ""))), settings)
+    run_id = control.submit(write_app(control.folder / "app", settings), settings)
     announce(control.folder, settings, len(Members(control.folder).all()))
     return run_id
 

@@ -5,36 +5,50 @@ most of the nodes point.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from flwr.serverapp.strategy import FedAvg
 
-from fedtune_strategies.config import option, section
+from fedtune_strategies.config import Config, SamplingConfig, option
+from fedtune_strategies.cost import HEADER, PROCESS, Cost
 from fedtune_strategies.errors import ProtocolError
+from fedtune_strategies.fedavg.messages import ArraysReply, ArraysTask
 from fedtune_strategies.fedavg.strategy import ArraysStrategy
 from fedtune_strategies.language.examples import batches
 from fedtune_strategies.language.loss import response_loss
 from fedtune_strategies.memory import peak_memory
 from fedtune_strategies.method import Method
 from fedtune_strategies.protocol.flower import decoded
-from fedtune_strategies.protocol.messages import ArraysReply
 from fedtune_strategies.seed_space import fingerprint
 from fedtune_strategies.strategy import check_origin
 
 
 @dataclass(frozen=True)
-class Settings:
+class SignVoteConfig:
     """The keys of the method, ``signvote.<key>``."""
 
     lr: float = option(1e-3, "Step of every parameter in a round.", above=0.0)
+
+
+@dataclass(frozen=True)
+class SignVoteRunConfig(Config):
+    """A run: the sections that all methods share, a sample of the nodes, and the method's own."""
+
+    strategy: SamplingConfig = field(default_factory=SamplingConfig)
+    signvote: SignVoteConfig = field(default_factory=SignVoteConfig)
 
 
 class SignVote(ArraysStrategy):
     """The server: count votes."""
 
     def __init__(self, config, base):
-        super().__init__(config, base)
-        self.lr = section(Settings, "signvote.", config.own).lr
+        super().__init__(config, base, FedAvg())
+        self.lr = config.signvote.lr
+
+    def step_size(self, round):
+        """Nodes take no steps of their own."""
+        return 0.0
 
     def accept(self, round, reply):
         """Take one byte a parameter, cast on the weights of this round."""
@@ -84,4 +98,27 @@ class Voter:
         )
 
 
-METHOD = Method(strategy=lambda config, model, base: SignVote(config, base), node=Voter)
+def cost(config, shape, fleet):
+    """Count a node's bytes: a byte a parameter up, all of it in float32 down, a gradient in memory."""
+    tokens = config.train.batch_size * config.train.seq_length
+    return Cost(
+        memory=PROCESS + (shape.width + 8) * shape.parameters + shape.kept_activations(tokens, shape.layers),
+        disk=shape.stored,
+        up=shape.parameters + HEADER,
+        down=4 * shape.parameters + HEADER,
+        record=(fleet.nodes + 4) * shape.parameters,
+    )
+
+
+METHOD = Method(
+    name="signvote",
+    summary="the sign of the gradient, by majority vote",
+    config=SignVoteRunConfig,
+    strategy=lambda config, model, base: SignVote(config, base),
+    client=Voter,
+    leaves=lambda config: (
+        "every round: one byte for each parameter, the sign of its slope on one batch of your data",
+    ),
+    messages=lambda: (ArraysTask, ArraysReply),
+    cost=cost,
+)

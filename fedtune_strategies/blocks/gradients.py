@@ -108,7 +108,7 @@ def block_gradients(
         return found
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_only_trainable(model, parameters))
+        stack.enter_context(only_trainable(model, parameters))
         if cache_bytes and batches and below:
             if cache.check(below, parameters, lambda: loss_of(0)):
                 stack.enter_context(cache.installed(below))
@@ -136,7 +136,7 @@ def _layers_below(model: nn.Module, block: Block) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def _only_trainable(model: nn.Module, trained: Iterable[nn.Parameter]) -> Iterator[None]:
+def only_trainable(model: nn.Module, trained: Iterable[nn.Parameter]) -> Iterator[None]:
     """Evaluation mode, no gradients but those to come of `trained`; restores modes, flags and gradients."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]

@@ -11,7 +11,7 @@ import difflib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from fedtune_strategies.config.options import (
     Scalar,
@@ -66,8 +66,11 @@ class Config:
     """A checked run configuration; see `parse`.
 
     A method's own is a subclass: it adds the method's sections, and may replace ``train`` and ``strategy`` by
-    subclasses that have more keys or other defaults.
+    subclasses that have more keys or other defaults. Where a key of the method decides which others it reads, the
+    method has a subclass for each: `variants` lists them, `choose` picks one.
     """
+
+    variants: ClassVar[tuple[type[Config], ...]] = ()
 
     num_server_rounds: int = option(10, "Rounds of the run.", low=1)
     method: MethodConfig = field(default_factory=MethodConfig)
@@ -77,6 +80,11 @@ class Config:
     round: RoundConfig = field(default_factory=RoundConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunDirConfig = field(default_factory=RunDirConfig)
+
+    @classmethod
+    def choose(cls, given: Mapping[str, Any]) -> type[Config]:
+        """Return the class that reads the given keys: this one, or one of `variants`."""
+        return cls
 
     def check(self) -> None:
         """Check the keys that must go together; a subclass adds its own.
@@ -118,24 +126,26 @@ class Key:
     accepted: str
 
 
-def keys(method: str = "") -> list[Key]:
-    """List the keys that a method reads, in their documented order; the default method's if none is named."""
+def keys(method: str = "", given: Mapping[str, Any] | None = None) -> list[Key]:
+    """List the keys that a method reads beside given ones, in their order; by default the default method's."""
     name = method or MethodConfig().name
-    return [
-        Key(
-            name=key,
-            type=kind,
-            default=name if key == "method.name" else typing.cast(Scalar, spec.default),
-            help=spec.metadata["help"],
-            accepted=accepted(kind, spec),
-        )
-        for key, kind, spec in options(load_method(name).config)
-    ]
+    cls = load_method(name).config.choose(given or {})
+    return [_key(name, key, kind, spec.default, spec) for key, kind, spec in options(cls)]
 
 
-def defaults(method: str = "") -> dict[str, Scalar]:
+def defaults(method: str = "", given: Mapping[str, Any] | None = None) -> dict[str, Scalar]:
     """Return every key that a method reads with its default: the flat run config of an unconfigured run."""
-    return {key.name: key.default for key in keys(method)}
+    return {key.name: key.default for key in keys(method, given)}
+
+
+def _key(method: str, name: str, kind: type, default: Any, spec: Any) -> Key:
+    return Key(
+        name=name,
+        type=kind,
+        default=method if name == "method.name" else default,
+        help=spec.metadata["help"],
+        accepted=accepted(kind, spec),
+    )
 
 
 def parse(flat: Mapping[str, Any]) -> Config:
@@ -159,10 +169,10 @@ def parse(flat: Mapping[str, Any]) -> Config:
         value is out of range: the line names the key and the accepted values.
     """
     chosen = section(MethodConfig, "method.", {key: v for key, v in flat.items() if key == "method.name"})
-    cls = load_method(chosen.name).config
+    cls = load_method(chosen.name).config.choose(flat)
     known = {name for name, _, _ in options(cls)}
     for name in flat:
-        if name not in known and (readers := [one for one in own_methods() if name in defaults(one)]):
+        if name not in known and (readers := _readers(name)):
             raise ConfigError(_not_read(name, chosen.name, readers, known))
     config = section(cls, "", flat)
     config.check()
@@ -177,7 +187,7 @@ def from_flower(run_config: Mapping[str, Any]) -> dict[str, Any]:
     method. Both count as not given.
     """
     name = str(run_config.get("method.name", MethodConfig().name))
-    known, written = {key.name for key in keys(name)}, app_defaults()
+    known, written = {key.name for key in keys(name, run_config)}, app_defaults()
     return {
         key: value
         for key, value in run_config.items()
@@ -188,10 +198,10 @@ def from_flower(run_config: Mapping[str, Any]) -> dict[str, Any]:
 def app_defaults() -> dict[str, Scalar]:
     """Return the run config of an app for all of FedTune's methods: every key of any of them."""
     found: dict[str, Scalar] = {}
-    for method in own_methods():
-        for key in keys(method):
-            same = found.setdefault(key.name, key.default) == key.default
-            found[key.name] = key.default if same else BY_METHOD
+    for _, cls in _classes():
+        for name, _, spec in options(cls):
+            default = typing.cast(Scalar, spec.default)
+            found[name] = default if found.setdefault(name, default) == default else BY_METHOD
     return found | {"method.name": MethodConfig().name}
 
 
@@ -200,7 +210,18 @@ def as_toml(values: Mapping[str, Scalar]) -> str:
     return "".join(f"{name} = {as_toml_value(value)}\n" for name, value in values.items())
 
 
+def _classes() -> list[tuple[str, type[Config]]]:
+    """Every configuration that a method of FedTune reads."""
+    methods = [(name, load_method(name).config) for name in own_methods()]
+    return [(name, cls) for name, first in methods for cls in (first, *first.variants)]
+
+
+def _readers(name: str) -> list[str]:
+    return list(dict.fromkeys(method for method, cls in _classes() if name in {key for key, _, _ in options(cls)}))
+
+
 def _not_read(name: str, method: str, readers: list[str], known: set[str]) -> str:
     close = typing.cast(list[str], difflib.get_close_matches(name, known, n=1))
     nearest = f"; the nearest key that it reads is '{close[0]}'" if close else ""
-    return f"run config: '{method}' does not read '{name}', which belongs to {', '.join(readers)}{nearest}."
+    owner = "another choice of its keys" if readers == [method] else ", ".join(readers)
+    return f"run config: '{method}' does not read '{name}' here, which belongs to {owner}{nearest}."

@@ -41,7 +41,7 @@ def option(
     above : float
         Exclusive lower limit of a number.
     auto : bool
-        Whether a number can be the text "auto" instead: its field is then 0.
+        Whether a number can be the text "auto" instead, as its default too: its field is then 0.
 
     Returns
     -------
@@ -74,6 +74,8 @@ def build(cls: type, prefix: str, values: Mapping[str, Scalar]) -> Any:
             given[spec.name] = build(hints[spec.name], name + ".", values)
         elif name in values:
             given[spec.name] = values[name]
+        elif spec.metadata and spec.default == "auto" and spec.metadata["auto"]:
+            given[spec.name] = hints[spec.name]()
     return cls(**given)
 
 
@@ -119,7 +121,7 @@ def checked(name: str, value: Any, kind: type[Any], spec: dataclasses.Field, whe
     """
     limits = spec.metadata
     if limits["auto"] and value == "auto":
-        return 0.0
+        return kind()
     if kind is float and type(value) is int:
         value = float(value)
     choices = limits["choices"]()

@@ -17,20 +17,24 @@ from fedtune_strategies.seed_space import make_pool, tuned_parameters
 from fedtune_strategies.speed import median_seconds, random_batch
 from fedtune_strategies.zeroth_order import local_steps
 
+TENSOR_HEADER = 70  # bytes: name, shape and place of one tensor in a message
+
 
 def cost(config: Any, shape: Shape, fleet: Fleet) -> Cost:
     """Count a node's bytes; every formula stands in docs/planning.md."""
-    train, trained = config.train, shape.parameters
+    train = config.train
+    tensors = list(shape.model.parameters())
     if isinstance(config, FedITRunConfig):
         lora = config.lora
         adapters = add_adapters(copy.deepcopy(shape.model), lora.rank, lora.alpha, lora.targets, train.seed)
-        trained = sum(parameter.numel() for parameter in adapters.values())
+        tensors = list(adapters.values())
+    trained = sum(tensor.numel() for tensor in tensors)
     tokens = train.batch_size * train.seq_length
     if isinstance(config, FedZORunConfig):  # the arrived tensors and those that leave
         own = 8 * trained + shape.activations(tokens)
     else:  # float32 copy, gradient, two moments and the change of each trained parameter
         own = 20 * trained + shape.kept_activations(tokens, shape.layers)
-    wire = 4 * trained + HEADER
+    wire = 4 * trained + HEADER + TENSOR_HEADER * len(tensors)
     asked = max(1, round(fleet.nodes * config.strategy.fraction_train))
     return Cost(
         memory=PROCESS + shape.width * shape.parameters + own,

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from fedtune_strategies.config import Config, LocalTrainConfig, RobustConfig, option
 from fedtune_strategies.errors import ConfigError
 
 # Aggregations that compare replies seed by seed: all nodes draw the same seeds in a round.
 COMPARED = ("fedmedian", "trimmed-mean", "krum")
+
+
+ESTIMATORS = ("two-sided", "one-sided", "forward", "sign", "gradient")
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,9 @@ class FedKSeedConfig:
     )
     estimator: str = option(
         "two-sided",
-        "How a slope is found: by two losses, by one and a shared one, exactly by forward-mode derivatives (float32 "
-        "models), or its sign alone.",
-        choices=("two-sided", "one-sided", "forward", "sign"),
+        "How slopes are found: one at a time by two losses, by one and a shared one, exactly by forward-mode "
+        "derivatives (float32 models), or its sign alone; or all K at once by one backward pass ('gradient').",
+        choices=ESTIMATORS,
     )
     directions: int = option(1, "Steps in a row that share one batch and are taken at once.", low=1)
     eps: float = option(
@@ -108,13 +113,78 @@ class PrivacyConfig:
 
 
 @dataclass(frozen=True)
+class GradientTrainConfig(LocalTrainConfig):
+    """First-order steps in seed space."""
+
+    local_steps: int = option(20, "tau, steps of a node in a round, one backward pass each.", low=1, high=100_000)
+    lr: float = option(
+        "auto",
+        "eta, root mean square by which a step changes the weights, as a share of theirs; 'auto': by the model's size.",
+        above=0.0,
+        high=1.0,
+        auto=True,
+    )
+    beta1: float = option(0.5, "Momentum of the steps, from zero in each round.", low=0.0, high=0.999)
+    parameters: str = option(
+        "", "Regular expression: only parameters with a match in their name are tuned; empty for all."
+    )
+
+
+@dataclass(frozen=True)
+class GradientStrategyConfig(RobustConfig):
+    """How the nodes' moves become one."""
+
+    server_lr: float = option(1.0, "theta moves by this much of the aggregated move.", above=0.0)
+
+
+@dataclass(frozen=True)
+class GradientConfig:
+    """The seed-space gradient: all K slopes of a fresh pool in each round."""
+
+    seeds: int = option(16384, "K, the number of seeded directions.", low=2, high=2**20)
+    pool: str = option("walsh", "Kind of directions.", choices=("walsh", "gaussian"))
+    estimator: str = option("gradient", "How slopes are found: all K at once by one backward pass.", choices=ESTIMATORS)
+    up_bits: int = option(1, "Bits of a coefficient that a node sends.", low=1, high=8)
+    down_bits: int = option(4, "Bits of a coefficient that nodes receive.", low=1, high=8)
+
+
+@dataclass(frozen=True)
+class GradientRunConfig(Config):
+    """A run of FedKSeed with the seed-space gradient."""
+
+    train: GradientTrainConfig = field(default_factory=GradientTrainConfig)
+    strategy: GradientStrategyConfig = field(default_factory=GradientStrategyConfig)
+    fedkseed: GradientConfig = field(default_factory=GradientConfig)
+
+    def check(self) -> None:
+        """See `Config.check`."""
+        super().check()
+        check_pattern(self.train.parameters)
+
+
+def check_pattern(pattern: str) -> None:
+    """Raise `ConfigError` unless ``train.parameters`` is a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"run config: 'train.parameters' is no regular expression: {error}.") from None
+
+
+@dataclass(frozen=True)
 class FedKSeedRunConfig(Config):
     """A run of FedKSeed."""
+
+    variants: ClassVar[tuple[type[Config], ...]] = (GradientRunConfig,)
 
     train: SeedTrainConfig = field(default_factory=SeedTrainConfig)
     strategy: SeedStrategyConfig = field(default_factory=SeedStrategyConfig)
     fedkseed: FedKSeedConfig = field(default_factory=FedKSeedConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+
+    @classmethod
+    def choose(cls, given: Mapping[str, Any]) -> type[Config]:
+        """The gradient has keys of its own, and other defaults."""
+        return GradientRunConfig if given.get("fedkseed.estimator") == "gradient" else cls
 
     def check(self) -> None:
         """See `Config.check`."""
@@ -135,10 +205,7 @@ class FedKSeedRunConfig(Config):
                 f"run config: 'strategy.late' does not work with '{self.strategy.aggregation}', which compares replies "
                 "of one round: set it to 0, or choose another 'strategy.aggregation'."
             )
-        try:
-            re.compile(train.parameters)
-        except re.error as error:
-            raise ConfigError(f"run config: 'train.parameters' is no regular expression: {error}.") from None
+        check_pattern(train.parameters)
         if own.scalar_bits not in (8, 16, 32):
             raise ConfigError(f"run config: 'fedkseed.scalar-bits' is {own.scalar_bits}, but must be 8, 16 or 32.")
 
@@ -147,4 +214,19 @@ class FedKSeedRunConfig(Config):
 class FedKSeedProRunConfig(FedKSeedRunConfig):
     """A run of FedKSeed-Pro."""
 
+    variants: ClassVar[tuple[type[Config], ...]] = ()
     fedkseed: FedKSeedProConfig = field(default_factory=FedKSeedProConfig)
+
+    @classmethod
+    def choose(cls, given: Mapping[str, Any]) -> type[Config]:
+        """All K slopes at once leave no seeds to choose."""
+        return cls
+
+    def check(self) -> None:
+        """See `Config.check`."""
+        super().check()
+        if self.fedkseed.estimator == "gradient":
+            raise ConfigError(
+                "run config: 'fedkseed.estimator' = \"gradient\" finds all slopes at once, so there are no seeds to "
+                "draw: use 'method.name' = \"fedkseed\"."
+            )

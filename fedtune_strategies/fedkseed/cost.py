@@ -8,10 +8,11 @@ import numpy as np
 import torch
 
 from fedtune_strategies.cost import HEADER, PROCESS, Cost, Fleet, Shape
-from fedtune_strategies.fedkseed.config import FedKSeedProRunConfig, FedKSeedRunConfig
+from fedtune_strategies.fedkseed.config import FedKSeedProRunConfig, FedKSeedRunConfig, GradientRunConfig
 from fedtune_strategies.fedkseed.packing import pack
 from fedtune_strategies.language.loss import response_loss
 from fedtune_strategies.language.model import LanguageModel, base_tensors
+from fedtune_strategies.seed_gradient import slopes
 from fedtune_strategies.seed_space import make_pool, tuned_parameters
 from fedtune_strategies.speed import median_seconds, random_batch
 from fedtune_strategies.zeroth_order import local_steps
@@ -20,8 +21,10 @@ KERNELS = 100 * 10**6  # bytes: compiling the seed space's kernels
 LEVEL_BITS = 6  # of a seed's level under FedKSeed-Pro
 
 
-def cost(config: FedKSeedRunConfig, shape: Shape, fleet: Fleet) -> Cost:
+def cost(config: FedKSeedRunConfig | GradientRunConfig, shape: Shape, fleet: Fleet) -> Cost:
     """Count a node's bytes; every formula stands in docs/planning.md."""
+    if isinstance(config, GradientRunConfig):
+        return _gradient_cost(config, shape, fleet)
     own, train = config.fedkseed, config.train
     draws = max(1, round(fleet.nodes * config.strategy.fraction_train)) * train.local_steps
     # FedKSeed-Pro sends each seed's level as well; in the middle of the run half of all draws have been made.
@@ -40,6 +43,24 @@ def cost(config: FedKSeedRunConfig, shape: Shape, fleet: Fleet) -> Cost:
     )
 
 
+def _gradient_cost(config: GradientRunConfig, shape: Shape, fleet: Fleet) -> Cost:
+    """Inference, hidden states at each layer, and one layer's activations; the moved weights are a mapped file."""
+    own, train = config.fedkseed, config.train
+    tokens = train.batch_size * train.seq_length
+    up, down = own.seeds * own.up_bits // 8 + HEADER, own.seeds * own.down_bits // 8 + HEADER
+    return Cost(
+        memory=PROCESS
+        + KERNELS
+        + shape.width * shape.parameters
+        + shape.width * tokens * shape.hidden * shape.layers
+        + shape.kept_activations(tokens, 1),
+        disk=shape.stored + 4 * shape.parameters,
+        up=up,
+        down=down,
+        record=up * max(1, round(fleet.nodes * config.strategy.fraction_train)) + down,
+    )
+
+
 def change_bytes(seeds: int, draws: int, bits: int) -> int:
     """Bytes of a packed change of theta after so many draws among K seeds: random moves, really packed."""
     random = np.random.default_rng(0)
@@ -49,8 +70,12 @@ def change_bytes(seeds: int, draws: int, bits: int) -> int:
     return pack(units.astype(np.int32)).numel()
 
 
-def seconds(config: FedKSeedRunConfig, language: LanguageModel, clock: Callable[[], float]) -> float:
+def seconds(
+    config: FedKSeedRunConfig | GradientRunConfig, language: LanguageModel, clock: Callable[[], float]
+) -> float:
     """Measure one task on random tokens: the rebuild once, and a step for each of tau."""
+    if isinstance(config, GradientRunConfig):
+        return _gradient_seconds(config, language, clock)
     model, train, own = language.model, config.train, config.fedkseed
     batch = random_batch(language, train.batch_size, train.seq_length)
     pool, pattern = make_pool(own.pool, key=0, size=own.seeds), train.parameters or None
@@ -62,3 +87,15 @@ def seconds(config: FedKSeedRunConfig, language: LanguageModel, clock: Callable[
     base = {name: tensor for name, tensor in base_tensors(language).items() if name in parameters}
     theta = torch.full((own.seeds,), 1e-6)
     return median_seconds(lambda: pool.rebuild_model(parameters, base, theta), clock) + train.local_steps * step
+
+
+def _gradient_seconds(config: GradientRunConfig, language: LanguageModel, clock: Callable[[], float]) -> float:
+    """A step rebuilds the weights and finds their slopes."""
+    train, own = config.train, config.fedkseed
+    batch = random_batch(language, train.batch_size, train.seq_length)
+    parameters = tuned_parameters(language.model, train.parameters or None)
+    base = {name: tensor for name, tensor in base_tensors(language).items() if name in parameters}
+    pool, theta = make_pool(own.pool, key=0, size=own.seeds), torch.zeros(own.seeds)
+    rebuild = median_seconds(lambda: pool.rebuild_model(parameters, base, theta), clock)
+    step = median_seconds(lambda: slopes(language.model, parameters, response_loss, batch, pool), clock)
+    return rebuild + train.local_steps * (rebuild + step)

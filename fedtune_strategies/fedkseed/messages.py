@@ -1,4 +1,4 @@
-"""A round of FedKSeed: theta down, scalars up."""
+"""A round of FedKSeed: theta down, scalars up; or the points of past pools down, a point of a fresh one up."""
 
 from __future__ import annotations
 
@@ -93,3 +93,71 @@ class SeedReply:
     lr: float
     eps: float
     noise: float
+
+
+@dataclass(frozen=True)
+class GradientTask:
+    """One round of the seed-space gradient for one node.
+
+    Attributes
+    ----------
+    round : int
+        Round, from 1; its pool is fresh.
+    since : int
+        Points that the node holds already, those of the first rounds.
+    levels : Tensor
+        uint8 [n, bytes], the packed points of the rounds from ``since + 1`` on that are over, oldest first; see
+        `fedtune_strategies.seed_gradient.coding`.
+    units : Tensor
+        float32 [n], their units.
+    lr : float
+        Root mean square by which a step changes the weights, as a share of theirs.
+    """
+
+    kind: ClassVar[str] = "gradient-task"
+    round: int
+    since: int
+    levels: Tensor
+    units: Tensor
+    lr: float
+
+
+@dataclass(frozen=True)
+class GradientReply:
+    """What a node answers to a `GradientTask`: the point of the round's pool that its steps reached.
+
+    Attributes
+    ----------
+    node : str
+        Name of the node.
+    round : int
+        Round of the task.
+    levels : Tensor
+        uint8, the packed point.
+    unit : float
+        Its unit.
+    loss : float
+        Mean training loss over the finite steps, nats a token.
+    skipped : int
+        Steps left out because their loss was not finite.
+    fingerprint : str
+        Fingerprint of the weights on which the node started.
+    num_examples : int
+        Training examples that the node holds.
+    seconds : float
+        Wall-clock time of the task on the node.
+    peak_memory : int
+        Peak resident memory of the worker so far, in bytes.
+    """
+
+    kind: ClassVar[str] = "gradient-reply"
+    node: str
+    round: int
+    levels: Tensor
+    unit: float
+    loss: float
+    skipped: int
+    fingerprint: str
+    num_examples: int
+    seconds: float
+    peak_memory: int

@@ -5,52 +5,63 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fedtune_strategies.fedkseed.config import FedKSeedProRunConfig, FedKSeedRunConfig
+from fedtune_strategies.fedkseed.config import FedKSeedProRunConfig, FedKSeedRunConfig, GradientRunConfig
 from fedtune_strategies.method import Method, NodeContext, Panel
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fedtune_strategies.cost import Cost, Fleet, Shape
-    from fedtune_strategies.fedkseed.client import FedKSeedClient
-    from fedtune_strategies.fedkseed.strategy import FedKSeed
     from fedtune_strategies.language.model import LanguageModel
+    from fedtune_strategies.protocol.messages import Message
+    from fedtune_strategies.strategy import TuningStrategy
 
 
-def _strategy(config: FedKSeedRunConfig, model: nn.Module, base: Mapping[str, Tensor]) -> FedKSeed:
+def _strategy(
+    config: FedKSeedRunConfig | GradientRunConfig, model: nn.Module, base: Mapping[str, Tensor]
+) -> TuningStrategy:
+    from fedtune_strategies.fedkseed.gradient_strategy import SeedGradient
     from fedtune_strategies.fedkseed.pro import FedKSeedPro
     from fedtune_strategies.fedkseed.strategy import FedKSeed
     from fedtune_strategies.seed_space import tuned_parameters
 
     tuned = {name: base[name] for name in tuned_parameters(model, config.train.parameters or None)}
+    if isinstance(config, GradientRunConfig):
+        return SeedGradient(config, tuned)
     return FedKSeedPro(config, tuned) if isinstance(config, FedKSeedProRunConfig) else FedKSeed(config, tuned)
 
 
-def _client(context: NodeContext) -> FedKSeedClient:
+def _client(context: NodeContext) -> Callable[[Message], Message]:
     from fedtune_strategies.fedkseed.client import FedKSeedClient
+    from fedtune_strategies.fedkseed.gradient_client import SeedGradientClient
 
-    return FedKSeedClient(context)
+    return (SeedGradientClient if isinstance(context.config, GradientRunConfig) else FedKSeedClient)(context)
 
 
 def _messages() -> Sequence[type]:
-    from fedtune_strategies.fedkseed.messages import SeedReply, SeedTask
+    from fedtune_strategies.fedkseed.messages import GradientReply, GradientTask, SeedReply, SeedTask
 
-    return SeedTask, SeedReply
+    return SeedTask, SeedReply, GradientTask, GradientReply
 
 
-def _leaves(config: FedKSeedRunConfig) -> Sequence[str]:
+def _leaves(config: FedKSeedRunConfig | GradientRunConfig) -> Sequence[str]:
+    if isinstance(config, GradientRunConfig):
+        bits = config.fedkseed.seeds * config.fedkseed.up_bits
+        return (f"every round: {bits:,} bits and one number, which way training on your data moved the model",)
     return (
         f"every round: {config.train.local_steps} numbers, the slopes of the loss on your data along known directions",
     )
 
 
-def _cost(config: FedKSeedRunConfig, shape: Shape, fleet: Fleet) -> Cost:
+def _cost(config: FedKSeedRunConfig | GradientRunConfig, shape: Shape, fleet: Fleet) -> Cost:
     from fedtune_strategies.fedkseed.cost import cost
 
     return cost(config, shape, fleet)
 
 
-def _seconds(config: FedKSeedRunConfig, language: LanguageModel, examples: int, clock: Callable[[], float]) -> float:
+def _seconds(
+    config: FedKSeedRunConfig | GradientRunConfig, language: LanguageModel, examples: int, clock: Callable[[], float]
+) -> float:
     from fedtune_strategies.fedkseed.cost import seconds
 
     return seconds(config, language, clock)
@@ -64,7 +75,7 @@ def _panel(config: FedKSeedProRunConfig, state: Mapping[str, Tensor]) -> Panel |
 
 FEDKSEED = Method(
     name="fedkseed",
-    summary="scalars along seeded directions; kilobytes a round, the memory of inference",
+    summary="scalars or sign bits along seeded directions; kilobytes a round, about the memory of inference",
     config=FedKSeedRunConfig,
     strategy=_strategy,
     client=_client,

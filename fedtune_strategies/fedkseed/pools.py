@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedtune_strategies.fedkseed.config import FedKSeedRunConfig
+from fedtune_strategies.fedkseed.config import FedKSeedRunConfig, GradientRunConfig
 from fedtune_strategies.seed_space import Pool, make_pool
 from fedtune_strategies.shared_random import stream
 
@@ -24,7 +24,7 @@ def pool_number(config: FedKSeedRunConfig, round: int) -> int:
     return (round - 1) // every if every else 0
 
 
-def nth_pool(config: FedKSeedRunConfig, number: int) -> Pool:
+def nth_pool(config: FedKSeedRunConfig | GradientRunConfig, number: int) -> Pool:
     """Make one of the run's pools: the first has the run's seed as its key, the others keys derived from it."""
     seed = config.train.seed
     key = int(stream("pool", seed, number).random_raw()) if number else seed

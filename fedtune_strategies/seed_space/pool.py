@@ -349,7 +349,8 @@ def _sweep(kernel: Callable[[Tensor, Tensor, int], None], source: Tensor, out: T
     source = source.detach()
     out = torch.empty_like(source, memory_format=torch.contiguous_format) if out is None else out
     if not out.is_contiguous():
-        return out.copy_(_sweep(kernel, source, None, chunk))
+        # In the output's own dtype, or it would be rounded twice.
+        return out.copy_(_sweep(kernel, source, torch.empty(out.shape, dtype=out.dtype, device=out.device), chunk))
     flat, result = source.reshape(-1), out.detach().view(-1)
     if source.data_ptr() == out.data_ptr():
         flat = result
@@ -362,7 +363,7 @@ def _sweep(kernel: Callable[[Tensor, Tensor, int], None], source: Tensor, out: T
             return
         for start in range(low, high, chunk):  # 16 bits: through a small float32 scratch
             stop = min(start + chunk, high)
-            scratch = flat[start:stop].to(torch.float32)
+            scratch = flat[start:stop].to(torch.float32, copy=True)  # the kernel works in place
             kernel(scratch, scratch, start)
             result[start:stop] = scratch
 

@@ -80,8 +80,8 @@ def test_parts_survive_safetensors_and_are_deterministic(codec, tensor):
 @quick
 @given(matrices, st.floats(0.05, 0.95))
 def test_pruning_keeps_the_largest_of_each_row_and_only_those(tensor, share):
-    got = decoded(tensor, f"prune:{share}").flatten(1)
-    rows = tensor.flatten(1)
+    got = decoded(tensor, f"prune:{share}").flatten(0, -2)
+    rows = tensor.flatten(0, -2)
     assert ((got == rows) | (got == 0)).all()
     lost = torch.where(got == 0, rows.abs(), 0.0).amax(dim=1)
     kept = torch.where(got != 0, rows.abs(), torch.inf).amin(dim=1)
@@ -196,6 +196,6 @@ def test_every_row_of_every_expert_has_a_scale_and_a_share_of_its_own():
 def test_parts_on_another_device_decode_there(codec):
     parts = encode({"w": torch.randn(4, 128)}, parse_codec(codec))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        elsewhere = {name: mode.from_tensor(part).to("cuda") for name, part in parts.items() if name != "w:shape"}
+        elsewhere = {name: mode.from_tensor(part).to("meta") for name, part in parts.items() if name != "w:shape"}
         decoded = decode(elsewhere | {name: part for name, part in parts.items() if name == "w:shape"})
-        assert decoded["w"].device.type == "cuda"
+        assert decoded["w"].device.type == "meta"

@@ -2,9 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from client_app.node import Node, check_node_config
+from client_app.node import Node
 from fedtune_strategies.blocks.find import find_blocks
+from fedtune_strategies.config.node import parse_node
 from fedtune_strategies.errors import ConfigError, DataError, ProtocolError
+from fedtune_strategies.fedavg.messages import ArraysTask
+from fedtune_strategies.fedcybgd.messages import BlockReply, BlockTask
+from fedtune_strategies.fedkseed.messages import SeedReply, SeedTask
 from fedtune_strategies.fedkseed.packing import pack
 from fedtune_strategies.language.examples import batches
 from fedtune_strategies.language.loss import response_loss
@@ -32,15 +36,13 @@ UNIT = 2.0**-24
 
 
 def block_task(*fields, committed=0):
-    return protocol.BlockTask(*fields, absent=torch.empty(0, dtype=torch.int64), committed=committed, norms={})
+    return BlockTask(*fields, dropped=torch.empty(0, dtype=torch.int64), committed=committed)
 
 
 def seed_task(units=0, *, round=1, since=0, count=64, levels=NONE, odds=NONE):
     change = np.broadcast_to(np.int32(units), count)
     packed = pack(levels) if levels.size else torch.empty(0, dtype=torch.uint8)
-    return protocol.SeedTask(
-        round, since, pack(change), UNIT, packed, torch.tensor(odds, dtype=torch.int16), 1e-3, 1e-3, np.inf
-    )
+    return SeedTask(round, since, pack(change), UNIT, packed, torch.tensor(odds, dtype=torch.int16), 1e-3, 1e-3, np.inf)
 
 
 @pytest.mark.parametrize(
@@ -49,11 +51,11 @@ def seed_task(units=0, *, round=1, since=0, count=64, levels=NONE, odds=NONE):
 )
 def test_a_bad_node_config_names_the_key(config, words):
     with pytest.raises(ConfigError, match=words):
-        check_node_config(config)
+        parse_node(config)
 
 
 def test_flowers_own_keys_are_left_alone():
-    assert check_node_config({"data": "x", "partition-id": 0}) == {"data": "x"}
+    assert parse_node({"data": "x", "partition-id": 0}) == parse_node({"data": "x"})
 
 
 def test_without_a_name_a_node_is_named_by_its_id(settings, data_files):
@@ -92,7 +94,7 @@ def test_theta_is_where_the_node_starts(node):
 def test_a_task_that_does_not_fit_is_refused_and_the_node_stays(node, task):
     failure = ask(node, task)
     assert isinstance(failure, protocol.Failure) and failure.exit_code == ProtocolError.exit_code, failure
-    assert isinstance(ask(node, seed_task()), protocol.SeedReply)
+    assert isinstance(ask(node, seed_task()), SeedReply)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_a_turn_that_does_not_fit_is_refused_and_the_node_stays(block_node, task
     failure = ask(block_node, task)
     assert isinstance(failure, protocol.Failure) and failure.exit_code == ProtocolError.exit_code, failure
     right = block_task(1, 0, torch.zeros(BLOCKS, dtype=torch.int64), {}, {}, 1e-3, 1)
-    assert isinstance(ask(block_node, right), protocol.BlockReply)
+    assert isinstance(ask(block_node, right), BlockReply)
 
 
 @pytest.mark.parametrize("beta1", [0.9, 0.5])
@@ -134,7 +136,7 @@ def test_a_block_of_wrong_shape_is_a_failure_not_a_crash(block_node):
     task = block_task(1, 0, torch.ones(BLOCKS, dtype=torch.int64), {name: torch.zeros(2)}, {}, 1e-3, 1)
     assert isinstance(ask(block_node, task), protocol.Failure)
     right = block_task(1, 0, torch.zeros(BLOCKS, dtype=torch.int64), {}, {}, 1e-3, 1)
-    assert isinstance(ask(block_node, right), protocol.BlockReply)
+    assert isinstance(ask(block_node, right), BlockReply)
 
 
 def test_a_node_without_the_versions_that_a_turn_counts_on_says_so(block_node):
@@ -144,13 +146,13 @@ def test_a_node_without_the_versions_that_a_turn_counts_on_says_so(block_node):
 
 def test_a_node_whose_exact_block_was_replaced_in_a_turn_that_was_lost_says_so(block_node):
     zero, one = torch.zeros(BLOCKS, dtype=torch.int64), torch.tensor([1, 0, 0, 0])
-    assert isinstance(ask(block_node, block_task(1, 0, zero, {}, {}, 1e-3, 1)), protocol.BlockReply)
-    assert isinstance(ask(block_node, block_task(2, 1, one, {}, {}, 1e-3, 1, committed=1)), protocol.BlockReply)
+    assert isinstance(ask(block_node, block_task(1, 0, zero, {}, {}, 1e-3, 1)), BlockReply)
+    assert isinstance(ask(block_node, block_task(2, 1, one, {}, {}, 1e-3, 1, committed=1)), BlockReply)
     assert isinstance(ask(block_node, block_task(3, 0, one, {}, {}, 1e-3, 1, committed=1)), protocol.StateMissing)
 
 
 def test_a_task_of_another_method_is_refused(node, block_node):
-    for asked, foreign in ((block_node, seed_task()), (node, protocol.ArraysTask(1, {}))):
+    for asked, foreign in ((block_node, seed_task()), (node, ArraysTask(1, {}, 1e-3))):
         assert ask(asked, foreign).exit_code == ProtocolError.exit_code
 
 
@@ -164,4 +166,4 @@ def test_a_change_counts_from_the_theta_that_the_node_holds(node):
 
 def test_a_node_that_does_not_hold_theta_says_so_and_takes_it_in_full(node):
     assert isinstance(ask(node, seed_task(200, round=4, since=1)), protocol.StateMissing)
-    assert isinstance(ask(node, seed_task(700, round=4)), protocol.SeedReply)
+    assert isinstance(ask(node, seed_task(700, round=4)), SeedReply)

@@ -11,8 +11,10 @@ import psutil
 import pytest
 import torch
 
+from client_app import worker_client
 from client_app.worker_client import WorkerSpec, ask_worker, running_worker, runtime_folder
 from fedtune_strategies.errors import DataError, LinkError, ResourceError
+from fedtune_strategies.fedkseed.messages import SeedTask
 from fedtune_strategies.fedkseed.packing import pack
 from fedtune_strategies.protocol import messages as protocol
 from tests.conftest import write_rows
@@ -26,11 +28,11 @@ def host(monkeypatch, tmp_path):
     # Unix sockets have short names, shorter than pytest's folders.
     monkeypatch.setenv("XDG_RUNTIME_DIR", f"/tmp/fedtune-test-{tmp_path.name[-8:]}-{psutil.Process().pid}")
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    monkeypatch.setattr(link, "_host_process", lambda: psutil.Process(process.pid))
+    monkeypatch.setattr(worker_client, "_host_process", lambda: psutil.Process(process.pid))
     yield process
     process.kill()
     process.wait()
-    wait_until(lambda: not list(Path(link.os.environ["XDG_RUNTIME_DIR"]).glob("*/*")))
+    wait_until(lambda: not list(Path(worker_client.os.environ["XDG_RUNTIME_DIR"]).glob("*/*")))
 
 
 @pytest.fixture
@@ -89,7 +91,7 @@ def test_life_of_a_worker(host, spec, tmp_path):
     endless = replace(other, run_config=other.run_config | {"train.local-steps": 100_000})
     nothing = torch.empty(0, dtype=torch.uint8)
     change = pack(np.zeros(64, dtype=np.int32))
-    task = protocol.SeedTask(1, 0, change, 2.0**-20, nothing, nothing.to(torch.int16), 1e-3, 1e-3, np.inf)
+    task = SeedTask(1, 0, change, 2.0**-20, nothing, nothing.to(torch.int16), 1e-3, 1e-3, np.inf)
     ask(endless)
     third = worker_of(host)
     with pytest.raises(LinkError, match=r"round\.deadline"):

@@ -12,7 +12,7 @@ from deploy.cli import app
 from deploy.commands.configuration import with_run_config
 from deploy.common import processes
 from deploy.local import demo
-from fedtune_strategies.config import as_toml, defaults, keys
+from fedtune_strategies.config import app_defaults, as_toml, defaults, keys
 from fedtune_strategies.errors import ConfigError, PortError, ResourceError
 
 
@@ -36,7 +36,7 @@ def test_config_lists_every_key_with_default_and_help():
 
 
 def test_config_as_toml_is_what_flower_takes():
-    assert call("config", "--toml") == (0, as_toml(), "")
+    assert call("config", "--toml", "--method", "fedcybgd") == (0, as_toml(defaults("fedcybgd")), "")
 
 
 def test_config_writes_its_table_and_nothing_else(tmp_path):
@@ -47,8 +47,8 @@ def test_config_writes_its_table_and_nothing_else(tmp_path):
     once = project.read_text()
     parsed = tomllib.loads(once)["tool"]
     assert parsed["a"] == {"x": 1} and parsed["b"] == {"y": 2} and "# --- next ---" in once
-    assert flat(parsed["flwr"]["app"]["config"]) == defaults()
-    assert with_run_config(once, as_toml()) == once
+    assert flat(parsed["flwr"]["app"]["config"]) == app_defaults()
+    assert with_run_config(once, as_toml(app_defaults())) == once
 
 
 def flat(table, prefix=""):
@@ -60,7 +60,7 @@ def flat(table, prefix=""):
 
 def test_a_project_without_the_table_is_refused():
     with pytest.raises(ConfigError, match="no line"):
-        with_run_config("[project]\n", as_toml())
+        with_run_config("[project]\n", "")
 
 
 def test_an_error_is_one_line_with_its_own_exit_code(monkeypatch):

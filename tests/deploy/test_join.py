@@ -161,7 +161,7 @@ def test_a_node_joins_and_leaves(desk, monkeypatch):
         return answer
 
     monkeypatch.setattr(joining, "ask", lossy)
-    assert redeem(token, authority, mine) == mine and lost[0]["state"] == "member"
+    assert register(token, authority, mine) == mine and lost[0]["state"] == "member"
     unregister(mine)
     assert desk.members.get("alice").state == "revoked" and not mine.folder.exists()
     assert FakeControl.registered[1001] is None

@@ -8,7 +8,7 @@ import torch
 
 from deploy.testing import Fault, Federation, assert_dropout_safe, assert_order_independent, assert_resume_exact
 from fedtune_strategies.errors import ConfigError
-from fedtune_strategies.method import Method, installed_methods
+from fedtune_strategies.method import Method, _points, installed_methods
 from fedtune_strategies.strategy import State
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "signvote"
@@ -26,8 +26,11 @@ def install(tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(str(tmp_path / "site"))
         monkeypatch.syspath_prepend(str(folder))
         monkeypatch.delitem(sys.modules, module, raising=False)
+        _points.cache_clear()
 
-    return put
+    yield put
+    monkeypatch.undo()
+    _points.cache_clear()
 
 
 @pytest.fixture

@@ -3,21 +3,25 @@ import torch
 
 from client_app.node import Node
 from fedtune_strategies.errors import ProtocolError
+from fedtune_strategies.fedavg import client
 from fedtune_strategies.fedavg.client import FedAvgClient
+from fedtune_strategies.fedavg.messages import ArraysTask
 from fedtune_strategies.language.examples import batches
 from fedtune_strategies.language.loss import response_loss
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.seed_space import tuned_parameters
 
 
-def make_node(settings, data_files, method, name="node-0"):
-    return Node(settings | {"method.name": method}, {"name": name, "data": str(data_files["node-0"])}, 1)
+def make_node(settings, data_files, method, name="node-0", **changes):
+    return Node(
+        {**(settings | {"method.name": method}), **changes}, {"name": name, "data": str(data_files["node-0"])}, 1
+    )
 
 
 @pytest.mark.parametrize("beta1", [0.9, 0.5])
 def test_fedavg_trains_as_adamw_does(settings, data_files, beta1):
-    node = make_node(settings | {"train.beta1": beta1}, data_files, "fedavg")
-    task = protocol.ArraysTask(2, {name: value + 0.01 for name, value in node.base.items()})
+    node = make_node(settings, data_files, "fedavg", **{"train.beta1": beta1})
+    task = ArraysTask(2, {name: value + 0.01 for name, value in node.base.items()}, 1e-3)
     reply = node.answer(task)
     parameters = tuned_parameters(node.language.model)
     assert all(torch.equal(parameters[name], node.base[name]) for name in parameters), "the node's model stays"
@@ -45,9 +49,9 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(settings, data_files
         losses.append(response_loss(model, batch))
         return losses[-1] * (torch.inf if len(losses) == 2 else 1)
 
-    monkeypatch.setattr(local_training, "response_loss", second_is_lost)
+    monkeypatch.setattr(client, "response_loss", second_is_lost)
     node = make_node(settings, data_files, method)
-    reply = node.answer(protocol.ArraysTask(1, {name: value.clone() for name, value in node.base.items()}))
+    reply = node.answer(ArraysTask(1, {name: value.clone() for name, value in node.base.items()}, 1e-3))
     assert reply.skipped == 1 and all(value.isfinite().all() for value in reply.arrays.values())
     if method == "fedavg":
         assert reply.loss == pytest.approx((losses[0].item() + losses[2].item()) / 2)
@@ -56,7 +60,7 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(settings, data_files
 def test_fedit_sends_adapters_alone(settings, data_files):
     node = make_node(settings, data_files, "fedit")
     start = {name: value.detach().clone() for name, value in node.answer._parameters.items()}
-    reply = node.answer(protocol.ArraysTask(1, start))
+    reply = node.answer(ArraysTask(1, start, 1e-3))
     assert reply.arrays.keys() == start.keys() and all(".lora_" in name for name in start)
     assert any(not torch.equal(reply.arrays[name], start[name]) for name in start)
     assert sum(value.numel() for value in start.values()) < sum(value.numel() for value in node.base.values())
@@ -66,7 +70,7 @@ def test_fedzo_steps_along_directions_of_its_own(settings, data_files):
     moves = []
     for name, round in [("node-0", 1), ("node-1", 1), ("node-0", 2)]:
         node = make_node(settings, data_files, "fedzo", name)
-        reply = node.answer(protocol.ArraysTask(round, dict(node.base)))
+        reply = node.answer(ArraysTask(round, dict(node.base), 1e-3))
         moves.append(torch.cat([(reply.arrays[key] - node.base[key]).flatten() for key in sorted(node.base)]))
     for i, j in [(0, 1), (0, 2), (1, 2)]:
         assert abs(torch.cosine_similarity(moves[i], moves[j], dim=0)) < 0.2
@@ -78,6 +82,6 @@ def test_fedzo_steps_along_directions_of_its_own(settings, data_files):
 def test_a_task_that_does_not_fit_is_refused(settings, data_files, method):
     answer = make_node(settings, data_files, method).answer
     assert isinstance(answer, FedAvgClient)
-    for task in (protocol.Ack("server", 1), protocol.ArraysTask(1, {"other": torch.ones(2)})):
+    for task in (protocol.Ack("server", 1), ArraysTask(1, {"other": torch.ones(2)}, 1e-3)):
         with pytest.raises(ProtocolError):
             answer(task)

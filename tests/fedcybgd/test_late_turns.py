@@ -1,21 +1,21 @@
-"""FedCyBGD's turns that come after another node's of the same block: refused, rebased or averaged, and never twice."""
+"""FedCyBGD's turns that come after another node's of the same block: refused or rebased, and never twice."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from deploy.testing import Killed, killed_after
 from fedtune_strategies.blocks.codecs import decode
 from fedtune_strategies.blocks.find import find_blocks
-from fedtune_strategies.errors import ConfigError
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.testing import InMemoryGrid
 from server_app.ledger import Ledger
 from server_app.replay import replay
 from server_app.run import execute
 from tests.federations import final_state, make_nodes, run
+from tests.models import CONFIGS, make_model, make_tokenizer
 
 GAMMA, WEIGHT = 0.8, 0.5
 
@@ -98,9 +98,8 @@ def turn_of(ledger, node, round):
 
 
 @pytest.mark.parametrize("begun", [False, True])
-@pytest.mark.parametrize("policy", ["rebase", "average"])
-def test_a_stale_turn_enters_the_block_as_it_is_by_its_weight(settings, data_files, policy, begun):
-    ledger = late_run(settings | {"fedcybgd.stale": policy}, data_files, begun=begun)
+def test_a_stale_turn_enters_the_block_as_it_is_by_its_weight(settings, data_files, begun):
+    ledger = late_run(settings, data_files, begun=begun)
     reply, record = turn_of(ledger, "node-1", 2)
     assert (record.round, reply.block, reply.base_version) == (3, 1, 0)
     base = AutoModelForCausalLM.from_pretrained(settings["model.name"])
@@ -109,41 +108,36 @@ def test_a_stale_turn_enters_the_block_as_it_is_by_its_weight(settings, data_fil
     for name in names:
         moved = GAMMA * decode(reply.delta)[name]
         assert not torch.equal(moved, now[name] - old[name])
-        if policy == "rebase":
-            expected = now[name] + WEIGHT * moved
-        else:
-            expected = (now[name] + WEIGHT * (old[name] + moved)) / (1 + WEIGHT)
-        torch.testing.assert_close(new[name], expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(new[name], now[name] + WEIGHT * moved, rtol=0, atol=1e-6)
     assert next(ledger.records("round", round=3)).body["metrics"]["blocks"] == [1, 2]
     # Its own replies, and nothing else, make the recorded model.
     assert replay(Path(settings["run.dir"])).kept == sum(1 for _ in ledger.records("reply"))
 
 
-def test_a_stale_turn_is_refused_otherwise(settings, data_files):
-    ledger = late_run(settings, data_files)
+def test_a_stale_turn_is_refused_without_a_weight(settings, data_files):
+    ledger = late_run(settings | {"strategy.late": 0.0}, data_files)
     assert [record.body["metrics"]["blocks"] for record in ledger.records("round")] == [[0], [1], [2], [3]]
     (late,) = ledger.records("late")
     assert late.node == "node-1" and "its round was over" in late.body["reason"]
 
 
 def test_a_turn_two_rounds_late_is_refused(settings, data_files):
-    ledger = late_run(settings | {"fedcybgd.stale": "rebase"}, data_files, until=4)
+    ledger = late_run(settings, data_files, until=4)
     assert [record.body["metrics"]["blocks"] for record in ledger.records("round")] == [[0], [1], [2], [3]]
     assert [record.node for record in ledger.records("late")] == ["node-1"]
 
 
 @pytest.mark.parametrize("upload", ["float32", "int8"])
 def test_its_node_goes_on_with_what_the_others_have(settings, data_files, upload):
-    settings |= {"fedcybgd.stale": "rebase", "num-server-rounds": 10, "fedcybgd.upload": upload}
+    settings |= {"num-server-rounds": 10, "fedcybgd.upload": upload}
     ledger = late_run(settings, data_files)
     turns = [(one.round, one.body["block"]) for one in ledger.records("reply") if one.node == "node-1"]
     assert len(turns) >= 3 and turns[0] == (3, 1)
     assert not [one for one in ledger.records("refused")]
 
 
-@pytest.mark.parametrize("policy", ["rebase", "average"])
-def test_a_server_killed_after_it_came_goes_on_to_the_same_bits(settings, data_files, policy, tmp_path):
-    settings |= {"fedcybgd.stale": policy, "num-server-rounds": 3}
+def test_a_server_killed_after_it_came_ends_in_the_same_bits(settings, data_files, tmp_path):
+    settings |= {"num-server-rounds": 3}
     ledger = late_run(settings, data_files)
     came, end = turn_of(ledger, "node-1", 2)[1].seq, sum(1 for _ in ledger.records())
     for last in range(came, end):
@@ -156,7 +150,6 @@ def test_a_server_killed_after_it_came_goes_on_to_the_same_bits(settings, data_f
 
 
 def test_a_late_turn_that_nobody_else_was_given_is_the_turn(settings, data_files, tmp_path):
-    settings |= {"fedcybgd.stale": "rebase"}
     quiet = settings | {"run.dir": str(tmp_path / "quiet")}
     run(quiet, data_files)
     ledger = late_run(settings, data_files, until=2)
@@ -164,10 +157,13 @@ def test_a_late_turn_that_nobody_else_was_given_is_the_turn(settings, data_files
     assert final_state(settings) == final_state(quiet)
 
 
-def test_a_late_change_of_the_newest_version_is_a_change_like_others(settings, data_files):
+def test_a_late_change_of_the_newest_version_is_a_change_like_others(settings, data_files, tmp_path):
     """Two blocks from one snapshot; one comes late, before it was given to another node."""
-    settings |= {"fedcybgd.final-norm": "own"}  # five blocks: the cycle's last round has a node to spare
-    settings |= {"fedcybgd.structure": "parallel", "fedcybgd.nodes-per-round": 2, "fedcybgd.stale": "rebase"}
+    model = make_model(LlamaConfig(**(CONFIGS["llama"].to_dict() | {"num_hidden_layers": 3})))
+    model.save_pretrained(tmp_path / "deep")
+    make_tokenizer().save_pretrained(tmp_path / "deep")
+    settings |= {"model.name": str(tmp_path / "deep")}  # five blocks: the cycle's last round has a node to spare
+    settings |= {"fedcybgd.structure": "parallel", "fedcybgd.nodes-per-round": 2}
     ledger = late_run(settings | {"num-server-rounds": 3}, data_files)
     reply, record = turn_of(ledger, "node-1", 2)
     replies = [protocol.decode("block-reply", one.blob) for one in ledger.records("reply", round=3)]
@@ -184,15 +180,10 @@ def test_a_late_change_of_the_newest_version_is_a_change_like_others(settings, d
 @pytest.mark.parametrize("method", ["fedcybgd", "fedkseed"])
 def test_a_turn_that_was_done_again_does_not_count_twice(settings, data_files, method, tmp_path):
     """The one node misses its deadline, is asked again and answers; then its first answer comes."""
-    settings |= {"method.name": method, "fedcybgd.stale": "rebase", "strategy.min-nodes": 1}
+    settings |= {"method.name": method, "strategy.min-nodes": 1}
     one, quiet = {"node-0": data_files["node-0"]}, settings | {"run.dir": str(tmp_path / "quiet")}
     run(quiet, one)
     ledger = late_run(settings, one, victim=1, hears=True)
     (late,) = ledger.records("late")
     assert late.round == 3 and "answered for this round already" in late.body["reason"]
     assert final_state(settings) == final_state(quiet)
-
-
-def test_late_turns_need_a_weight(settings):
-    with pytest.raises(ConfigError, match=r"fedcybgd\.stale.*strategy\.late"):
-        run(settings | {"fedcybgd.stale": "rebase", "strategy.late": 0.0}, {})

@@ -1,19 +1,16 @@
 """Flower's strategies on theta against their formulas, and the step size over the rounds."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord
 
 from fedtune_strategies.config import parse
-from fedtune_strategies.fedkseed.aggregators import schedule
+from fedtune_strategies.fedkseed.messages import SeedReply
+from fedtune_strategies.fedkseed.seed_draws import draw_seeds, seed_key
 from fedtune_strategies.fedkseed.strategy import FedKSeed
 from fedtune_strategies.fleet import Fleet
-from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.flower import task
-from fedtune_strategies.shared_random import draw_seeds, seed_key
 from fedtune_strategies.strategy import arrays_of
 from fedtune_strategies.testing import InMemoryGrid
 from tests.federations import final_state, run
@@ -35,9 +32,7 @@ def play(strategy, rounds, first=1):
     for number, answers in enumerate(rounds, start=first):
         strategy.configure_train(number, arrays, ConfigRecord(), fleet)
         replies = [
-            protocol.SeedReply(
-                f"n{i}", number, torch.tensor(one, dtype=torch.float32), 1.0, 2.0, "", 1, 1.0, 1, 1e-4, 1e-3, 0.1
-            )
+            SeedReply(f"n{i}", number, torch.tensor(one, dtype=torch.float32), 1.0, 2.0, "", 1, 1.0, 1, 1e-4, 1e-3, 0.1)
             for i, one in enumerate(answers)
         ]
         messages = [task(1, reply, number) for reply in replies]
@@ -115,28 +110,17 @@ def test_nodes_whose_replies_are_compared_draw_the_same_seeds():
 
 def test_server_step_and_weight_decay():
     rounds = some_rounds(rounds=1)
-    strategy = make("fedavg", strategy__server_lr=0.5, strategy__weight_decay=0.1)
+    strategy = make("fedavg", strategy__server_lr=0.5, train__weight_decay=0.1)
     strategy.theta = np.linspace(-1, 1, K).astype(np.float16).astype(np.float32)
     expected = 0.9 * np.linspace(-1, 1, K) + 0.5 * pushes(strategy, rounds).mean(axis=1)[0]
     np.testing.assert_allclose(play(strategy, rounds)[0], expected, rtol=1e-5, atol=2e-3)
 
 
-def test_schedules():
-    def factors(kind, warmup, rounds=5):
-        settings = SimpleNamespace(schedule=kind, warmup=warmup)
-        return [schedule(settings, number, rounds) for number in range(1, rounds + 1)]
-
-    np.testing.assert_allclose(factors("constant", 0), [1, 1, 1, 1, 1])
-    np.testing.assert_allclose(factors("constant", 2), [1 / 3, 2 / 3, 1, 1, 1])
-    np.testing.assert_allclose(factors("linear", 0), [1, 0.8, 0.6, 0.4, 0.2])
-    np.testing.assert_allclose(factors("cosine", 1), [1 / 2, 1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2])
-
-
 def test_the_round_s_step_size_moves_theta():
-    strategy, rounds = make("fedavg", fedkseed__schedule="linear", num_server_rounds=4), some_rounds()
+    strategy, rounds = make("fedavg", train__lr_schedule="linear", num_server_rounds=4), some_rounds()
     moves = pushes(strategy, rounds).mean(axis=1)
     np.testing.assert_allclose(
-        play(strategy, rounds)[-1], moves[0] + 0.75 * moves[1] + 0.5 * moves[2], rtol=1e-5, atol=2e-3
+        play(strategy, rounds)[-1], 0.875 * moves[0] + 0.625 * moves[1] + 0.375 * moves[2], rtol=1e-5, atol=2e-3
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedtune_strategies.errors import ConfigError
+from fedtune_strategies.fedkseed.messages import SeedReply
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.testing import InMemoryGrid
 from server_app.ledger import Ledger
@@ -17,7 +18,7 @@ AUTO = {"train.lr": "auto", "fedkseed.eps": "auto", "eval.answers": 0}
 
 
 def test_a_run_finds_its_step_and_resumes_with_it(settings, data_files, tmp_path, caplog):
-    settings |= AUTO | {"strategy.aggregation": "fedadam", "train.warmup": 1}
+    settings |= AUTO | {"strategy.aggregation": "fedadam"}
     caplog.set_level(logging.INFO, "fedtune")
     ledger = run(settings, data_files)
     found = [(record.body["lr"], record.body["eps"]) for record in ledger.records("reply")]
@@ -48,7 +49,7 @@ def test_one_node_cannot_choose_for_all(settings, data_files, caplog, change, ke
     def forged(kind, payload):
         kind, payload = nodes[1].handle(kind, payload)
         message = protocol.decode(kind, payload)
-        if isinstance(message, protocol.SeedReply):
+        if isinstance(message, SeedReply):
             message = replace(message, **change)
         return message.kind, protocol.encode(message)
 

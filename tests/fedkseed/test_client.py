@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedtune_strategies.config import parse
+from fedtune_strategies.config.node import NodeConfig
 from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.fedkseed.client import FedKSeedClient
+from fedtune_strategies.fedkseed.messages import SeedTask
 from fedtune_strategies.fedkseed.pools import pool_number
 from fedtune_strategies.fedkseed.versions import Versions
 from fedtune_strategies.method import NodeContext
-from fedtune_strategies.protocol import messages as protocol
 
 K = 8
 
@@ -21,12 +22,12 @@ K = 8
 def make_node(**changes):
     model = nn.Linear(2, 2)
     base = {name: value.detach().clone() for name, value in model.named_parameters()}
-    return FedKSeedClient(NodeContext(parse({"fedkseed.seeds": K} | changes), "a", model, base, []))
+    return FedKSeedClient(NodeContext(parse({"fedkseed.seeds": K} | changes), "a", model, base, [], NodeConfig()))
 
 
 def seed_task(round, since, change):
     empty = torch.empty(0)
-    return protocol.SeedTask(round, since, change, 1.0, empty, empty, 1.0, 1.0, 1.0)
+    return SeedTask(round, since, change, 1.0, empty, empty, 1.0, 1.0, 1.0)
 
 
 @given(st.integers(0, 3), st.lists(st.sampled_from(["asked", "asked twice", "missed", "restarted"]), max_size=12))

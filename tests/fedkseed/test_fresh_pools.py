@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from fedtune_strategies.fedkseed.messages import SeedTask
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.seed_space import fingerprint, tuned_parameters
 from fedtune_strategies.testing import InMemoryGrid
@@ -53,7 +54,7 @@ def test_workers_that_restart_and_nodes_that_join_late_rebuild_all_pools(growing
 
     def joining(kind, payload):
         message = protocol.decode(kind, payload)
-        if isinstance(message, protocol.SeedTask) and message.round == 4:
+        if isinstance(message, SeedTask) and message.round == 4:
             grid.nodes[3] = newcomer
         return nodes[1].handle(kind, payload)
 

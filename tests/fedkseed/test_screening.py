@@ -9,12 +9,11 @@ from hypothesis.extra import numpy as arrays
 
 from fedtune_strategies.config import parse
 from fedtune_strategies.errors import ProtocolError
-from fedtune_strategies.fedkseed.pro import FedKSeedPro
+from fedtune_strategies.fedkseed.messages import SeedReply
 from fedtune_strategies.fedkseed.screening import amplitude, clipped, out_of_line, running_amplitude
+from fedtune_strategies.fedkseed.seed_draws import draw_seeds, seed_key
 from fedtune_strategies.fedkseed.strategy import FedKSeed
-from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.flower import task
-from fedtune_strategies.shared_random import draw_seeds, importance, seed_key
 from fedtune_strategies.testing import InMemoryGrid
 
 K, TAU = 64, 20
@@ -26,9 +25,7 @@ def make(cls=FedKSeed, **changes):
 
 
 def reply(name, scalars, round=1):
-    return protocol.SeedReply(
-        name, round, torch.from_numpy(np.float32(scalars)), 1.0, 2.0, "", 1, 1.0, 1, 1e-4, 1e-3, 0.1
-    )
+    return SeedReply(name, round, torch.from_numpy(np.float32(scalars)), 1.0, 2.0, "", 1, 1.0, 1, 1e-4, 1e-3, 0.1)
 
 
 def play(strategy, replies):
@@ -97,20 +94,3 @@ def test_the_amplitude_survives_a_restart():
     play(strategy, honest(3))
     again.restore(strategy.state().tensors, lambda label: None)
     assert again.amplitude == strategy.amplitude > 0
-
-
-def test_importance_weights_make_odds_unbiased():
-    odds = np.array([1, 2, 5, 8], dtype=np.int16)
-    np.testing.assert_allclose((importance(odds) * odds / odds.sum()), 1 / 4)
-
-
-def test_steps_are_weighed_where_asked():
-    plain, weighed = (
-        make(FedKSeedPro, **{"fedkseed.pro-importance": on, "fedkseed.theta-bits": 24}) for on in (False, True)
-    )
-    for strategy in (plain, weighed):
-        strategy.observe(np.arange(K), np.linspace(0.1, 9, K, dtype=np.float32))
-    odds = plain.odds()
-    for strategy in (plain, weighed):
-        play(strategy, honest(1))
-    np.testing.assert_allclose(weighed.theta + weighed.carry, importance(odds) * (plain.theta + plain.carry), atol=1e-5)

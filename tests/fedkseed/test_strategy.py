@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from fedtune_strategies.config import parse
 from fedtune_strategies.errors import ConfigError, ProtocolError
+from fedtune_strategies.fedkseed.messages import SeedReply
 from fedtune_strategies.fedkseed.pro import FedKSeedPro
+from fedtune_strategies.fedkseed.seed_draws import LEVELS, MAX_ODDS, draw_seeds
 from fedtune_strategies.fedkseed.strategy import FedKSeed
-from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.flower import task
-from fedtune_strategies.shared_random import LEVELS, MAX_ODDS, draw_seeds
 from fedtune_strategies.testing import InMemoryGrid
 
 K, TAU, ETA = 32, 8, 0.25
@@ -22,12 +22,13 @@ K, TAU, ETA = 32, 8, 0.25
 def make(cls=FedKSeed, **changes):
     keys = {"fedkseed.seeds": K, "train.local-steps": TAU, "train.lr": ETA, "fedkseed.clip": 0.0}
     InMemoryGrid({})  # sets Flower's identity, without which no message can be made
+    keys |= {"method.name": "fedkseed-pro"} if cls is FedKSeedPro else {}
     return cls(parse(keys | {name.replace("__", ".").replace("_", "-"): value for name, value in changes.items()}), {})
 
 
 def reply(name, scalars, examples=1, round=1):
     values = torch.tensor(scalars, dtype=torch.float32)
-    message = protocol.SeedReply(name, round, values, 1.0, 2.0, "", examples, 1.0, 1, 1e-4, 1e-3, 0.1)
+    message = SeedReply(name, round, values, 1.0, 2.0, "", examples, 1.0, 1, 1e-4, 1e-3, 0.1)
     return task(1, message, round)
 
 
@@ -89,13 +90,13 @@ def test_a_skipped_step_moves_nothing():
 
 @pytest.mark.parametrize("cls", [FedKSeed, FedKSeedPro])
 def test_a_late_reply_moves_along_the_seeds_and_by_the_step_of_its_own_round(cls):
-    strategy = make(cls, strategy__late=0.5, fedkseed__schedule="linear", fedkseed__theta_bits=24)
+    strategy = make(cls, strategy__late=0.5, train__lr_schedule="linear", fedkseed__theta_bits=24)
     strategy.observe(np.arange(K), np.linspace(0.1, 9, K, dtype=np.float32))
     odds = strategy.odds()
     strategy.aggregate_train(1, [reply("b", [1.0] * TAU)])
     start = strategy.theta + strategy.carry
     lr = [strategy.lr(1), strategy.lr(2)]
-    again = make(cls, strategy__late=0.5, fedkseed__schedule="linear", fedkseed__theta_bits=24)
+    again = make(cls, strategy__late=0.5, train__lr_schedule="linear", fedkseed__theta_bits=24)
     again.restore(strategy.state().tensors, lambda label: None)
     now = again.odds()
     again.aggregate_train(2, [reply("a", [1.0] * TAU, examples=6), reply("b", [1.0] * TAU, examples=3, round=2)])
@@ -109,7 +110,7 @@ def test_a_late_reply_is_refused_where_it_cannot_count():
     def late(round, **changes):
         strategy = make(**changes)
         strategy.fingerprint, strategy.last_fingerprint = "now", ""
-        answer = protocol.SeedReply("a", round, torch.ones(TAU), 1.0, 2.0, "", 1, 1.0, 1, 1e-4, 1e-3, 0.1)
+        answer = SeedReply("a", round, torch.ones(TAU), 1.0, 2.0, "", 1, 1.0, 1, 1e-4, 1e-3, 0.1)
         return strategy.accept_late(5, answer)
 
     assert late(4, strategy__late=0.5)
@@ -166,9 +167,9 @@ def test_pro_ignores_steps_that_were_skipped():
     assert strategy.count.sum() == 1 and np.isfinite(strategy.mean_amplitude()).all()
 
 
-@given(st.lists(st.tuples(st.integers(0, K - 1), st.floats(width=32)), min_size=1, max_size=60), st.floats(0.05, 10))
-def test_pro_odds_stay_within_their_bounds(history, temperature):
-    strategy = make(FedKSeedPro, fedkseed__pro_temperature=temperature)
+@given(st.lists(st.tuples(st.integers(0, K - 1), st.floats(width=32)), min_size=1, max_size=60))
+def test_pro_odds_stay_within_their_bounds(history):
+    strategy = make(FedKSeedPro)
     seeds, values = (np.array(column) for column in zip(*history, strict=True))
     strategy.observe(seeds, values.astype(np.float32))
     odds = strategy.odds()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from fedtune_strategies.config import parse
+from fedtune_strategies.fedkseed.messages import SeedReply
 from fedtune_strategies.fedkseed.packing import unpack
 from fedtune_strategies.fedkseed.pro import FedKSeedPro
 from fedtune_strategies.fedkseed.strategy import FedKSeed
@@ -86,7 +87,7 @@ def long_reply(node, round, scalars, fingerprint=""):
     """Make a reply whose numbers take many digits."""
     facts = {"loss": 2.123456789, "num_examples": 999, "seconds": 12.345678, "peak_memory": 10**10}
     found = {"lr": 1.23456789e-4, "eps": 1.23456789e-3, "noise": 0.123456789}
-    return protocol.SeedReply(node, round, scalars, 1.0, fingerprint=fingerprint, **facts, **found)
+    return SeedReply(node, round, scalars, 1.0, fingerprint=fingerprint, **facts, **found)
 
 
 def rounds(cls, nodes, count, **changes):
@@ -97,6 +98,7 @@ def rounds(cls, nodes, count, **changes):
         return lambda kind, payload: (reply.kind, protocol.encode(reply))
 
     keys = {"fedkseed.seeds": K, "train.local-steps": TAU}
+    keys |= {"method.name": "fedkseed-pro"} if cls is FedKSeedPro else {}
     strategy = cls(parse(keys | changes), {})
     fleet = Fleet(InMemoryGrid({i: greet(f"node-{i:02d}") for i in range(nodes)}), "base")
     fleet.wait_for_nodes(nodes, wait=1)
@@ -129,7 +131,7 @@ def test_a_round_of_a_returning_node_stays_under_8000_bytes(cls, nodes):
 
 
 def test_a_round_of_a_new_node_stays_under_18000_bytes():
-    strategy = FedKSeedPro(parse({"fedkseed.seeds": K, "train.local-steps": TAU}), {})
+    strategy = FedKSeedPro(parse({"method.name": "fedkseed-pro", "fedkseed.seeds": K, "train.local-steps": TAU}), {})
     random = np.random.default_rng(0)
     strategy.observe(np.arange(K), random.standard_t(3, K).astype(np.float32))
     strategy.versions.add(98, [random.integers(-LARGEST, LARGEST, K, dtype=np.int32)])  # the most that theta can need
@@ -163,7 +165,7 @@ def test_theta_survives_storage_with_its_unit():
 
 def test_the_worst_numbers_stay_under_8000_bytes():
     strategy, random = (
-        FedKSeedPro(parse({"fedkseed.seeds": K, "train.local-steps": TAU}), {}),
+        FedKSeedPro(parse({"method.name": "fedkseed-pro", "fedkseed.seeds": K, "train.local-steps": TAU}), {}),
         np.random.default_rng(0),
     )
     strategy.observe(np.arange(K), random.uniform(0, 1, K).astype(np.float32))

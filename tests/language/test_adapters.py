@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from fedtune_strategies.errors import ConfigError
-from fedtune_strategies.fedavg.config import FedAvgConfig
 from fedtune_strategies.language.adapters import add_adapters, sharing_weights, weight_changes
 from tests.models import CONFIGS, make_model
 
@@ -15,7 +14,7 @@ IDS = torch.tensor([[1, 5, 9, 2, 7]])
 def test_merged_weights_compute_what_the_adapted_model_computes(name, targets):
     model = make_model(CONFIGS[name]).eval()
     merged, adapted = copy.deepcopy(model), sharing_weights(model)
-    adapters = add_adapters(adapted, FedAvgConfig(rank=3, alpha=5, targets=targets), seed=0)
+    adapters = add_adapters(adapted, 3, 5, targets, seed=0)
     with torch.no_grad():
         assert torch.equal(adapted(IDS).logits, model(IDS).logits), "new adapters change nothing"
         for adapter in adapters.values():
@@ -29,7 +28,7 @@ def test_merged_weights_compute_what_the_adapted_model_computes(name, targets):
 def test_a_copy_shares_the_weights_and_leaves_the_model_its_modules():
     model = make_model(CONFIGS["llama"])
     names = [name for name, _ in model.named_parameters()]
-    adapters = add_adapters(sharing_weights(model), FedAvgConfig(), seed=0)
+    adapters = add_adapters(sharing_weights(model), 8, 16, "", seed=0)
     assert [name for name, _ in model.named_parameters()] == names
     shared = sharing_weights(model)
     assert all(a is b for a, b in zip(shared.parameters(), model.parameters(), strict=True))
@@ -39,7 +38,7 @@ def test_a_copy_shares_the_weights_and_leaves_the_model_its_modules():
 def test_the_start_depends_on_the_seed_alone():
     def start(seed):
         torch.rand(3)
-        return add_adapters(make_model(CONFIGS["llama"]), FedAvgConfig(), seed)
+        return add_adapters(make_model(CONFIGS["llama"]), 8, 16, "", seed)
 
     one, same, other = start(1), start(1), start(2)
     assert all(torch.equal(one[name], same[name]) for name in one)
@@ -47,6 +46,6 @@ def test_the_start_depends_on_the_seed_alone():
 
 
 def test_targets_that_are_not_there_are_one_line():
-    with pytest.raises(ConfigError, match=r"fedavg\.targets.*nonsense") as caught:
-        add_adapters(make_model(CONFIGS["llama"]), FedAvgConfig(targets="nonsense"), seed=0)
+    with pytest.raises(ConfigError, match=r"lora\.targets.*nonsense") as caught:
+        add_adapters(make_model(CONFIGS["llama"]), 8, 16, "nonsense", seed=0)
     assert "\n" not in str(caught.value)

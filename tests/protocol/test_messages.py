@@ -8,6 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune_strategies.errors import ProtocolError
+from fedtune_strategies.fedavg.messages import ArraysReply, ArraysTask
+from fedtune_strategies.fedcybgd.messages import BlockReply, BlockTask
+from fedtune_strategies.fedkseed.messages import SeedReply, SeedTask
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.records import INLINE_BYTES, from_record, to_record
 
@@ -15,26 +18,23 @@ BYTES = torch.tensor([0, 3, 255], dtype=torch.uint8)
 EXAMPLES = [
     protocol.Hello(1, "abcd"),
     protocol.HelloReply("node-0", 1, 5, "abcd", 10),
-    protocol.SeedTask(
-        3, 1, BYTES, 2.0**-20, BYTES.clone(), torch.arange(1, 17, dtype=torch.int16), 1e-4, 1e-3, math.inf
-    ),
-    protocol.SeedTask(3, 0, BYTES, 2.0**-20, BYTES[:0], torch.empty(0, dtype=torch.int16), 1e-4, 1e-3, math.inf),
-    protocol.SeedReply("node-ä", 3, torch.tensor([1.0, math.nan]), 1.0, 2.5, "abcd", 5, 1.5, 10, 1e-4, 1e-3, 0.5),
-    protocol.BlockTask(
+    SeedTask(3, 1, BYTES, 2.0**-20, BYTES.clone(), torch.arange(1, 17, dtype=torch.int16), 1e-4, 1e-3, math.inf),
+    SeedTask(3, 0, BYTES, 2.0**-20, BYTES[:0], torch.empty(0, dtype=torch.int16), 1e-4, 1e-3, math.inf),
+    SeedReply("node-ä", 3, torch.tensor([1.0, math.nan]), 1.0, 2.5, "abcd", 5, 1.5, 10, 1e-4, 1e-3, 0.5),
+    BlockTask(
         round=2,
         block=1,
         versions=torch.tensor([0, 3]),
         exact={"a.weight": torch.randn(2, 3)},
-        rest={"b:int8": torch.ones(2, dtype=torch.int8)},
+        frozen={"b:int8": torch.ones(2, dtype=torch.int8)},
         lr=0.1,
         steps=0,
-        absent=torch.tensor([2]),
+        dropped=torch.tensor([2]),
         committed=1,
-        norms={"b": torch.ones(2)},
     ),
-    protocol.BlockReply("n", 2, 1, 3, {"a": torch.ones(2, dtype=torch.bfloat16)}, 2.0, 0.1, 0.5, 5, 1, "f", 5, 1.0, 10),
-    protocol.ArraysTask(1, {"a.weight": torch.randn(2, 3)}),
-    protocol.ArraysReply("n", 1, {"a.weight": torch.randn(2, 3)}, 2.0, 1, "f", 5, 1.0, 10),
+    BlockReply("n", 2, 1, 3, {"a": torch.ones(2, dtype=torch.bfloat16)}, 2.0, 5, 1, "f", 5, 1.0, 10),
+    ArraysTask(1, {"a.weight": torch.randn(2, 3)}, 1e-3),
+    ArraysReply("n", 1, {"a.weight": torch.randn(2, 3)}, 2.0, 1, "f", 5, 1.0, 10),
     protocol.ModelRequest("n", -1),
     protocol.ModelManifest("[]"),
     protocol.ModelChunk(3, torch.ones(4, dtype=torch.uint8)),
@@ -42,6 +42,9 @@ EXAMPLES = [
     protocol.StateMissing("n", 1),
     protocol.Failure(11, "no such file"),
 ]
+
+
+protocol.register(SeedTask, SeedReply, BlockTask, BlockReply, ArraysTask, ArraysReply)
 
 
 def same(left, right):

@@ -11,6 +11,7 @@ from fedtune_strategies.seed_space.philox import ELEMENT_SIGNS, SEED_SIGNS, sign
 
 POOLS = [("walsh", None), ("walsh", 256), ("gaussian", None)]
 kinds = pytest.mark.parametrize(("kind", "transform"), POOLS)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1,), (7,), (64,), (33, 5), (300,), (2, 3, 50)]
 
 
@@ -105,3 +106,22 @@ def test_seed_and_theta_outside_the_pool_are_refused():
         pool.direction("w", (3,), 4)
     with pytest.raises(ConfigError, match="theta"):
         pool.rebuild("w", torch.zeros(3), torch.zeros(5))
+
+
+@pytest.mark.parametrize("out", DTYPES)
+@pytest.mark.parametrize("held", DTYPES)
+@pytest.mark.parametrize("kind", ["walsh", "gaussian"])
+def test_what_is_read_stays_as_it_was_whatever_is_written(kind, held, out):
+    pool = make_pool(kind, key=1, size=64)
+    base = torch.randn(30, 70).to(held)
+    before = base.clone()
+    pool.rebuild("w", base, torch.randn(64), out=torch.empty(30, 70, dtype=out))
+    pool.move("w", base, [(3, 0.5)], out=torch.empty(30, 70, dtype=out))
+    assert torch.equal(base, before)
+
+
+@pytest.mark.parametrize("kind", ["walsh", "gaussian"])
+def test_an_output_with_gaps_is_rounded_once(kind):
+    pool, base, theta = make_pool(kind, key=1, size=64), torch.randn(30, 70).bfloat16(), torch.randn(64)
+    gaps = torch.empty(30, 140)[:, ::2]
+    assert torch.equal(pool.rebuild("w", base, theta, out=gaps), pool.rebuild("w", base.float(), theta))

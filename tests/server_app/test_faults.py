@@ -149,7 +149,6 @@ def faulty(settings):
         "round.deadline": 1.0,
         "round.node-wait": 20.0,
         "train.local-steps": 2,
-        "train.local-steps": 4,
     }
 
 

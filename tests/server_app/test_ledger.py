@@ -197,19 +197,13 @@ def test_a_ledger_with_nothing_whole_is_refused(tmp_path):
         Ledger(tmp_path)
 
 
-def test_an_older_format_is_brought_up_to_date(tmp_path, monkeypatch):
-    """Format 1 held every payload in its row."""
-    monkeypatch.setattr(mend, "INLINE_BYTES", 100)
-    tmp_path.joinpath("ledger.sqlite").write_bytes((Path(__file__).parent / "format_1.sqlite").read_bytes())
-    with pytest.raises(LedgerError, match=r"format 1.*brings it up to date"):
-        Ledger.read(tmp_path)
-    ledger = Ledger(tmp_path)
-    start, short, long = ledger.records()
-    assert (start.body, ledger.payload(short)) == ({"version": "0.1.0"}, b"short")
-    assert ledger.payload(long) == bytes(101) and long.blob == b""
-    ledger.append("round", round=2)
+def test_another_format_is_refused_by_one_line(ledger):
     ledger.close()
-    assert Ledger.read(tmp_path).damage() is None
+    with sqlite3.connect(ledger.folder / "ledger.sqlite") as db:
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    with pytest.raises(LedgerError, match=r"format 1.*use the matching release"):
+        Ledger(ledger.folder)
 
 
 def test_a_long_payload_is_a_file(ledger):

@@ -16,6 +16,12 @@ pytestmark = [
 ]
 
 
+OWN = {
+    "fedkseed": {"fedkseed.seeds": 1024, "train.local-steps": 25, "train.lr": 2e-4},
+    "fedcybgd": {"train.local-steps": 20, "fedcybgd.order": "descending"},
+}
+
+
 @pytest.mark.parametrize("method", ["fedkseed", "fedcybgd"])
 def test_stories260k_learns_dolly_on_four_nodes(tmp_path, method):
     dolly = SHARED / "dolly15k"
@@ -32,16 +38,12 @@ def test_stories260k_learns_dolly_on_four_nodes(tmp_path, method):
         "strategy.min-nodes": 4,
         "train.seq-length": 128,
         "train.batch-size": 8,
-        "fedkseed.seeds": 1024,
-        "train.local-steps": 25,
-        "train.lr": 2e-4,
-        "train.local-steps": 20,
-        "fedcybgd.order": "descending",
         "eval.data": str(tmp_path / "held_out.jsonl"),
         "eval.every": 6,
         "eval.answers": 0,
         "run.dir": str(tmp_path / "run"),
     }
+    settings |= OWN[method]
     execute(make_grid(make_nodes(settings, files)), settings, run_id=1)
     losses = [record.body["eval/loss"] for record in Ledger.read(tmp_path / "run").records("evaluation")]
     assert losses[0] == pytest.approx(4.3, abs=0.2)

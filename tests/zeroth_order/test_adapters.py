@@ -5,12 +5,13 @@ import pytest
 import torch
 
 from fedtune_strategies.config import parse
+from fedtune_strategies.config.node import NodeConfig
 from fedtune_strategies.fedkseed.client import FedKSeedClient
+from fedtune_strategies.fedkseed.messages import SeedTask
 from fedtune_strategies.fedkseed.packing import pack, read_scalars
 from fedtune_strategies.fedkseed.strategy import FedKSeed
 from fedtune_strategies.language.examples import Examples
 from fedtune_strategies.method import NodeContext
-from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.seed_space import make_pool, tuned_parameters
 from fedtune_strategies.strategy import arrays_of
 from fedtune_strategies.zeroth_order import local_steps
@@ -56,10 +57,10 @@ def test_server_and_node_agree_and_the_rest_stays():
     before = weights(model)
     base = {name: before[name] for name in tuned_parameters(model, ADAPTER)}
     examples = Examples(list(IDS.int().numpy()), [4, 4], [("a",), ("b",)], pad_id=0)
-    node = FedKSeedClient(NodeContext(config, "a", model, before, examples))
+    node = FedKSeedClient(NodeContext(config, "a", model, before, examples, NodeConfig()))
     units = np.arange(K, dtype=np.int32) * 1000
     empty = torch.empty(0)
-    task = protocol.SeedTask(2, 0, pack(units), 2.0**-20, empty, empty, 1e-3, 1e-3, np.inf)
+    task = SeedTask(2, 0, pack(units), 2.0**-20, empty, empty, 1e-3, 1e-3, np.inf)
     reply = node(task)
     strategy = FedKSeed(config, base)
     theta = torch.from_numpy((units * 2.0**-20).astype(np.float32))

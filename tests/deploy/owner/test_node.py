@@ -20,6 +20,7 @@ from deploy.owner.join import Membership
 from deploy.owner.node import meanings, run_node, supernode_command
 from deploy.owner.service import install, remove, unit_file, unit_text
 from fedtune_strategies.errors import ConfigError, DataError, LinkError, ResourceError
+from fedtune_strategies.method import installed_methods
 
 
 @pytest.fixture(autouse=True)
@@ -83,10 +84,12 @@ def test_joining_refuses_before_it_connects(tmp_path):
 
 def test_owners_are_told_what_leaves_by_the_method():
     assert leaves({"settings": {"method.name": "fedkseed", "train.local-steps": 7}})[0].startswith(
-        "FedKSeed, every round: 7"
+        "fedkseed, every round: 7"
     )
-    assert len(leaves({})) == 3 + len(ALWAYS)  # nothing announced: any of our methods may come
-    assert "its own package" in leaves({"settings": {"method.name": "mine"}})[0]
+    told = leaves({})  # nothing announced: any installed method may come
+    assert [line.partition(",")[0] for line in told[: -len(ALWAYS)]] == list(installed_methods())
+    assert any("all parameters of the model" in line for line in told)
+    assert "unknown here" in leaves({"settings": {"method.name": "mine"}})[0]
     plan = {"memory": 1 << 60, "disk": 10**6, "up": 1000, "down": 2000, "tasks": 1.0}
     rows = dict(terms({"settings": {"method.name": "fedkseed"}, "plan": plan}))
     assert "NOT ENOUGH" in rows["memory"] and rows["each round"].startswith("1.0 kB up and 2.0 kB down")

@@ -24,7 +24,7 @@ def reply(round, node, **facts):
 def begin(folder, method="fedkseed", rounds=3, **settings):
     """Write what a run writes before its first round; returns the open ledger."""
     ledger = Ledger(folder)
-    config = defaults() | {"method.name": method, "num-server-rounds": rounds} | settings
+    config = defaults(method) | {"method.name": method, "num-server-rounds": rounds} | settings
     ledger.append("start", body={"config": config, "version": "0.1.0", "run_id": "7"})
     for node in NODES:
         ledger.append("joined", node=node, body={"reason": "joined with 10 examples"})

@@ -25,7 +25,7 @@ def test_a_real_run_is_told_as_its_ledger_has_it(settings, data_files):
     after = {one["round"]: one["fingerprint"] for one in shown["evaluations"]}
     assert all(one["fingerprints"] == [after[one["round"] - 1]] for one in shown["rounds"])
     assert {node["name"] for node in shown["nodes"]} == set(data_files)
-    assert sum(level["seeds"] for level in shown["seeds"]["levels"]) == 64
+    assert sum(height for _, height in shown["panel"]["columns"]) == 64
     assert len(shown["answers"]) == 2 and all(answer["after"] for answer in shown["answers"])
 
 
@@ -105,12 +105,11 @@ def test_odds_of_the_seeds(tmp_path):
     ledger = begin(tmp_path, "fedkseed-pro", **settings)
     play(ledger, 1, blob=pro_state(settings, [0.0, 10.0, 10.0, 0.0], [1, 1, 1, 0]))
     ledger.close()
-    odds = report(tmp_path)["seeds"]
+    panel = report(tmp_path)["panel"]
     # Amplitudes 0, 10 and 10; the seed never drawn counts as average. The likeliest are e times the unlikeliest.
-    assert (odds["count"], odds["drawn"]) == (4, 3)
-    assert odds["ratio"] == pytest.approx(2.71828, rel=1e-3)
-    assert [level["seeds"] for level in odds["levels"]] == [1, 1, 2]
-    assert sum(level["times_uniform"] * level["seeds"] for level in odds["levels"]) == pytest.approx(4)
+    assert panel["note"].startswith("3 of 4 seeds were drawn so far. The likeliest is 2.72 times as likely")
+    assert [height for _, height in panel["columns"]] == [1, 1, 2]
+    assert sum(float(label) * height for label, height in panel["columns"]) == pytest.approx(4, abs=0.02)
 
 
 def test_a_view_follows_a_run_row_by_row(tmp_path):

@@ -1,0 +1,118 @@
+"""A node's side of the seed-space gradient: the weights as past rounds moved them, and a walk in the round's pool."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedtune_strategies.errors import ProtocolError
+from fedtune_strategies.fedkseed.config import GradientRunConfig
+from fedtune_strategies.fedkseed.messages import GradientReply, GradientTask
+from fedtune_strategies.fedkseed.moved import Moved
+from fedtune_strategies.language.examples import Batch, batches
+from fedtune_strategies.language.loss import response_loss
+from fedtune_strategies.memory import peak_memory
+from fedtune_strategies.method import NodeContext
+from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.seed_gradient import LocalWalk, decode, encode, local_walk, slopes
+from fedtune_strategies.seed_gradient.slopes import Slopes
+from fedtune_strategies.seed_space import fingerprint, tuned_parameters
+
+
+class SeedGradientClient:
+    """The weights after the rounds that the node knows of, and what it takes to walk from there.
+
+    Parameters
+    ----------
+    context : NodeContext
+        The node.
+    """
+
+    def __init__(self, context: NodeContext) -> None:
+        self._config: GradientRunConfig = context.config
+        self._model, self._name, self._examples = context.model, context.name, context.examples
+        self._micro_batch = context.node.micro_batch
+        self._parameters = tuned_parameters(self._model, self._config.train.parameters or None)
+        self._moved = Moved(self._config, {name: context.base[name] for name in self._parameters})
+
+    def __call__(self, task: protocol.Message) -> protocol.Message:
+        """Answer a `GradientTask`."""
+        if not isinstance(task, GradientTask):
+            raise ProtocolError(f"a node of the seed-space gradient cannot answer a '{task.kind}'.")
+        start = time.monotonic()
+        if not self.take(task):
+            return protocol.StateMissing(self._name, task.round)
+        # Rounded into the model: the same bits as on the server, which the fingerprint shows.
+        self._moved.write(self._parameters)
+        starting_print = fingerprint(self._parameters)
+        walk = self.walk(task)
+        levels, unit = encode(walk.theta.numpy(), self._config.fedkseed.up_bits)
+        finite = walk.loss[np.isfinite(walk.loss)]
+        return GradientReply(
+            node=self._name,
+            round=task.round,
+            levels=levels,
+            unit=unit,
+            loss=float(finite.mean()) if finite.size else float("nan"),
+            skipped=int(walk.loss.size - finite.size),
+            fingerprint=starting_print,
+            num_examples=len(self._examples),
+            seconds=time.monotonic() - start,
+            peak_memory=peak_memory(),
+        )
+
+    def take(self, task: GradientTask) -> bool:
+        """Move the weights by the points of a task; says whether they are then those of its round.
+
+        Raises
+        ------
+        ProtocolError
+            The points do not fit the run.
+        """
+        own = self._config.fedkseed
+        width = -(-own.seeds * own.down_bits // 8)
+        if task.levels.shape != (task.round - 1 - task.since, width) or task.units.shape != task.levels.shape[:1]:
+            raise ProtocolError("a gradient task's points do not fit the run: run the same FedTune version everywhere.")
+        points = [
+            decode(levels, float(unit), own.down_bits, own.seeds)
+            for levels, unit in zip(task.levels, task.units, strict=True)
+        ]
+        if self._moved.rounds == task.round - 1:
+            return True  # the last task again
+        if task.since == 0:
+            self._moved.weights.reset()
+        elif task.since != self._moved.rounds:
+            return False
+        for theta in points:
+            self._moved.add(theta)
+        return True
+
+    def walk(self, task: GradientTask) -> LocalWalk:
+        """Take the round's steps; `take` said that the weights are there."""
+        train, pool = self._config.train, self._moved.pool(task.round)
+        data = batches(self._examples, train.batch_size, train.local_steps, (train.seed, task.round, self._name))
+
+        def find(batch: Batch) -> Slopes:
+            parts = [slopes(self._model, self._parameters, response_loss, part, pool) for part in self._parts(batch)]
+            weights = [_answer_tokens(part) for part in self._parts(batch)]
+            total = max(1, sum(weights))
+            return Slopes(
+                sum(one.loss * weight for one, weight in zip(parts, weights, strict=True)) / total,
+                sum((one.g * (weight / total) for one, weight in zip(parts, weights, strict=True)), torch.zeros(())),
+            )
+
+        return local_walk(self._parameters, self._moved.weights, pool, find, data, step=task.lr, beta1=train.beta1)
+
+    def _parts(self, batch: Batch) -> Iterator[dict[str, Any]]:
+        """Cut a batch into micro-batches."""
+        size = self._micro_batch or len(batch["input_ids"])
+        for low in range(0, len(batch["input_ids"]), size):
+            yield {name: tensor[low : low + size] for name, tensor in batch.items()}
+
+
+def _answer_tokens(batch: dict[str, Any]) -> int:
+    return int((batch["labels"][:, 1:] != -100).sum())

@@ -1,0 +1,186 @@
+"""FedKSeed with the seed-space gradient: the same W(theta) = W_0 + sum_p sum_k theta_{p,k} z_{p,k}, by first order.
+
+A zeroth-order step learns one slope for two forward passes; one backward pass gives the slopes along all K directions
+of a pool, by the adjoint of the transform that rebuilds weights. So every round has a fresh pool: a node walks some
+steps in it from theta = 0, and sends the point that it reached at one bit a coefficient. The mean of these points is
+rounded to a few bits *before* it moves the model, so that the server and every node have the same bits; what rounding
+leaves is forgotten, since it is nearly orthogonal to the next pool.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedtune_strategies.aggregators import robust_aggregator
+from fedtune_strategies.errors import ProtocolError
+from fedtune_strategies.fedkseed.config import GradientRunConfig
+from fedtune_strategies.fedkseed.messages import GradientReply, GradientTask
+from fedtune_strategies.fedkseed.moved import Moved
+from fedtune_strategies.fedkseed.screening import running_amplitude
+from fedtune_strategies.fleet import Fleet
+from fedtune_strategies.lr_schedule import learning_rate
+from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.protocol.flower import address, decoded
+from fedtune_strategies.seed_gradient import decode, default_step, encode
+from fedtune_strategies.seed_space import fingerprint
+from fedtune_strategies.shared_random import sample
+from fedtune_strategies.strategy import State, TuningStrategy, arrays_of, check_origin, log
+
+Point = tuple[Tensor, float]
+"""The packed levels of a round's theta, and their unit."""
+
+
+class SeedGradient(TuningStrategy):
+    """Tune in the space of seeded directions by gradients, a fresh pool of directions in each round.
+
+    Parameters
+    ----------
+    config : GradientRunConfig
+        The run configuration.
+    base : mapping of str to Tensor
+        W_0 of the tuned parameters by canonical name.
+    """
+
+    def __init__(self, config: GradientRunConfig, base: Mapping[str, Tensor]) -> None:
+        self.config = config
+        self.inner = robust_aggregator(config.strategy)
+        self.moved = Moved(config, base)
+        self.points: list[Point] = []
+        self.held: dict[str, int] = {}  # points that each node holds, as its last reply showed
+        self.forgot: set[str] = set()  # nodes that said since then that they hold none
+        self.unit = 0.0  # running median of the nodes' units
+        self.fingerprint = ""
+        count = sum(tensor.numel() for tensor in base.values())
+        self.eta = config.train.lr or default_step(count, config.fedkseed.seeds)
+
+    def summary(self) -> None:
+        """Log what will be tuned and how, and why where the estimator chose."""
+        own, train = self.config.fedkseed, self.config.train
+        chosen = "as set" if train.lr else "by the model's size and K"
+        log.info(
+            "FedKSeed by gradient: K = %d %s directions, fresh each round (a fixed pool saturates), tau = %d, a step "
+            "changes the weights by %.3g of their root mean square (%s), %d bit up (a byte does more as K), "
+            "%d bits down (every holder moves by the same rounded point), aggregated by %s",
+            own.seeds, own.pool, train.local_steps, self.eta, chosen, own.up_bits, own.down_bits,
+            type(self.inner).__name__,
+        )  # fmt: skip
+
+    def initial_arrays(self) -> ArrayRecord:
+        """Return theta = 0 of the first pool: the base model."""
+        return arrays_of(theta=torch.zeros(self.config.fedkseed.seeds))
+
+    def lr(self, round: int) -> float:
+        """Return the step size of a round."""
+        train = self.config.train
+        return learning_rate(self.eta, round, self.config.num_server_rounds, train.lr_schedule, train.warmup)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Send the sampled nodes the points that they lack."""
+        assert isinstance(grid, Fleet)
+        nodes, settings = grid.nodes, self.config.strategy
+        count = max(settings.min_replies, round(settings.fraction_train * len(nodes)))
+        chosen = sample((self.config.train.seed, server_round), list(nodes), min(count, len(nodes)))
+        since = {name: 0 if name in self.forgot else self.held.get(name, 0) for name in chosen}
+        # Most nodes lack the same points: what they are sent is encoded once.
+        payloads = {held: protocol.encode(self._task(server_round, held)) for held in set(since.values())}
+        kind = GradientTask.kind
+        return [address(nodes[name].id, kind, payloads[since[name]], server_round) for name in chosen]
+
+    def accept(self, round: int, reply: protocol.Message) -> bool:
+        """Check type, round, starting weights and size of a reply."""
+        if isinstance(reply, protocol.StateMissing):
+            log.info("%s holds the base model alone (its worker was restarted): sending it all points", reply.node)
+            self.forgot.add(reply.node)
+            return False
+        if not isinstance(reply, GradientReply):
+            raise ProtocolError(f"a node answered a gradient task with a '{reply.kind}'.")
+        check_origin(reply, round, self.fingerprint)
+        self._theta(reply)
+        return True
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Let the inner strategy average the nodes' points; round the mean, and make it the round's point."""
+        answers = sorted((decoded(reply.content, GradientReply) for reply in replies), key=lambda one: one.node)
+        if not answers:
+            return None, None
+        self.held |= {answer.node: server_round - 1 for answer in answers}
+        self.forgot -= {answer.node for answer in answers}
+        # No node moves a coordinate by more than the median node does: a large unit would outweigh all others.
+        self.unit = running_amplitude(self.unit, [answer.unit for answer in answers])
+        arrays, metrics = self.inner.aggregate_train(server_round, [self._as_flower(answer) for answer in answers])
+        if arrays is None:
+            return None, metrics
+        mean = self.config.strategy.server_lr * arrays["theta"].numpy().astype(np.float64)
+        levels, unit = encode(mean.astype(np.float32), self.config.fedkseed.down_bits)
+        self.points.append((levels, unit))
+        theta = self._decoded(self.points[-1])
+        if metrics is not None:
+            length = float(np.linalg.norm(mean))
+            metrics["move/rms"] = float(np.linalg.norm(theta))
+            metrics["move/kept"] = float(1 - np.square(theta - mean).sum() / length**2) if length else 0.0
+        return arrays_of(theta=torch.from_numpy(theta)), metrics
+
+    def materialise(self, arrays: ArrayRecord, parameters: Mapping[str, Tensor]) -> str:
+        """Move the weights by the points that are not in them yet, and write them; others stay as they are."""
+        start, missing = time.monotonic(), len(self.points) - self.moved.rounds
+        for done, point in enumerate(self.points[self.moved.rounds :], start=1):
+            self.moved.add(self._decoded(point))
+            if done == 1 and missing > 1:  # a restart: say how long it will take
+                log.info("moving the base model by %d rounds: about %.0f s", missing,
+                         missing * (time.monotonic() - start))  # fmt: skip
+        tuned = {name: parameters[name] for name in self.moved.weights}
+        self.moved.write(tuned)
+        self.fingerprint = fingerprint(tuned)
+        return self.fingerprint
+
+    def state(self) -> State:
+        """Return the running unit and what nodes hold; the newest point is a file, which will not change any more."""
+        tensors = {f"held/{node}": torch.tensor(rounds) for node, rounds in sorted(self.held.items())}
+        levels, unit = self.points[-1]
+        point = {"levels": levels, "unit": torch.tensor(unit, dtype=torch.float64)}
+        return State(tensors | {"unit": torch.tensor(self.unit, dtype=torch.float64)},
+                     {f"point-{len(self.points)}": point})  # fmt: skip
+
+    def restore(self, tensors: dict[str, Tensor], load: Callable[[str], dict[str, Tensor] | None]) -> ArrayRecord:
+        """Take up what `state` returned."""
+        self.unit = float(tensors["unit"])
+        self.held = {key.removeprefix("held/"): int(v) for key, v in tensors.items() if key.startswith("held/")}
+        while (point := load(f"point-{len(self.points) + 1}")) is not None:
+            self.points.append((point["levels"], float(point["unit"])))
+        return arrays_of(theta=torch.from_numpy(self._decoded(self.points[-1])))
+
+    def _task(self, round: int, held: int) -> GradientTask:
+        new = self.points[held:]
+        width = -(-self.config.fedkseed.seeds * self.config.fedkseed.down_bits // 8)
+        levels = torch.stack([levels for levels, _ in new]) if new else torch.empty(0, width, dtype=torch.uint8)
+        units = torch.tensor([unit for _, unit in new], dtype=torch.float32)
+        return GradientTask(round, held, levels, units, self.lr(round))
+
+    def _decoded(self, point: Point) -> NDArray[np.float32]:
+        return decode(*point, self.config.fedkseed.down_bits, self.config.fedkseed.seeds)
+
+    def _theta(self, reply: GradientReply) -> NDArray[np.float32]:
+        """Return the point that a node reached, float32 [K]."""
+        own = self.config.fedkseed
+        if not 0 < reply.unit < math.inf:
+            raise ProtocolError(f"{reply.node} made no step with a finite loss: the reply is left out.")
+        return decode(reply.levels, min(reply.unit, self.unit or reply.unit), own.up_bits, own.seeds)
+
+    def _as_flower(self, answer: GradientReply) -> Message:
+        weight = answer.num_examples if self.config.strategy.weighting == "examples" else 1
+        metrics = MetricRecord({"num-examples": weight, "train/loss": answer.loss, "train/skipped": answer.skipped})
+        arrays = arrays_of(theta=torch.from_numpy(self._theta(answer).astype(np.float64)))
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), dst_node_id=0, message_type="train")

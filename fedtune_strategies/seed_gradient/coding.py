@@ -1,0 +1,95 @@
+"""A point of seed space in one to eight bits a coefficient.
+
+A coefficient becomes one of 2^b levels (q + 1/2) u, with q from -2^(b-1) to 2^(b-1) - 1: its sign alone at one bit. The
+unit u is the one with the least squared error; what is beyond the outermost level is clipped to it. In a random basis
+coefficients are alike and nearly normal, so one unit serves all.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedtune_strategies.errors import ProtocolError
+
+CLIPS = np.linspace(1.0, 8.0, 57)  # outermost levels that are tried, in root mean squares
+ROUNDS = 4  # of fitting the unit to the levels that it chose
+
+
+def encode(theta: NDArray[np.float32], bits: int) -> tuple[Tensor, float]:
+    """Round a point to few bits.
+
+    Parameters
+    ----------
+    theta : ndarray of float32, shape [K]
+        The point.
+    bits : int
+        Bits of a coefficient, 1 to 8.
+
+    Returns
+    -------
+    tuple of Tensor and float
+        The packed levels, uint8, ``ceil(K * bits / 8)`` bytes, and the unit, in float32 precision. At one bit the unit
+        is twice the mean magnitude.
+    """
+    x = theta.astype(np.float64)
+    rms = float(np.sqrt(np.mean(x * x))) if x.size else 0.0
+    if not rms:
+        return _pack(_levels(x, 1.0, bits), bits), 0.0
+    half = 1 << (bits - 1)
+    unit = min((rms * clip / (half - 0.5) for clip in CLIPS), key=lambda unit: _error(x, unit, bits))
+    for _ in range(ROUNDS):  # the best unit for given levels, and the best levels for it: neither can do worse
+        values = _levels(x, unit, bits) + 0.5
+        unit = float(np.dot(x, values) / np.dot(values, values))
+    unit = float(np.float32(unit))
+    return _pack(_levels(x, unit, bits), bits), unit
+
+
+def decode(packed: Tensor, unit: float, bits: int, size: int) -> NDArray[np.float32]:
+    """Undo `encode`, up to its rounding; every holder gets the same bits.
+
+    Parameters
+    ----------
+    packed : Tensor
+        uint8, from `encode`.
+    unit : float
+        The unit.
+    bits : int
+        Bits of a coefficient.
+    size : int
+        How many coefficients there must be.
+
+    Returns
+    -------
+    ndarray of float32, shape [K]
+        The rounded point.
+
+    Raises
+    ------
+    ProtocolError
+        There is another number of bytes, or the unit is no length.
+    """
+    if packed.dtype != torch.uint8 or packed.shape != (-(-size * bits // 8),):
+        raise ProtocolError(f"received {tuple(packed.shape)} of {packed.dtype}, not {size} levels of {bits} bits.")
+    if not 0 <= unit < np.inf:
+        raise ProtocolError(f"received levels with the unit {unit}.")
+    planes = np.unpackbits(packed.numpy(), count=size * bits, bitorder="little").reshape(size, bits)
+    levels = planes @ (1 << np.arange(bits)) - (1 << (bits - 1))
+    return ((levels + 0.5) * unit).astype(np.float32)
+
+
+def _levels(x: NDArray[np.float64], unit: float, bits: int) -> NDArray[np.float64]:
+    half = 1 << (bits - 1)
+    return np.clip(np.floor(x / unit), -half, half - 1)
+
+
+def _error(x: NDArray[np.float64], unit: float, bits: int) -> float:
+    return float(np.square(x - (_levels(x, unit, bits) + 0.5) * unit).sum())
+
+
+def _pack(levels: NDArray[np.float64], bits: int) -> Tensor:
+    whole = (levels + (1 << (bits - 1))).astype(np.uint8)
+    planes = whole[:, None] >> np.arange(bits, dtype=np.uint8) & 1
+    return torch.from_numpy(np.packbits(planes, bitorder="little"))

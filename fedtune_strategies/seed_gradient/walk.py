@@ -1,0 +1,103 @@
+"""A node's local steps in seed space: momentum for each direction, and one size for all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedtune_strategies.seed_gradient.slopes import Slopes
+from fedtune_strategies.seed_space import Pool
+
+MARGIN = 2.0  # nats above its start from which on a loss is out of bounds: batches differ by less
+
+
+@dataclass(frozen=True)
+class LocalWalk:
+    """Where a node's local steps led.
+
+    Attributes
+    ----------
+    theta : Tensor
+        float32, shape (K,): the point reached, from 0.
+    loss : np.ndarray
+        float32, shape (steps taken,): the loss of each step's batch before the step; NaN where it was not finite and
+        the step was skipped.
+    stopped : bool
+        Whether the walk was ended because its loss ran away; `theta` is then the last point where it had not.
+    """
+
+    theta: Tensor
+    loss: np.ndarray
+    stopped: bool
+
+
+def local_walk(
+    parameters: Mapping[str, nn.Parameter],
+    base: Mapping[str, Tensor],
+    pool: Pool,
+    find: Callable[[Any], Slopes],
+    batches: Iterable[Any],
+    *,
+    step: float,
+    beta1: float = 0.5,
+    beta2: float = 0.999,
+) -> LocalWalk:
+    """Walk downhill from theta = 0 in a pool.
+
+    Each step rebuilds the weights ``W = W_r + sum_k theta_k z_k`` with one rounding, so nothing is lost in 16 bits,
+    and moves theta by ``-(step / sqrt(K)) m / sqrt(v)``: m is the running mean of the slopes, v that of their mean
+    square over all K, both without their bias towards 0. One v for all directions, since a direction is a random one:
+    none is steeper than the others by itself.
+
+    Parameters
+    ----------
+    parameters : mapping of str to nn.Parameter
+        The model's tuned parameters by canonical name. They end somewhere on the way.
+    base : mapping of str to Tensor
+        W_r by the same names.
+    pool : Pool
+        The round's directions.
+    find : callable
+        Gives loss and slopes of a batch where the model is, such as `slopes`.
+    batches : iterable
+        One for each step.
+    step : float
+        The root mean square by which a step changes the weights, in units of the pool's scales.
+    beta1, beta2 : float
+        Decay of m and v.
+
+    Returns
+    -------
+    LocalWalk
+        The point reached, and the losses on the way.
+    """
+    theta, mean = torch.zeros(pool.size, dtype=torch.float64), torch.zeros(pool.size, dtype=torch.float64)
+    safe, square, taken = theta.clone(), 0.0, 0
+    losses: list[float] = []
+    limit = math.inf
+    for batch in batches:
+        pool.rebuild_model(parameters, base, theta.float())
+        loss, g = find(batch)
+        finite = math.isfinite(loss) and bool(g.isfinite().all())
+        losses.append(loss if finite else math.nan)
+        if not finite:
+            continue
+        limit = min(limit, loss + MARGIN) if taken == 0 else limit
+        # One batch may be hard; two in a row are a walk that left the valley.
+        if loss <= limit:
+            safe.copy_(theta)
+        elif len(losses) > 1 and losses[-2] > limit:
+            return LocalWalk(safe.float(), np.array(losses, np.float32), stopped=True)
+        taken += 1
+        mean.mul_(beta1).add_(g, alpha=1 - beta1)
+        square = beta2 * square + (1 - beta2) * float(g.square().mean())
+        size = math.sqrt(square / (1 - beta2**taken))
+        if size:
+            theta.sub_(mean, alpha=step / math.sqrt(pool.size) / (1 - beta1**taken) / size)
+    return LocalWalk(theta.float(), np.array(losses, np.float32), stopped=False)

@@ -1,0 +1,210 @@
+"""Whole runs of FedKSeed with the seed-space gradient: every holder the same bits, kilobytes on the wire, learning."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedtune_strategies.config import defaults, parse
+from fedtune_strategies.errors import ConfigError, FingerprintError, ProtocolError
+from fedtune_strategies.fedkseed.gradient_strategy import SeedGradient
+from fedtune_strategies.fedkseed.messages import GradientReply, GradientTask
+from fedtune_strategies.method import register_messages
+from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.protocol.flower import task
+from fedtune_strategies.seed_gradient import encode
+from fedtune_strategies.strategy import arrays_of
+from fedtune_strategies.testing import InMemoryGrid
+from server_app.export import export_round
+from server_app.ledger import Ledger
+from server_app.replay import replay
+from server_app.run import execute
+from tests.federations import assert_resumes_exactly, final_state, make_nodes, run, run_with_restarts
+
+GRADIENT = {"method.name": "fedkseed", "fedkseed.estimator": "gradient"}
+
+
+@pytest.fixture
+def settings(settings):
+    common = {key: value for key, value in settings.items() if key in defaults("fedkseed", GRADIENT)}
+    return common | GRADIENT | {"train.lr": "auto", "fedkseed.seeds": 256}
+
+
+def test_a_run_killed_at_any_record_resumes_to_the_same_bits(settings, data_files, tmp_path):
+    assert_resumes_exactly(settings | {"num-server-rounds": 2, "eval.answers": 0}, data_files, tmp_path, first=5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_restarted_workers_get_every_point_again_and_end_in_the_same_bits(settings, data_files, dtype, tmp_path):
+    settings |= {"model.dtype": dtype}
+    forgetful = settings | {"run.dir": str(tmp_path / "forgetful")}
+    run(settings, data_files)
+    run_with_restarts(forgetful, data_files)
+    assert final_state(settings)[2] == final_state(forgetful)[2]
+
+
+def test_replies_make_the_recorded_model_and_any_round_is_exported(settings, data_files, tmp_path):
+    ledger = run(settings, data_files)
+    folder = Path(settings["run.dir"])
+    assert replay(folder).kept == 9
+    assert replay(folder, without=["node-0"], out=tmp_path / "without").left_out == 3
+    assert export_round(folder, 1, tmp_path / "one") == 1
+    assert export_round(folder, None, tmp_path / "last") == 3
+    prints = [record.body["fingerprint"] for record in ledger.records("evaluation")]
+    assert len(set(prints)) == 4 and all(
+        record.body["fingerprint"] == prints[record.round - 1] for record in ledger.records("reply")
+    )
+
+
+def test_a_round_costs_two_kilobytes_up_and_eight_down(settings, data_files):
+    """K = 16384 at 1 bit up and 4 bits down; the first round brings nothing down."""
+    settings |= {"fedkseed.seeds": 16384, "num-server-rounds": 3, "eval.data": ""}
+    replies = list(run(settings, data_files).records("reply"))
+    assert [record.body["bytes_up"] for record in replies if not 2048 < record.body["bytes_up"] <= 2200] == []
+    down = [record.body["bytes_down"] for record in replies if record.round > 1]
+    assert [count for count in down if not 8192 < count <= 8400] == []
+
+
+def test_a_late_joiner_gets_what_it_lacks_once(settings, data_files):
+    settings |= {"num-server-rounds": 5, "strategy.min-nodes": 2, "eval.data": ""}
+    nodes, sent = make_nodes(settings, data_files), []
+    late = 3
+
+    def spy(number):
+        def handle(kind, payload):
+            message = protocol.decode(kind, payload)
+            if isinstance(message, GradientTask):
+                sent.append((number, message.round, len(message.levels)))
+                if message.round == 2:
+                    grid.nodes.setdefault(late, spy(late))
+            return nodes[number].handle(kind, payload)
+
+        return handle
+
+    grid = InMemoryGrid({number: spy(number) for number in (1, 2)})
+    execute(grid, settings, run_id=1)
+    assert [one for one in sent if one[0] == late] == [(late, 3, 2), (late, 4, 1), (late, 5, 1)]
+    assert [one for one in sent if one[0] == 1] == [(1, 1, 0), (1, 2, 1), (1, 3, 1), (1, 4, 1), (1, 5, 1)]
+
+
+def test_it_learns_more_than_scalars_in_as_many_rounds(settings, data_files, tmp_path):
+    settings |= {"num-server-rounds": 6, "eval.answers": 0, "fedkseed.seeds": 1024, "train.local-steps": 10}
+    zeroth = {key: value for key, value in settings.items() if key in defaults("fedkseed")} | {
+        "fedkseed.estimator": "two-sided", "train.lr": 1e-4, "run.dir": str(tmp_path / "zeroth"),
+    }  # fmt: skip
+    ends = []
+    for flat in (settings, zeroth):
+        losses = [record.body["eval/loss"] for record in run(flat, data_files).records("evaluation")]
+        ends.append(losses[0] - losses[-1])
+    assert ends[0] > 0.1 and ends[0] > 2 * max(ends[1], 0.0)
+
+
+def test_micro_batches_change_the_memory_and_hardly_the_result(settings, data_files, tmp_path):
+    settings |= {"num-server-rounds": 1, "eval.answers": 0}
+    whole = run(settings, data_files)
+    parts = run(settings | {"run.dir": str(tmp_path / "parts")}, data_files, **{"micro-batch": 1})
+    one, other = (next(ledger.records("evaluation", round=1)).body["eval/loss"] for ledger in (whole, parts))
+    assert one == pytest.approx(other, abs=0.02)
+
+
+def test_part_of_a_model_is_tuned_where_asked(settings, data_files, tmp_path):
+    run(settings | {"train.parameters": "layers"}, data_files)
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(settings["model.name"]).state_dict()
+    tuned = AutoModelForCausalLM.from_pretrained(Path(settings["run.dir"]) / "model").state_dict()
+    changed = {name for name in base if not torch.equal(base[name], tuned[name])}
+    assert changed and all("layers" in name for name in changed)
+
+
+K = 64
+
+
+@pytest.fixture
+def strategy():
+    InMemoryGrid({})
+    register_messages("fedkseed")
+    made = SeedGradient(parse(GRADIENT | {"fedkseed.seeds": K}), {"w": torch.randn(8, 16)})
+    made.materialise(made.initial_arrays(), {"w": torch.empty(8, 16)})
+    return made
+
+
+def reply(name, theta, *, round=1, print_="", unit=None, bits=1, loss=2.0, examples=10):
+    levels, own = encode(np.float32(theta), bits)
+    return GradientReply(name, round, levels, own if unit is None else unit, loss, 0, print_, examples, 1.0, 10)
+
+
+def fold(strategy, round, replies):
+    return strategy.aggregate_train(round, [task(1, one, round) for one in replies])
+
+
+def test_the_move_is_the_mean_of_signs_rounded_before_it_is_made(strategy):
+    points = np.random.default_rng(0).normal(size=(3, K))
+    arrays, metrics = fold(strategy, 1, [reply(f"n{i}", point) for i, point in enumerate(points)])
+    units = np.abs(points).mean(axis=1)
+    mean = (np.minimum(units, np.median(units))[:, None] * np.sign(points)).mean(axis=0)
+    levels, unit = encode(mean.astype(np.float32), 4)
+    assert torch.equal(strategy.points[0][0], levels) and strategy.points[0][1] == pytest.approx(unit)
+    assert np.abs(arrays["theta"].numpy() - mean).max() <= unit
+    assert 0.9 < metrics["move/kept"] <= 1.0
+
+
+def test_a_node_moves_no_coordinate_by_more_than_the_median_does(strategy):
+    honest = [reply(f"n{i}", np.full(K, 0.01)) for i in range(4)]
+    arrays, _ = fold(strategy, 1, [*honest, reply("n9", np.full(K, -1e6))])
+    assert arrays["theta"].numpy() == pytest.approx(np.full(K, 0.6 * 0.01), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [
+        (lambda print_: reply("a", np.ones(K), print_="other"), FingerprintError),
+        (lambda print_: reply("a", np.ones(K), print_=print_, round=2), ProtocolError),
+        (lambda print_: reply("a", np.ones(K + 8), print_=print_), ProtocolError),
+        (lambda print_: reply("a", np.ones(K), print_=print_, unit=float("nan")), ProtocolError),
+        (lambda print_: reply("a", np.ones(K), print_=print_, unit=0.0), ProtocolError),
+        (lambda print_: reply("a", np.ones(K), print_=print_, bits=2), ProtocolError),
+        (lambda print_: protocol.Ack("a", 1), ProtocolError),
+    ],
+)
+def test_a_reply_that_does_not_fit_is_refused(strategy, bad, error):
+    with pytest.raises(error):
+        strategy.accept(1, bad(strategy.fingerprint))
+    assert strategy.accept(1, reply("a", np.ones(K), print_=strategy.fingerprint))
+
+
+def test_a_restored_strategy_continues_with_the_same_bits(strategy):
+    random = np.random.default_rng(1)
+    rounds = [[reply(f"n{i}", random.normal(size=K), round=number) for i in range(3)] for number in (1, 2, 3)]
+    again = SeedGradient(strategy.config, {name: value for name, value in strategy.moved.weights.items()})
+    files = {}
+    for number, replies in enumerate(rounds, start=1):
+        fold(strategy, number, replies)
+        files |= strategy.state().files
+        if number == 2:
+            again.restore(strategy.state().tensors, files.get)
+    fold(again, 3, rounds[2])
+    assert all(
+        torch.equal(one[0], other[0]) and one[1] == other[1]
+        for one, other in zip(strategy.points, again.points, strict=True)
+    )
+    prints = [one.materialise(arrays_of(), {"w": torch.empty(8, 16)}) for one in (strategy, again)]
+    assert prints[0] == prints[1]
+
+
+def test_keys_of_the_other_estimators_are_refused_by_name():
+    for flat, word in (
+        (GRADIENT | {"fedkseed.eps": 1e-3}, "fedkseed.eps"),
+        (GRADIENT | {"privacy.clip": 1.0}, "privacy.clip"),
+        ({"fedkseed.up-bits": 1}, "fedkseed.up-bits"),
+        ({"method.name": "fedkseed-pro", "fedkseed.estimator": "gradient"}, "fedkseed-pro|no seeds to"),
+    ):
+        with pytest.raises(ConfigError, match=word):
+            parse(flat)
+
+
+def test_the_ledger_says_with_which_settings_it_ran(settings, data_files):
+    ledger = run(settings | {"num-server-rounds": 1, "eval.data": ""}, data_files)
+    config = Ledger.read(ledger.folder).last("start").body["config"]
+    assert config["fedkseed.down-bits"] == 4 and config["train.beta1"] == 0.5 and "fedkseed.eps" not in config
