@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fedtune_strategies.blocks.codec_config import Codec
@@ -61,7 +61,8 @@ SIZES: dict[str, object] = {
     **{"vocab_size": 64, "n_inner": None, "mamba_expand": 2, "attn_layer_period": 2, "attn_layer_offset": 1},
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
 }
-LATENT = {"head_dim": 4, "num_key_value_heads": 2}  # multi-head latent attention: the part of a head that is rotated
+# Multi-head latent attention: the part of a head that is rotated.
+LATENT: dict[str, object] = {"head_dim": 4, "num_key_value_heads": 2}
 OWN: dict[str, dict[str, object]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "youtu"), LATENT),
     "longcat_flash": LATENT,
@@ -206,7 +207,7 @@ def dropped(model: nn.Module) -> bool:
     return bool(found.isfinite()) and not torch.equal(found, whole)
 
 
-def saved(model: nn.Module) -> bool:
+def saved(model: PreTrainedModel) -> bool:
     """A model that was saved and loaded computes the same loss."""
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         model.save_pretrained(folder)

@@ -146,7 +146,7 @@ def _run(
     **kwargs: Any,
 ) -> Any:
     # Looked up now, because accelerate loads a weight as a new parameter.
-    before = {slot: slot[0]._parameters[slot[1]] for slot in slots}
+    before = {(module, attribute): getattr(module, attribute) for module, attribute in slots}
     # A tied weight is exchanged once, also where a module around this one has done it.
     new = {name: before[slot] for slot, name in slots.items() if before[slot] not in in_use}
     try:

@@ -86,8 +86,8 @@ def layer_influence(model: nn.Module, batches: Sequence[Any], run: Run) -> list[
             stack.callback(hook.remove)
         for batch in batches:
             run(model, batch)
-    for layer in range(len(layers)):
-        _require_droppable(model, layer, batches[0], run)
+    for index in range(len(layers)):
+        _require_droppable(model, index, batches[0], run)
     return [total / count for total, count in zip(totals, tokens, strict=True)]
 
 
