@@ -142,7 +142,7 @@ def rows_from(
             if format == "auto":
                 format = _recognise(record)
             row = _row(record, format)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             count += 1
             bad += [f"{where}: {error}"] if len(bad) < SHOWN else []
             continue

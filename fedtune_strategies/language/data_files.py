@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 
@@ -111,7 +111,7 @@ def _read_file(path: Path) -> Iterator[Found]:
 # --- Text --------------------------------------------------------------------------------------------------------
 
 
-def _open(path: Path, packed: str) -> IO[bytes]:
+def _open(path: Path, packed: str) -> io.BufferedIOBase:
     if packed == ".gz":
         return gzip.open(path, "rb")
     if packed == ".zst":
@@ -123,14 +123,14 @@ def _open(path: Path, packed: str) -> IO[bytes]:
     return path.open("rb")
 
 
-def _lines(path: Path, file: IO[bytes]) -> Iterator[str]:
+def _lines(path: Path, file: io.BufferedIOBase) -> Iterator[str]:
     """Yield decoded lines with their ends; refuse more of them than fits in memory, as a packed file may hold."""
     left = free = _free_memory()
     start = file.read(4)
     encoding = _encoding(start)
-    source: IO[Any] = _Rewound(start, file)
+    source: Any = _Rewound(start, file)
     if encoding != "utf-8":
-        source = io.TextIOWrapper(io.BufferedReader(source), encoding, newline="")  # type: ignore[type-var]
+        source = io.TextIOWrapper(io.BufferedReader(source), encoding, newline="")
     number = 0
     while True:
         number += 1
@@ -152,7 +152,7 @@ def _lines(path: Path, file: IO[bytes]) -> Iterator[str]:
 class _Rewound(io.RawIOBase):
     """A stream whose first bytes were read already: packed streams cannot all seek."""
 
-    def __init__(self, start: bytes, rest: IO[bytes]) -> None:
+    def __init__(self, start: bytes, rest: io.BufferedIOBase) -> None:
         self._start, self._rest = start, rest
 
     def readable(self) -> bool:

@@ -318,14 +318,25 @@ def test_a_public_line_names_files_without_their_folders():
     assert error.public == "model: model.safetensors is cut; y.bin and owner/model stay"
 
 
-@pytest.mark.parametrize("text", ["x" * 100_000, None])
-def test_small_table_that_unpacks_to_more_than_memory_is_refused(tmp_path, monkeypatch, text):
-    indices, texts = pyarrow.nulls(200_000, pyarrow.int32()).fill_null(0), pyarrow.array([text], pyarrow.string())
+@pytest.mark.parametrize(("rows", "text"), [(2_000, "x" * 100_000), (200_000, "")])
+def test_small_table_that_unpacks_to_more_than_memory_is_refused(tmp_path, monkeypatch, rows, text):
+    """By a long text that the file holds once, and by many rows of nothing."""
+    indices, texts = pyarrow.nulls(rows, pyarrow.int32()).fill_null(0), pyarrow.array([text])
     table = pyarrow.table({"text": pyarrow.DictionaryArray.from_arrays(indices, texts)})
-    pyarrow.parquet.write_table(table, tmp_path / "bomb.parquet")
+    path = tmp_path / "bomb.parquet"
+    pyarrow.parquet.write_table(table, path)
+    assert path.stat().st_size < 20_000
     monkeypatch.setattr(data_files, "_free_memory", lambda: 90_000_000)
-    with pytest.raises(DataError, match="more than the 0.1 GB that are free"):
-        read_rows(tmp_path / "bomb.parquet")
+    with pytest.raises(DataError, match=r"more than the 0\.1 GB that are free"):
+        read_rows(path)
+
+
+def test_a_row_nested_deeper_than_python_follows_is_a_bad_row(tmp_path):
+    path = tmp_path / "deep.jsonl"
+    for depth in (300, 600, 900, 100_000):
+        path.write_text('{"prompt": "a", "completion": "b"}\n{"messages": ' + "[" * depth + "]" * depth + "}\n")
+        with pytest.raises(DataError, match="line 2: "):
+            read_rows(path)
 
 
 def test_packed_file_that_unpacks_to_more_than_memory_is_refused(tmp_path, monkeypatch):
