@@ -80,7 +80,7 @@ def run(
             packed, unit = encode(found.theta.numpy(), 1)
             replies.append((len(nodes[int(node)]), decode(packed, unit, 1, seeds)))
         mean = sum(count * theta for count, theta in replies) / sum(count for count, _ in replies)
-        packed, unit = encode(mean.astype(np.float32), 4)
+        packed, unit = encode(np.asarray(mean, np.float32), 4)
         weights.add(pool, torch.from_numpy(decode(packed, unit, 4, seeds)))
         for name, parameter in parameters.items():
             parameter.data.copy_(weights[name])

@@ -6,10 +6,10 @@ gone, when another worker took its place, on SIGTERM, or after an idle time.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -24,7 +24,8 @@ import psutil
 from client_app.node import Node
 from client_app.stats import Stats
 from client_app.worker_client import GRPC_OPTIONS, METHOD, WorkerSpec, running_worker
-from fedtune_strategies.errors import FedTuneError
+from fedtune_strategies.errors import FedTuneError, ResourceError
+from fedtune_strategies.folders import remove_folder
 from fedtune_strategies.logs import json_handler
 from fedtune_strategies.protocol import messages as protocol
 
@@ -101,7 +102,8 @@ def serve(folder: Path, host_pid: int) -> None:
     reason = _watch(host, folder, service, stop)
     log.info("worker ends: %s", reason)
     if reason == "its SuperNode is gone":
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError, ResourceError):
+            remove_folder(folder)
     # A task may still be computing: nobody waits for it.
     os._exit(0)
 

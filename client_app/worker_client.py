@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -26,6 +26,7 @@ import psutil
 from filelock import FileLock
 
 from fedtune_strategies.errors import LinkError, ResourceError
+from fedtune_strategies.folders import make_folder, remove_folder
 
 METHOD = "/fedtune.Worker/Do"
 GRPC_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
@@ -117,15 +118,17 @@ def runtime_folder(host: psutil.Process) -> Path:
     root = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"fedtune-{os.getuid()}"
     folder = root / f"{host.pid}-{int(host.create_time())}"
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = root.lstat()
+        # In a folder that all may write to, another account may have made it first, or put a link in its place.
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            raise ResourceError(f"{root} belongs to another user: set XDG_RUNTIME_DIR to a folder of yours.")
         root.chmod(0o700)
-        owner = root.stat().st_uid
+        make_folder(folder, mode=0o700)
     except OSError as error:
         raise ResourceError(
             f"cannot use {folder}: {error.strerror}; set XDG_RUNTIME_DIR to a folder of yours."
         ) from None
-    if owner != os.getuid():
-        raise ResourceError(f"{root} belongs to another user: set XDG_RUNTIME_DIR to a folder of yours.")
     return folder
 
 
@@ -179,7 +182,8 @@ def _sweep(root: Path) -> None:
             except psutil.NoSuchProcess:
                 alive = False
             if not alive:
-                shutil.rmtree(folder, ignore_errors=True)
+                with contextlib.suppress(OSError, ResourceError):
+                    remove_folder(folder)
 
 
 def _ready(socket: Path, seconds: float) -> bool:

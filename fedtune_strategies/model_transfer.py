@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 
 from fedtune_strategies.errors import ProtocolError, ResourceError
+from fedtune_strategies.folders import is_ours, make_folder, remove_folder
 from fedtune_strategies.protocol.messages import Message, ModelChunk, ModelManifest, ModelRequest
 
 CHUNK_BYTES = 64 * 2**20
@@ -130,7 +130,7 @@ class ModelCache:
             self._target.parent.mkdir(parents=True, exist_ok=True)
             if not self._target.is_dir():
                 self._make_room(sum(chunk.size for chunk in self._chunks))
-                self._partial.mkdir(exist_ok=True)
+                make_folder(self._partial)
                 self._missing = [i for i, chunk in enumerate(self._chunks) if not _is_there(self._partial, chunk)]
             else:
                 self._missing = []
@@ -185,12 +185,12 @@ class ModelCache:
                 f"the run's model has {size:,} bytes, the cache in {self._folder} may have {self._limit:,}: "
                 "raise the node's 'cache-gb', or give it the model with 'model'."
             )
-        models = [path for path in self._folder.iterdir() if path.is_dir() and path != self._partial]
+        models = [path for path in self._folder.iterdir() if is_ours(path) and path != self._partial]
         sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in models}
         for path in sorted(models, key=lambda model: model.stat().st_mtime):
             if sum(sizes.values()) + size <= self._limit:
                 return
-            shutil.rmtree(path)
+            remove_folder(path)
             del sizes[path]
 
     def _error(self, error: OSError) -> ResourceError:

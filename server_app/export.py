@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedtune_strategies.config import Config, parse
 from fedtune_strategies.errors import LedgerError, ResourceError
+from fedtune_strategies.folders import check_ours, make_folder, publish_folder, remove_folder
 from fedtune_strategies.language.model import LanguageModel, base_tensors, load_model, save_model
 from fedtune_strategies.method import register_messages
 from fedtune_strategies.seed_space import tuned_parameters
@@ -52,16 +52,17 @@ def export_model(
     Raises
     ------
     ResourceError
-        The disk is full or read-only.
+        The disk is full or read-only, or there is something in the place that FedTune did not make.
     """
+    folder = Path.cwd() / folder if folder.name else folder.resolve()  # "." has no name beside which to write
+    check_ours(folder)
     partial = folder.with_name(folder.name + ".partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        remove_folder(partial)
+        make_folder(partial)
         save_model(language.model, language.tokenizer, partial)
         (partial / "README.md").write_text(model_card(config, ledger, round, without), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        publish_folder(partial, folder)
     except OSError as error:
         raise ResourceError(f"cannot write {folder}: {error.strerror}; free space, then start the run again.") from None
     return folder

@@ -313,7 +313,7 @@ class Ledger:
         # Autocommit: every append is a transaction of its own; FULL makes it survive a power cut.
         if writable and not self._path.exists():
             ledger_file.make(self._path)
-        uri = f"file:{self._path.absolute().as_posix()}?mode={'rw' if writable else 'ro'}"
+        uri = f"{self._path.absolute().as_uri()}?mode={'rw' if writable else 'ro'}"
         db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=10.0)
         if writable:
             db.execute("PRAGMA synchronous = FULL")

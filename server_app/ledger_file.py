@@ -206,7 +206,7 @@ def _unfinished(path: Path) -> sqlite3.Connection:
 
 def _tolerant(path: Path) -> sqlite3.Connection:
     # With a writable schema SQLite also opens a file that is shorter than it says, and reads as far as it goes.
-    db = sqlite3.connect(f"file:{path.absolute().as_posix()}?mode=ro", uri=True, isolation_level=None, timeout=10.0)
+    db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=10.0)
     db.execute("PRAGMA writable_schema = ON")
     return db
 

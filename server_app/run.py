@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 from fedtune_strategies.config import Config, defaults, from_flower, parse
 from fedtune_strategies.errors import FedTuneError, LedgerError
 from fedtune_strategies.fleet import Fleet
+from fedtune_strategies.folders import check_ours
 from fedtune_strategies.language.model import base_tensors, check_context, load_model
 from fedtune_strategies.logs import about
 from fedtune_strategies.method import register_messages
@@ -28,6 +29,7 @@ from server_app.tracking import tracking
 
 log = logging.getLogger("fedtune")
 
+MODEL = "model"  # the export, in a run's folder
 # What may differ between the start of a run and its resumption: nothing that a result depends on.
 _FREE_KEYS = ("num-server-rounds", "run.", "round.", "eval.", "strategy.min-nodes")
 
@@ -106,7 +108,7 @@ def _execute(grid: Grid, config: Config, ledger: Ledger, report: Callable[[], No
         log.info("round %d: held-out loss %.4f, perplexity %.2f", number, facts["eval/loss"], facts["eval/perplexity"])
 
     run_rounds(strategy, fleet, ledger, config, evaluate_round)
-    folder = export_model(language, config, ledger, config.num_server_rounds, ledger.folder / "model")
+    folder = export_model(language, config, ledger, config.num_server_rounds, ledger.folder / MODEL)
     ledger.append("finished", round=config.num_server_rounds, body={"model": str(folder)})
     log.info("finished: the tuned model is in %s", folder)
     return folder
@@ -119,6 +121,7 @@ def _open_ledger(config: Config, flat: Mapping[str, Any], run_id: int) -> Ledger
         raise LedgerError(f"{folder} holds a run already: choose another 'run.dir' or set 'run.resume' to 'auto'.")
     if not there and config.run.resume == "always":
         raise LedgerError(f"{folder} holds no run to resume: check 'run.dir' or set 'run.resume' to 'auto'.")
+    check_ours(folder / MODEL)  # before anything is trained: the export would have to replace it
     ledger = Ledger(folder)
     started = ledger.last("start")
     settings = defaults(config.method.name, flat) | dict(flat)

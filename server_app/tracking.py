@@ -10,13 +10,13 @@ import contextlib
 import importlib.util
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from fedtune_strategies.config import Config
 from fedtune_strategies.errors import ConfigError
+from fedtune_strategies.folders import make_folder, remove_folder
 from server_app.ledger import TRAFFIC, Ledger, Record
 
 log = logging.getLogger("fedtune")
@@ -105,7 +105,8 @@ def _tensorboard(folder: Path, settings: dict[str, Any]) -> Iterator[Log]:
     from torch.utils.tensorboard import SummaryWriter
 
     place = folder / "tensorboard"
-    shutil.rmtree(place, ignore_errors=True)
+    remove_folder(place)
+    make_folder(place)
     with SummaryWriter(str(place)) as writer:
         writer.add_text("settings", "\n".join(f"    {key} = {value!r}" for key, value in sorted(settings.items())))
 

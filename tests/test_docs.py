@@ -24,7 +24,7 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target.partition("#")[0]).exists(), f"{page.name}: {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "LOG.md"], ids=lambda page: page.name)
 def test_configuration_keys_in_backticks_exist(page):
     known = {key for method in own_methods() for key in defaults(method)}
     groups = {key.partition(".")[0] for key in known if "." in key}

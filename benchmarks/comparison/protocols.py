@@ -108,7 +108,7 @@ class Protocol:
         shared = self.settings() | {"num-server-rounds": self.rounds}
         if entrant.central:
             shared |= {"strategy.fraction-train": 1.0, "strategy.min-nodes": 1}
-        known = defaults(entrant.settings["method.name"])
+        known = defaults(entrant.settings["method.name"], entrant.settings)
         return {key: value for key, value in shared.items() if key in known} | entrant.settings | {"train.lr": lr}
 
     def entrants(self) -> list[Entrant]:
@@ -142,7 +142,12 @@ def methods(protocol: Protocol) -> list[Entrant]:
         kind = {"fedkseed-pro": "fedkseed", "fedit": "fedavg", "fedzo": "fedavg"}.get(method, method)
         return Entrant(name, {"method.name": method} | own, protocol.starts.get(kind, start), **more)
 
+    def gradient(seeds: int) -> Entrant:
+        own = steps | {"fedkseed.estimator": "gradient", "fedkseed.seeds": seeds}
+        return Entrant(f"seed-space gradient, K = {seeds}", {"method.name": "fedkseed"} | own, 0.01)
+
     return [
+        *map(gradient, (16384, 4096, 1024)),
         entrant("FedKSeed", "fedkseed", 1e-4, steps),
         entrant("FedKSeed-Pro", "fedkseed-pro", 1e-4, steps, tuned_as="FedKSeed"),
         entrant("FedCyBGD", "fedcybgd", 3e-3, turns),

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fedtune_strategies.folders import MARK
+
 
 def home() -> Path:
     """The folder of everything."""
@@ -32,6 +34,7 @@ def private_folder(folder: Path) -> Path:
     """Make a folder that its owner alone can enter."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
+    (folder / MARK).touch()
     return folder
 
 
@@ -46,4 +49,12 @@ def write_private(file: Path, content: bytes) -> None:
     draft.unlink(missing_ok=True)
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
         stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
     draft.replace(file)
+    # The new name must survive a power cut as the content does: an empty list of members would lock everybody out.
+    handle = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from deploy.local.report import Result, as_facts, markdown, samples, summarise, 
 from deploy.status import write_page
 from fedtune_strategies.config import Scalar, parse
 from fedtune_strategies.errors import ConfigError, DataError, ResourceError
+from fedtune_strategies.folders import check_ours, make_folder, remove_folder
 
 # What suits the embedded model and two cores; everything else is as in the run configuration.
 COMMON: dict[str, Scalar] = {"train.seq-length": 64, "eval.answers": 45, "eval.max-new-tokens": 20}
@@ -82,6 +82,8 @@ def run_demo(
     """
     started = time.monotonic()
     configs = [_config(method, model, nodes, out, changes) for method in methods]
+    for folder in [out / "data", *(out / method for method in methods)]:
+        check_ours(folder)
     with _alone(out):
         node_files, _ = _data(out / "data", nodes, data)
         console.print(
@@ -135,7 +137,7 @@ def _config(method: str, model: str, nodes: int, out: Path, changes: Mapping[str
 def _tune(running: Federation, config: Mapping[str, Scalar], console: Console) -> Result:
     method, folder = str(config["method.name"]), Path(str(config["run.dir"]))
     app = write_app(folder.parent / "app", config)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_folder(folder)
     before = running.traffic()
     started = time.time()
     run_id = running.submit(app, config)
@@ -159,8 +161,8 @@ def _tune(running: Federation, config: Mapping[str, Scalar], console: Console) -
 
 def _data(folder: Path, nodes: int, source: Path | None) -> tuple[list[Path], Path]:
     """Write one data file for each node and the held-out file."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    remove_folder(folder)
+    make_folder(folder)
     if source is None:
         from fedtune_strategies.tiny.tasks import write_federation
 

@@ -6,7 +6,6 @@ import base64
 import contextlib
 import json
 import secrets
-import shutil
 import socket
 import ssl
 import time
@@ -23,6 +22,7 @@ from deploy.common.certificates import node_key
 from deploy.common.join_token import JOIN, LONGEST, JoinToken, authority_hash, leaving
 from deploy.common.paths import nodes_folder, private_folder, write_json, write_private
 from fedtune_strategies.errors import ConfigError, LinkError, ProtocolError, error_from_code
+from fedtune_strategies.folders import remove_folder
 
 TIMEOUT = 60.0  # seconds for an answer; over a bad link the handshake alone takes several
 ATTEMPTS = 5  # at redeeming a token: a lost answer is no reason to give up, and asking again gives the same one
@@ -55,7 +55,7 @@ class Membership:
     @property
     def folder(self) -> Path:
         """Where the key, the server's authority and the logs lie."""
-        return nodes_folder() / f"{self.name}@{split_address(self.address)[0]}"
+        return nodes_folder() / f"{self.name}@{self.address.replace(':', '_')}"
 
     @property
     def authority(self) -> Path:
@@ -146,11 +146,11 @@ def register(token: JoinToken, authority: str, membership: Membership, on_wait: 
     """
     private_folder(membership.folder)
     public = node_key(membership.folder, "key").public.read_text().strip()
-    write_private(membership.authority, authority.encode())
     told, request = False, {"do": "join", "secret": token.secret.hex(), "public_key": public}
     while True:
         answer = _ask_again(token.address, request, authority)
         if answer["state"] == "member":
+            write_private(membership.authority, authority.encode())
             membership.save()
             return membership
         if not told:
@@ -175,7 +175,7 @@ def unregister(membership: Membership, *, tell_server: bool = True) -> None:
         request = {"do": "leave", "name": membership.name, "time": now}
         request["signature"] = base64.b64encode(signature).decode()
         ask(membership.address, request, membership.authority.read_text())
-    shutil.rmtree(membership.folder)
+    remove_folder(membership.folder)
 
 
 def ask(address: str, request: dict[str, Any], authority: str | None) -> dict[str, Any]:

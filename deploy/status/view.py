@@ -43,8 +43,8 @@ def report(folder: Path) -> dict[str, Any]:
     dict
         Ready for JSON: ``run`` (method, model, state, round, times), ``totals``, ``rounds``, ``evaluations``,
         ``nodes``, ``turns`` (what each node did in the newest rounds), ``panel`` (what the method shows, or None),
-        ``answers`` (before and after) and ``notes`` (refusals and losses). Bytes are payload, without Flower's envelope; times
-        are seconds since the epoch, durations seconds.
+        ``answers`` (before and after) and ``notes`` (refusals and losses). Bytes are payload, without Flower's
+        envelope; times are seconds since the epoch, durations seconds.
 
     Raises
     ------

@@ -67,8 +67,8 @@ class SeedGradient(TuningStrategy):
         own, train = self.config.fedkseed, self.config.train
         chosen = "as set" if train.lr else "by the model's size and K"
         log.info(
-            "FedKSeed by gradient: K = %d %s directions, fresh in each round (a fixed pool saturates), tau = %d, a step "
-            "changes the weights by %.3g of their root mean square (%s), %d bit up (bytes do more as directions), "
+            "FedKSeed by gradient: K = %d %s directions, fresh each round (a fixed pool saturates), tau = %d, a step "
+            "changes the weights by %.3g of their root mean square (%s), %d bit up (a byte does more as K), "
             "%d bits down (every holder moves by the same rounded point), aggregated by %s",
             own.seeds, own.pool, train.local_steps, self.eta, chosen, own.up_bits, own.down_bits,
             type(self.inner).__name__,

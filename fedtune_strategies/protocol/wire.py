@@ -127,7 +127,8 @@ def _fields(cls: type, values: Any, data: memoryview) -> dict[str, Any]:
     fields, hints = dataclasses.fields(cls), typing.get_type_hints(cls)
     if type(values) is not list or len(values) != len(fields):
         raise ValueError(f"its header does not hold {len(fields)} fields")
-    found, rest = {}, data
+    found: dict[str, Any] = {}
+    rest = data
     for field, value in zip(fields, values, strict=True):
         kind, name = hints[field.name], field.name
         if kind is Tensor:

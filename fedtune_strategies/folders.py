@@ -1,0 +1,74 @@
+"""Folders that FedTune made. They carry a mark, and nothing without it is ever removed or replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+from fedtune_strategies.errors import ResourceError
+
+MARK = ".made-by-fedtune"
+_OLD = ".old"
+
+
+def make_folder(folder: Path, mode: int = 0o777) -> Path:
+    """Make a folder with our mark, or take one that has it or is empty.
+
+    Raises
+    ------
+    ResourceError
+        There is something else in its place.
+    """
+    check_ours(folder)
+    folder.mkdir(parents=True, exist_ok=True, mode=mode)
+    (folder / MARK).touch()
+    return folder
+
+
+def is_ours(folder: Path) -> bool:
+    """Say whether a folder carries our mark; a link to one does not count."""
+    return folder.is_dir() and not folder.is_symlink() and (folder / MARK).is_file()
+
+
+def check_ours(folder: Path) -> None:
+    """Raise `ResourceError` where a folder could not be made or replaced without touching what is not ours."""
+    if not os.path.lexists(folder) or is_ours(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir() or any(folder.iterdir()):
+        raise ResourceError(f"{folder} was not made by FedTune and is left as it is: choose another folder.")
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder of ours, with all that is in it; links in it are removed, not followed.
+
+    Raises
+    ------
+    ResourceError
+        It does not carry our mark.
+    """
+    if not os.path.lexists(folder):
+        return
+    check_ours(folder)
+    # The mark would go at some moment of a removal that is interrupted: aside, it is no longer taken for a whole one.
+    old = folder.with_name(f"{folder.name}.{os.getpid()}{_OLD}")
+    folder.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def publish_folder(draft: Path, folder: Path) -> None:
+    """Put a finished draft in its place; what was there is moved aside first and removed last, so a kill loses neither.
+
+    Raises
+    ------
+    ResourceError
+        What is in its place does not carry our mark.
+    """
+    check_ours(folder)
+    old = folder.with_name(f"{folder.name}.{os.getpid()}{_OLD}")
+    if folder.exists():
+        folder.rename(old)
+    draft.rename(folder)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(old)
