@@ -42,14 +42,14 @@ class Row:
         What the model shall learn to write.
     references : tuple of str
         All accepted answers, for Rouge-L. The response is among them.
-    tools : list of dict or None
+    tools : list or None
         Descriptions of the tools that the assistant may call, for the chat template.
     """
 
     prompt: str | list[Message] | None
     response: str
     references: tuple[str, ...] = ()
-    tools: list[dict[str, Any]] | None = None
+    tools: list[Any] | None = None
 
 
 def read_rows(path: str | Path, format: str = "auto", columns: str = "", skip_bad: bool = False) -> list[Row]:
