@@ -23,7 +23,7 @@ def make_folder(folder: Path, mode: int = 0o777) -> Path:
     """
     check_ours(folder)
     folder.mkdir(parents=True, exist_ok=True, mode=mode)
-    (folder / MARK).touch()
+    (folder / MARK).touch(0o600)
     return folder
 
 

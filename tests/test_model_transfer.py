@@ -10,6 +10,7 @@ import fedtune_strategies.admission
 from client_app.node import Node
 from fedtune_strategies.errors import ConfigError, NodesError, ProtocolError, ResourceError
 from fedtune_strategies.fleet import Fleet
+from fedtune_strategies.folders import MARK
 from fedtune_strategies.model_transfer import ModelCache, ModelSource, as_bytes, read_manifest
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.testing import InMemoryGrid
@@ -40,7 +41,7 @@ def receive(cache, source, stop_after=10**6):
 
 def test_a_model_arrives_whole_and_without_code(folder, tmp_path):
     got = receive(ModelCache(tmp_path / "cache", 10**6), ModelSource(folder, chunk_bytes=300))
-    assert sorted(path.name for path in got.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in got.iterdir()) == [MARK, "config.json", "model.safetensors"]
     assert (got / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert ModelCache(tmp_path / "cache", 10**6).find("some/model") == got
 

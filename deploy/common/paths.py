@@ -34,7 +34,7 @@ def private_folder(folder: Path) -> Path:
     """Make a folder that its owner alone can enter."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
-    (folder / MARK).touch()
+    (folder / MARK).touch(0o600)
     return folder
 
 

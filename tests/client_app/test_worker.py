@@ -16,6 +16,7 @@ from client_app.worker_client import WorkerSpec, ask_worker, running_worker, run
 from fedtune_strategies.errors import DataError, LinkError, ResourceError
 from fedtune_strategies.fedkseed.messages import SeedTask
 from fedtune_strategies.fedkseed.packing import pack
+from fedtune_strategies.folders import make_folder
 from fedtune_strategies.protocol import messages as protocol
 from tests.conftest import write_rows
 
@@ -62,7 +63,7 @@ def worker_of(host):
 
 def test_life_of_a_worker(host, spec, tmp_path):
     stale = runtime_folder(psutil.Process(host.pid)).parent / "999999999-1234567890"
-    stale.mkdir()
+    make_folder(stale)
     (stale / "spec.json").write_text("{}")
     reply = ask(spec)
     assert (reply.node, reply.num_examples) == ("node-0", 9)

@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 
 from deploy.common.certificates import AUTHORITY_LIFETIME, SERVER_LIFETIME, node_key, server_files
 from fedtune_strategies.errors import LinkError
+from fedtune_strategies.folders import MARK
 
 
 def handshake(files, server_name, authority=None):
@@ -55,7 +56,7 @@ def test_only_the_owner_can_read_the_files(tmp_path):
     server_files(folder)
     node_key(folder, "node-0")
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    names = {"ca.crt", "ca.key", "server.crt", "server.key", "node-0", "node-0.pub"}
+    names = {"ca.crt", "ca.key", "server.crt", "server.key", "node-0", "node-0.pub", MARK}
     assert {file.name: stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == dict.fromkeys(names, 0o600)
 
 
