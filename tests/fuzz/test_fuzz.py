@@ -24,7 +24,8 @@ from fedtune_strategies.config.node import parse_node
 from fedtune_strategies.errors import ConfigError, DataError, FedTuneError, LedgerError, ProtocolError
 from fedtune_strategies.fedkseed.packing import unpack
 from fedtune_strategies.language import data as language_data
-from fedtune_strategies.language.data import READERS, read_rows
+from fedtune_strategies.language.data import read_rows
+from fedtune_strategies.language.data_files import READERS
 from fedtune_strategies.method import own_methods
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.records import from_record
