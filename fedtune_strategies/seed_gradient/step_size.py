@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# Measured at K = 16384: about 1 % of the weights' root mean square was best at 0.26 and at 2.1 million parameters, 0.25 %
-# at 135 million; twice as much at K = 1024, half at 262144. docs/LOG.md has the searches.
+# Measured at K = 16384: about 1 % of the weights' root mean square was best at 0.26 and at 2.1 million parameters,
+# 0.25 % at 135 million; twice as much at K = 1024, half at 262144. docs/LOG.md has the searches.
 SMALL = 0.01
 SIZE, SIZE_POWER = 2.1e6, 1 / 3
 SEEDS, SEEDS_POWER = 16384, 1 / 4
