@@ -32,7 +32,7 @@ from fedtune_strategies.lr_schedule import learning_rate
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.flower import decoded, task
 from fedtune_strategies.seed_space import fingerprint
-from fedtune_strategies.strategy import State, TuningStrategy, arrays_of, check_origin, log
+from fedtune_strategies.strategy import State, TuningStrategy, arrays_of, check_origin, log, mean_loss, shares
 
 # A task is cut into several above this: Flower holds a message several times over in memory.
 PART_BYTES = 64 * 2**20
@@ -315,13 +315,11 @@ class FedCyBGD(TuningStrategy):
         deltas = [decode(answer.delta) for answer in group]
         if len(deltas) == 1:
             return deltas[0]
-        weights = [answer.num_examples if self.config.strategy.weighting == "examples" else 1 for answer in group]
-        return weighted_mean(deltas, weights)
+        return weighted_mean(deltas, shares(group, self.config.strategy.weighting))
 
     def _metrics(self, answers: Sequence[BlockReply]) -> MetricRecord:
-        weight = sum(answer.num_examples for answer in answers)
         metrics: dict[str, MetricRecordValues] = {
-            "train/loss": sum(answer.loss * answer.num_examples for answer in answers) / weight,
+            **mean_loss(answers, shares(answers, "examples")),
             "train/skipped": sum(answer.skipped for answer in answers),
             "blocks": self._changed,
             "steps": sum(answer.steps for answer in answers),
