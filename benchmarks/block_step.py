@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fedtune_strategies.blocks.chunked_matmul import chunked, large_modules
 from fedtune_strategies.blocks.codec_config import Codec, parse_codec
 from fedtune_strategies.blocks.codecs import decode_rows, encode, encoded_size
 from fedtune_strategies.blocks.find import Block, find_blocks
 from fedtune_strategies.blocks.gradients import LossFn, block_gradients
-from fedtune_strategies.blocks.held import coded_loader, empty_model, held_outside
-from fedtune_strategies.blocks.rows import by_rows, large_modules
+from fedtune_strategies.blocks.offload import coded_loader, empty_model, offloaded
 from fedtune_strategies.blocks.train import train_block
 from fedtune_strategies.memory import prefer_memory
 
@@ -126,8 +126,8 @@ def measure(args: argparse.Namespace, way: dict, layer: int | None) -> dict[str,
         for key, part in parts.items():
             by_name.setdefault(key.partition(":")[0], {})[key] = part
         with (
-            by_rows(large, lambda name, rows: decode_rows(by_name[name], name, rows)),
-            held_outside(model, outside, coded_loader(parts), without=large),
+            chunked(large, lambda name, rows: decode_rows(by_name[name], name, rows)),
+            offloaded(model, set(outside) - set(large.values()), coded_loader(parts)),
         ):
             train_block(model, block, loss_fn, [batch], args.steps + 2, 1e-4, **options)
     inside = sum(p.nbytes for n, p in model.named_parameters() if n not in outside and n not in block.parameters)

@@ -8,7 +8,7 @@ never asks which codec the sender used:
 part               holds
 =================  =====================================================================================
 ``w``              the tensor itself (exact, or rounded to bfloat16)
-``w:int8``         int8 codes, one float32 scale for each row in ``w:scale``
+``w:int8``         int8 codes, one float32 scale for each row (all but the last dimension) in ``w:scale``
 ``w:nf4``          two 4-bit codes a byte, one float32 scale for each 64 elements in ``w:scale``
 ``w:kept``         with pruning: one bit an element, 1 where the code is sent; ``w:values`` holds bf16 or exact values
 ``w:shape``        int64 shape, where the codes do not show it
@@ -217,7 +217,7 @@ def _decode_tensor(coded: Mapping[str, Tensor]) -> Tensor:
     kept = _unpack_bits(coded["kept"], shape) if "kept" in coded else None
     if "int8" in coded:
         codes = coded["int8"] if kept is None else _scatter(coded["int8"], kept, 0)
-        return codes.flatten(1).float().mul_(coded["scale"].unsqueeze(1)).view(shape)
+        return codes.float().mul_(coded["scale"].unsqueeze(-1)).view(shape)
     if "nf4" in coded:
         packed = coded["nf4"]
         if kept is not None:
@@ -230,18 +230,21 @@ def _decode_tensor(coded: Mapping[str, Tensor]) -> Tensor:
 
 def _kept(tensor: Tensor, share: float, norm: Tensor | None) -> Tensor:
     """Mask of what survives pruning: in each row all but the `share` lowest scores; a tie keeps all its elements."""
-    rows = (tensor.abs() if norm is None else tensor.abs() * norm).flatten(1).float()
-    pruned = int(share * rows.shape[1])
-    threshold = rows.kthvalue(pruned + 1, dim=1, keepdim=True).values
-    return (rows >= threshold).view(tensor.shape) & (tensor != 0)
+    scores = (tensor.abs() if norm is None else tensor.abs() * norm).float()
+    pruned = int(share * scores.shape[-1])
+    threshold = scores.kthvalue(pruned + 1, dim=-1, keepdim=True).values
+    return (scores >= threshold) & (tensor != 0)
 
 
 def _to_int8(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 for each row of the first dimension: codes like the tensor, float32 scale [rows]."""
-    rows = tensor.flatten(1).float()
-    scale = (rows.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    codes = (rows / scale.unsqueeze(1)).round_().clamp_(-127, 127)
-    return codes.to(torch.int8).view(tensor.shape), scale
+    """Symmetric int8 for each row: codes like the tensor, float32 scale of its shape without the last dimension.
+
+    The experts of a layer are one tensor [experts, out, in], and each of their rows has a scale of its own.
+    """
+    values = tensor.float()
+    scale = (values.abs().amax(dim=-1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    codes = (values / scale.unsqueeze(-1)).round_().clamp_(-127, 127)
+    return codes.to(torch.int8), scale
 
 
 def _to_nf4(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,7 +260,7 @@ def _to_nf4(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 def _from_nf4(packed: Tensor, scale: Tensor, count: int) -> Tensor:
     """Values [count], float32, of packed codes of `_to_nf4`: a byte's two values are looked up together."""
-    values = torch.tensor(NF4_VALUES)
+    values = torch.tensor(NF4_VALUES, device=packed.device)
     pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), dim=1)
     flat = torch.index_select(pairs, 0, packed.int()).flatten()[:count]
     whole = count - count % NF4_BLOCK
@@ -268,7 +271,7 @@ def _from_nf4(packed: Tensor, scale: Tensor, count: int) -> Tensor:
 
 def _scatter(sent: Tensor, kept: Tensor, fill: int) -> Tensor:
     """Put what was sent where it was kept, and `fill` elsewhere."""
-    full = torch.full(kept.shape, fill, dtype=sent.dtype)
+    full = torch.full(kept.shape, fill, dtype=sent.dtype, device=sent.device)
     full[kept] = sent
     return full
 
@@ -278,8 +281,8 @@ def _pack_bits(mask: Tensor) -> Tensor:
 
 
 def _unpack_bits(packed: Tensor, shape: list[int]) -> Tensor:
-    bits = np.unpackbits(packed.numpy(), count=math.prod(shape))
-    return torch.from_numpy(bits).bool().view(shape)
+    bits = np.unpackbits(packed.cpu().numpy(), count=math.prod(shape))
+    return torch.from_numpy(bits).to(packed.device).bool().view(shape)
 
 
 def _pack_nibbles(codes: Tensor) -> Tensor:

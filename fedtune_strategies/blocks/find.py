@@ -117,7 +117,8 @@ def find_blocks(
     Returns
     -------
     tuple of Block
-        From input to output: embedding, layers, norm, head. Every (accepted) parameter is in exactly one block; a
+        From input to output: embedding, layers, norm, head. Every (accepted) parameter that a gradient can
+        train is in exactly one block; a
         head tied to the embedding is part of the embedding. Blocks without parameters do not exist.
 
     Raises
@@ -129,7 +130,7 @@ def find_blocks(
     """
     _check_options(layers_per_block, split, final_norm)
     path, layers = decoder_layers(model)
-    names = [name for name, _ in model.named_parameters() if only is None or only(name)]
+    names = [name for name, p in model.named_parameters() if _trainable(p) and (only is None or only(name))]
     in_layer = re.compile(rf"{re.escape(path)}\.(\d+)\.")
     outside: dict[str, list[str]] = {"embedding": [], "norm": [], "head": []}
     inside: dict[int, list[str]] = {}
@@ -216,6 +217,11 @@ def _check_options(layers_per_block: int, split: str, final_norm: str) -> None:
         raise ConfigError(f"unknown place of the final norm {final_norm!r}; use {' or '.join(FINAL_NORMS)}")
     if split != "none" and layers_per_block != 1:
         raise ConfigError("block split attention-mlp needs layers per block = 1")
+
+
+def _trainable(parameter: nn.Parameter) -> bool:
+    """Not a routing bias that its model keeps out of gradients, nor codes in 8 bits or fewer."""
+    return parameter.requires_grad and parameter.is_floating_point() and parameter.element_size() > 1
 
 
 def _kind_outside(model: nn.Module, name: str) -> Kind:

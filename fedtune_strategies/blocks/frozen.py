@@ -11,13 +11,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from fedtune_strategies.blocks.chunked_matmul import chunked, large_modules
 from fedtune_strategies.blocks.codecs import decode, decode_rows
-from fedtune_strategies.blocks.held import empty_parameters, held_outside
-from fedtune_strategies.blocks.rows import by_rows, large_modules
+from fedtune_strategies.blocks.offload import empty_parameters, offloaded
 from fedtune_strategies.language.model_files import map_tensors
+from fedtune_strategies.layer_weights import require_reads_within_layers
 
 
-class FrozenRest:
+class FrozenBlocks:
     """The frozen form of every block, for one model.
 
     Parameters
@@ -28,6 +29,11 @@ class FrozenRest:
         Canonical names of the parameters of all blocks.
     hold : {"decoded", "coded", "disk"}
         How matrices are held. On disk they are mapped files without a name, which go with the process.
+
+    Raises
+    ------
+    ModelError
+        If the model reads a matrix that is not held decoded outside of its layer.
     """
 
     def __init__(self, model: nn.Module, names: Collection[str], hold: str) -> None:
@@ -36,6 +42,8 @@ class FrozenRest:
         self._hold = hold
         self._parts: dict[str, Mapping[str, Tensor]] = {}
         self._outside = set() if hold == "decoded" else {n for n in names if model.get_parameter(n).dim() > 1}
+        if self._outside:
+            require_reads_within_layers(model, self._outside)
         empty_parameters(model, self._outside)
 
     @torch.no_grad()
@@ -58,12 +66,12 @@ class FrozenRest:
     @contextlib.contextmanager
     def in_use(self, trained: Collection[str]) -> Iterator[None]:
         """Let the model compute with what is held, for as long as the context lasts, but for the trained block."""
-        outside = self._outside - set(trained)
         large = large_modules(self._model, self._names - set(trained))
         with contextlib.ExitStack() as stack:
-            stack.enter_context(by_rows(large, self._rows))
-            if outside:
-                stack.enter_context(held_outside(self._model, outside, self._decoded, without=large))
+            stack.enter_context(chunked(large, self._rows))
+            # A large matrix is decoded some rows at a time by its own module, so its layer must not decode it whole.
+            if outside := self._outside - set(trained) - set(large.values()):
+                stack.enter_context(offloaded(self._model, outside, self._decoded))
             yield
 
     def _decoded(self, name: str) -> Tensor:

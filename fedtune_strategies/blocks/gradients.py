@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from fedtune_strategies.blocks.find import Block, decoder_layers
 from fedtune_strategies.blocks.layers import PrefixCache, checkpointed
+
+log = logging.getLogger("fedtune")
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -64,6 +67,7 @@ def block_gradients(
         Compute the activations from the block upwards again in backward instead of keeping them: same bits.
     cache_bytes : int
         Most memory for hidden states of the frozen layers below the block, computed once for each batch: same bits.
+        Two more losses of the first batch show beforehand that it is so; else nothing is kept.
 
     Yields
     ------
@@ -87,7 +91,8 @@ def block_gradients(
             total += loss.item() / len(chosen)
             if not math.isfinite(total):
                 break
-            (loss.float() * (scale / len(chosen))).backward()
+            if loss.requires_grad:  # not so where the loss does not depend on the block
+                (loss.float() * (scale / len(chosen))).backward()
         tensors = [_taken(parameter, scale) for parameter in parameters]
         if not math.isfinite(total):
             return BlockGradient(total, tensors, math.nan)
@@ -104,8 +109,11 @@ def block_gradients(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(only_trainable(model, parameters))
-        if cache_bytes:
-            stack.enter_context(cache.installed(below))
+        if cache_bytes and batches and below:
+            if cache.check(below, parameters, lambda: loss_of(0)):
+                stack.enter_context(cache.installed(below))
+            else:
+                log.info("%s gives another loss with cached layers: they run every time.", type(model).__name__)
         if checkpoint:
             stack.enter_context(checkpointed(model, first=len(below)))
         yield gradient

@@ -1,7 +1,7 @@
 """Running a model with some of its decoder layers changed: skipped, checkpointed, or computed once and remembered.
 
 Every change replaces the ``forward`` of single layers for as long as a context lasts, so it works for any architecture
-whose layers take the hidden states first and return them alone, as all decoder layers of transformers 5 do.
+whose layers take the hidden states first and return them, alone or as the first of a tuple.
 """
 
 from __future__ import annotations
@@ -11,10 +11,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fedtune_strategies.blocks.find import decoder_layers
+from fedtune_strategies.errors import ModelError
+from fedtune_strategies.layer_weights import forward_as
+
+_Form = tuple[type, int] | None
 
 
 @contextlib.contextmanager
@@ -27,11 +32,37 @@ def without_layers(model: nn.Module, layers: Iterable[int]) -> Iterator[None]:
         A causal language model.
     layers : iterable of int
         Indices of the layers to skip.
+
+    Raises
+    ------
+    ModelError
+        If the model runs one layer in several places.
     """
     _, modules = decoder_layers(model)
+    left_out = set(layers)
+    if left_out and len(set(modules)) < len(modules):
+        raise ModelError(
+            f"{type(model).__name__} runs one layer in several places, so none can be left out: "
+            "choose a codec without drop"
+        )
+    forms: list[_Form] = []  # of what layers return: known as soon as one has run
+    sample = next((module for index, module in enumerate(modules) if index not in left_out), modules[0]).forward
+
+    def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        forms.append(_form(output))
+        return output
+
+    def skip(*args: Any, **kwargs: Any) -> Any:
+        if not forms:
+            with torch.no_grad():
+                run(sample, *args, **kwargs)
+        return _unchanged(forms[-1], *args, **kwargs)
+
     with contextlib.ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(forward_as(modules[layer], _unchanged))
+        for index, module in enumerate(modules):
+            if left_out:
+                stack.enter_context(forward_as(module, skip if index in left_out else partial(run, module.forward)))
         yield
 
 
@@ -68,7 +99,8 @@ class PrefixCache:
 
     def __init__(self, budget: int) -> None:
         self.free = budget
-        self._states: dict[tuple[int, int], Tensor] = {}
+        self._states: dict[tuple[int, int], Any] = {}
+        self._forms: dict[nn.Module, _Form] = {}
         self._batch = 0
         self._call = 0
 
@@ -81,43 +113,61 @@ class PrefixCache:
         """Put the cache behind the layers of `prefix`, the model's first ones, in order; none: no effect."""
         with contextlib.ExitStack() as stack:
             for module in prefix[:-1]:
-                stack.enter_context(forward_as(module, partial(self._skip_if_known, module.forward)))
+                stack.enter_context(forward_as(module, partial(self._skip_if_known, module, module.forward)))
             for module in prefix[-1:]:
                 stack.enter_context(forward_as(module, partial(self._recall, module.forward)))
             yield
 
-    def _skip_if_known(
-        self, forward: Callable[..., Tensor], hidden_states: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        known = (self._batch, self._call) in self._states
-        return hidden_states if known else forward(hidden_states, *args, **kwargs)
+    def check(self, prefix: Sequence[nn.Module], trained: Sequence[nn.Parameter], loss: Callable[[], Tensor]) -> bool:
+        """Whether the states kept of a batch are still right when what is trained has changed; keeps them if so.
 
-    def _recall(self, forward: Callable[..., Tensor], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        They are not where layers above the prefix take more from it than its last hidden states, or where the prefix
+        runs again on what the trained layers gave.
+        """
+        before = [parameter.data for parameter in trained]
+        try:
+            with self.installed(prefix):
+                loss()
+            for parameter in trained:
+                parameter.data = parameter.data * 1.5 + 0.01
+            self._call = 0
+            expected = loss()
+            with self.installed(prefix):
+                return torch.equal(loss(), expected)
+        except (RuntimeError, TypeError, AttributeError, ValueError, LookupError):  # None where a tensor was counted on
+            return False
+        finally:
+            for parameter, data in zip(trained, before, strict=True):
+                parameter.data = data
+
+    def _skip_if_known(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if (self._batch, self._call) in self._states:
+            return _unchanged(self._forms[module], *args, **kwargs)
+        output = forward(*args, **kwargs)
+        self._forms[module] = _form(output)
+        return output
+
+    def _recall(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         key = (self._batch, self._call)
         self._call += 1
         if key in self._states:
             return self._states[key]
-        output = forward(hidden_states, *args, **kwargs)
+        output = forward(*args, **kwargs)
+        tensors = [one for one in ([output] if isinstance(output, Tensor) else output) if isinstance(one, Tensor)]
+        size = sum(tensor.nbytes for tensor in tensors)
         # An output with a gradient depends on what is trained, and is another one at every step.
-        if not output.requires_grad and output.nbytes <= self.free:
+        if not any(tensor.requires_grad for tensor in tensors) and size <= self.free:
             self._states[key] = output
-            self.free -= output.nbytes
+            self.free -= size
         return output
 
 
-def _unchanged(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return hidden_states
+def _form(output: Any) -> _Form:
+    """How a layer returns its hidden states: alone, or as the first of so many in a tuple or list."""
+    return None if isinstance(output, Tensor) else (type(output), len(output))
 
 
-@contextlib.contextmanager
-def forward_as(module: nn.Module, function: Callable[..., Tensor]) -> Iterator[None]:
-    """Replace the forward of one module, whose own or replaced one comes back at the end."""
-    replaced_before = module.__dict__.get("forward")
-    module.forward = function  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if replaced_before is None:
-            del module.__dict__["forward"]
-        else:
-            module.forward = replaced_before  # type: ignore[method-assign]
+def _unchanged(form: _Form, *args: Any, **kwargs: Any) -> Any:
+    """Return a layer's hidden states in its form, with None for attention weights and the like."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return form[0]([hidden, *[None] * (form[1] - 1)]) if form else hidden

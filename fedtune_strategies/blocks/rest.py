@@ -19,7 +19,7 @@ from fedtune_strategies.blocks.codec_config import Codec
 from fedtune_strategies.blocks.codecs import decode, encode
 from fedtune_strategies.blocks.find import Block, decoder_layers
 from fedtune_strategies.blocks.layers import without_layers
-from fedtune_strategies.errors import ConfigError
+from fedtune_strategies.errors import ConfigError, ModelError
 
 Run = Callable[[nn.Module, Any], Any]
 
@@ -46,14 +46,14 @@ def calibrate(model: nn.Module, batches: Sequence[Any], run: Run) -> Calibration
 
 
 @torch.no_grad()
-def layer_influence(model: nn.Module, batches: Iterable[Any], run: Run) -> list[float]:
+def layer_influence(model: nn.Module, batches: Sequence[Any], run: Run) -> list[float]:
     """Measure how much every decoder layer changes the hidden states: 1 − cos(in, out), the mean over all tokens.
 
     Parameters
     ----------
     model : nn.Module
         A causal language model in evaluation mode.
-    batches : iterable
+    batches : sequence
         Text to measure on: the server's own, or public.
     run : callable
         ``run(model, batch)`` makes one forward pass; its result is ignored.
@@ -62,22 +62,45 @@ def layer_influence(model: nn.Module, batches: Iterable[Any], run: Run) -> list[
     -------
     list of float
         One number in [0, 2] for each layer.
+
+    Raises
+    ------
+    ModelError
+        If the model cannot run without one of its layers.
     """
     _, layers = decoder_layers(model)
     totals, tokens = [0.0] * len(layers), [0] * len(layers)
 
-    def note(index: int, hidden: Tensor, output: Tensor) -> None:
+    def note(index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        output = output if isinstance(output, Tensor) else output[0]
         distance = 1 - cosine_similarity(hidden.float(), output.float(), dim=-1)
         totals[index] += distance.sum().item()
         tokens[index] += distance.numel()
 
     with contextlib.ExitStack() as stack:
         for index, layer in enumerate(layers):
-            hook = layer.register_forward_hook(lambda _, args, output, index=index: note(index, args[0], output))
+            hook = layer.register_forward_hook(
+                lambda _, args, kwargs, output, index=index: note(index, args, kwargs, output), with_kwargs=True
+            )
             stack.callback(hook.remove)
         for batch in batches:
             run(model, batch)
+    for index in range(len(layers)):
+        _require_droppable(model, index, batches[0], run)
     return [total / count for total, count in zip(totals, tokens, strict=True)]
+
+
+def _require_droppable(model: nn.Module, layer: int, batch: Any, run: Run) -> None:
+    try:
+        with without_layers(model, [layer]):
+            run(model, batch)
+    except (RuntimeError, TypeError, AttributeError, ValueError, LookupError) as error:
+        line = " ".join(str(error).split())[:100]
+        raise ModelError(
+            f"{type(model).__name__} does not run without its decoder layer {layer} ({line}): "
+            "choose a codec without drop"
+        ) from None
 
 
 def dropped_layers(influence: Sequence[float], count: int, block: Block) -> tuple[int, ...]:

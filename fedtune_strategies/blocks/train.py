@@ -27,7 +27,7 @@ class BlockUpdate:
     Attributes
     ----------
     delta : dict of str to Tensor
-        new − old for every tensor of the block, float32.
+        new − old for every tensor of the block, float32, on the CPU: it travels.
     losses : list of float
         Loss of every step taken, in order, before that step.
     steps : int
@@ -119,7 +119,7 @@ def train_block(
                 losses.append(found.loss)
                 norms.append(found.norm)
             del found  # or its gradient would be held beside the next one
-    delta = {name: new.sub_(old) for (name, old), new in zip(start.items(), master, strict=True)}
+    delta = {name: new.sub_(old).cpu() for (name, old), new in zip(start.items(), master, strict=True)}
     grad_norm = sum(norms) / len(norms) if norms else math.nan
     return BlockUpdate(delta, losses, len(losses), steps - len(losses), grad_norm)
 
@@ -135,16 +135,17 @@ def apply_delta(weights: Mapping[str, Tensor], delta: Mapping[str, Tensor], gamm
     weights : mapping of str to Tensor
         The block at the version that the delta starts from.
     delta : mapping of str to Tensor
-        As decoded from the wire, by name.
+        As decoded from the wire, by name; on any device.
     gamma : float
         Server step size γ.
 
     Returns
     -------
     dict of str to Tensor
-        The new block, float32.
+        The new block, float32, on the devices of `weights`.
     """
-    return {name: value.float() + delta[name].float() * gamma for name, value in weights.items()}
+    changes = {name: delta[name].to(value.device, torch.float32) for name, value in weights.items()}
+    return {name: value.float() + changes[name] * gamma for name, value in weights.items()}
 
 
 def weighted_mean(blocks: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:

@@ -18,6 +18,10 @@ class NodeConfig:
     name: str = option("", "The node's name, unique in the federation; empty for one made of Flower's node id.")
     data: str = option("", "File or folder with the owner's data; required.")
     format: str = option("auto", "Format of the data; 'auto' looks at the columns.")
+    columns: str = option(
+        "", "Which column of the data is which, 'prompt=question,completion=answer'; empty where the names fit."
+    )
+    skip_bad: bool = option(False, "Leave out rows that cannot be used, instead of refusing the data.")
     model: str = option(
         "", "Folder of the base model on this machine instead of the run's; 'server' to get it from there."
     )

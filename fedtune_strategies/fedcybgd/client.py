@@ -13,7 +13,7 @@ from torch import Tensor
 from fedtune_strategies.blocks.codec_config import Codec, parse_codec
 from fedtune_strategies.blocks.codecs import decode, encode, encode_with_feedback
 from fedtune_strategies.blocks.find import Block
-from fedtune_strategies.blocks.frozen import FrozenRest
+from fedtune_strategies.blocks.frozen import FrozenBlocks
 from fedtune_strategies.blocks.layers import without_layers
 from fedtune_strategies.blocks.rest import blocks_inside
 from fedtune_strategies.blocks.train import BlockUpdate, apply_delta, train_block
@@ -74,7 +74,7 @@ class FedCyBGDClient:
             self._base = {name: self._model.get_parameter(name).detach().clone() for name in names}
         if self._node.frozen != "decoded":
             prefer_memory()
-        self._frozen = FrozenRest(self._model, names, self._node.frozen)
+        self._frozen = FrozenBlocks(self._model, names, self._node.frozen)
         self._versions: Tensor | None = None
         self._exact: _Exact | None = None
         self._sent: _Sent | None = None

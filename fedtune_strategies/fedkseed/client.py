@@ -130,6 +130,7 @@ class FedKSeedClient:
             lr=task.lr,
             eps=task.eps,
             pattern=self._pattern,
+            signs=settings.estimator == "sign",
         )
         exact = settings.estimator == "forward"
         return Calibration(found.lr, found.eps, math.nan) if exact else found

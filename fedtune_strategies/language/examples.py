@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from fedtune_strategies.errors import DataError
-from fedtune_strategies.language.data import Message, Row
+from fedtune_strategies.language.data import Row
 
 IGNORE = -100
 """Label of a token that the loss leaves out; torch's and transformers' convention."""
@@ -98,7 +98,8 @@ def tokenise(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, seq_length
         prompt_lengths.append(kept)
         references.append(row.references)
     if dropped == len(rows) or (truncated + dropped == len(rows) and rows[0].prompt is not None):
-        raise DataError(f"not one of the {len(rows)} responses fits in {seq_length} tokens; raise 'train.seq-length'")
+        line = f"not one of the {len(rows)} responses fits in {seq_length} tokens; raise 'train.seq-length'"
+        raise DataError(line, public=line)
     if truncated:
         log.warning("%d of %d responses lost their end: longer than %d tokens", truncated, len(rows), seq_length)
     pad_id = int(tokenizer.pad_token_id)
@@ -167,28 +168,27 @@ def _render(row: Row, tokenizer: PreTrainedTokenizerBase, number: int) -> tuple[
         return "", row.response + end
     if tokenizer.chat_template is not None:
         try:
-            return _render_chat(_as_messages(row.prompt), row.response, tokenizer)
+            return _render_chat(row, tokenizer)
         except TemplateError as error:  # Gemma's knows no system message, and Mistral's wants turns to alternate
             raise DataError(f"row {number}: the model's chat template refuses the conversation: {error}") from None
     if isinstance(row.prompt, str):
         return row.prompt, row.response + end
+    if row.tools or any("tool_calls" in message for message in row.prompt):
+        raise DataError(f"row {number}: calls tools, but the model has no chat template to write calls with")
     turns = [f"### {ROLES.get(message['role'], message['role'])}:\n{message['content']}\n\n" for message in row.prompt]
     return "".join(turns) + f"### {ROLES['assistant']}:\n", row.response + end
 
 
-def _render_chat(messages: list[Message], response: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    closed = [*messages, {"role": "assistant", "content": response}]
-    whole = tokenizer.apply_chat_template(closed, tokenize=False)
+def _render_chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    asked = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt or []
+    answered = [*asked, {"role": "assistant", "content": row.response}]
+    prompt = tokenizer.apply_chat_template(asked, tools=row.tools, tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(answered, tools=row.tools, tokenize=False)
     assert isinstance(prompt, str) and isinstance(whole, str)
     if whole.startswith(prompt):
         return prompt, whole[len(prompt) :]
     # Some templates open an answer differently when asked to generate (an empty "thinking" part, say).
-    return prompt, response + (tokenizer.eos_token or "")
-
-
-def _as_messages(prompt: str | list[Message]) -> list[Message]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return prompt, row.response + (tokenizer.eos_token or "")
 
 
 def _encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Row, list[int], int]]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedtune_strategies.blocks.layers import forward_as
+from fedtune_strategies.layer_weights import forward_as
 from fedtune_strategies.seed_space import Pool
 from fedtune_strategies.seed_space.pool import PART
 

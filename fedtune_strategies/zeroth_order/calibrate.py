@@ -57,12 +57,14 @@ def calibrate(
     lr: float = 0.0,
     eps: float = 0.0,
     pattern: str | None = None,
+    signs: bool = False,
 ) -> Calibration:
     """Choose what is not given, and measure how much of a slope is error.
 
     - *eps* is the distance at which slopes differ least from those at the next one, three times as far.
     - *lr* is a tenth of 1 / h, where h is the mean curvature ``(L(W + eps z) - 2 L(W) + L(W - eps z)) / eps²`` at the
-      widest distance that costs less than half a nat; at most so long that a step goes as far as that distance.
+      widest distance that costs less than half a nat and where it is positive; at most so long that a step goes as far
+      as that distance, and a tenth of that where no distance shows positive curvature.
 
     Costs two losses for each direction and distance: 73 for six directions, 25 where both are given.
 
@@ -76,6 +78,8 @@ def calibrate(
         Directions to probe.
     lr, eps : float
         What is given; 0 where it is to be chosen.
+    signs : bool
+        Whether steps are taken by a slope's sign: then the step size is the mean length that slopes would have given.
 
     Returns
     -------
@@ -103,15 +107,20 @@ def calibrate(
         return Calibration(math.nan, math.nan, math.nan)
     at = distances.index(eps) if eps else int(np.nanargmin(errors))
     slope, rise = _rms(slopes[at]), (sides.mean(axis=2) - here).mean(axis=1)
-    return Calibration(lr or _step(steps, rise, slope), distances[at], float(errors[at] / slope) if slope else 1.0)
+    found = _step(steps, rise, slope) * (slope if signs else 1.0)
+    return Calibration(lr or found, distances[at], float(errors[at] / slope) if slope else 1.0)
 
 
 def _step(distances: np.ndarray, rise: np.ndarray, slope: float) -> float:
     """Choose a step size from the mean rise of the loss at each distance, and the size of the slopes."""
     near = [i for i in range(len(distances)) if rise[i] < _RISE] or [0]  # not a number is not near
-    wide, curvature = distances[near[-1]], 2 * rise[near[-1]] / distances[near[-1]] ** 2
-    longest = wide / slope if slope else math.nan
-    return float(min(_CAUTION / curvature, longest) if curvature > 0 else longest)
+    longest = distances[near[-1]] / slope if slope else math.nan
+    # Where the loss does not rise at the widest distance, the next one that shows curvature tells about it.
+    bent = [i for i in near if rise[i] > 0]
+    if not bent:
+        return float(_CAUTION * longest)
+    curvature = 2 * rise[bent[-1]] / distances[bent[-1]] ** 2
+    return float(min(_CAUTION / curvature, longest))
 
 
 def _rms(values: np.ndarray) -> float:

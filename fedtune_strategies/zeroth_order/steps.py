@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtune_strategies.errors import ConfigError
+from fedtune_strategies.layer_weights import require_reads_within_layers
 from fedtune_strategies.seed_space import Pool, tuned_parameters
 from fedtune_strategies.zeroth_order.estimators import ESTIMATORS, Estimator, Moves, Point, exact_slope
 from fedtune_strategies.zeroth_order.layerwise import at_point
@@ -35,6 +36,14 @@ class LocalSteps:
 
     g: np.ndarray
     loss: np.ndarray
+
+
+def default_eps(dtype: torch.dtype) -> float:
+    """Distance at which losses of a model in this dtype tell their slope from their rounding: 1e-3, 1e-2 in 16 bits.
+
+    In bfloat16 one slope of SmolLM2-135M was 42.9 at 1e-3 and 14.5 at 1e-2, where float32 has 15.8 and 13.9.
+    """
+    return 1e-3 if dtype == torch.float32 else 1e-2
 
 
 @torch.no_grad()
@@ -107,6 +116,8 @@ def local_steps(
     ------
     ConfigError
         The estimator needs weights in place, or the model has operations that it cannot use.
+    ModelError
+        Layer by layer, and the model reads weights outside of their layer.
     """
     if in_place is None:
         in_place = start is None and _moves_in_place(model, pattern)
@@ -206,6 +217,7 @@ def _in_seed_space(
             exact[k] += c
         point.copy_(torch.from_numpy(exact))
 
+    require_reads_within_layers(model, tuned_parameters(model, pattern))
     apply([])
     with at_point(model, pool, point, pattern):
         yield apply

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.torch import load, save
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedtune_strategies.blocks.codec_config import Codec, parse_codec
 from fedtune_strategies.blocks.codecs import (
@@ -79,8 +80,8 @@ def test_parts_survive_safetensors_and_are_deterministic(codec, tensor):
 @quick
 @given(matrices, st.floats(0.05, 0.95))
 def test_pruning_keeps_the_largest_of_each_row_and_only_those(tensor, share):
-    got = decoded(tensor, f"prune:{share}").flatten(1)
-    rows = tensor.flatten(1)
+    got = decoded(tensor, f"prune:{share}").flatten(0, -2)
+    rows = tensor.flatten(0, -2)
     assert ((got == rows) | (got == 0)).all()
     lost = torch.where(got == 0, rows.abs(), 0.0).amax(dim=1)
     kept = torch.where(got != 0, rows.abs(), torch.inf).amin(dim=1)
@@ -181,3 +182,20 @@ def test_parse_codec():
 def test_bad_codecs_give_clear_errors(text):
     with pytest.raises(ConfigError, match="codec"):
         parse_codec(text)
+
+
+def test_every_row_of_every_expert_has_a_scale_and_a_share_of_its_own():
+    experts = torch.randn(3, 5, 32) * torch.logspace(-4, 0, 15).reshape(3, 5, 1)
+    decoded = decode(encode({"w": experts}, parse_codec("int8")))["w"]
+    assert ((decoded - experts).abs().amax(-1) <= experts.abs().amax(-1) / 127).all()
+    pruned = decode(encode({"w": experts}, parse_codec("prune:0.5")))["w"]
+    assert ((pruned != 0).sum(-1) == 16).all()
+
+
+@pytest.mark.parametrize("codec", ["none", "bf16", "int8", "nf4"])
+def test_parts_on_another_device_decode_there(codec):
+    parts = encode({"w": torch.randn(4, 128)}, parse_codec(codec))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        elsewhere = {name: mode.from_tensor(part).to("meta") for name, part in parts.items() if name != "w:shape"}
+        decoded = decode(elsewhere | {name: part for name, part in parts.items() if name == "w:shape"})
+        assert decoded["w"].device.type == "meta"

@@ -109,3 +109,11 @@ def test_bad_options_and_models_give_clear_errors():
         find_blocks(tiny_model(), layers_per_block=2, split="attention-mlp")
     with pytest.raises(ModelError, match="no list of decoder layers"):
         find_blocks(torch.nn.Linear(2, 2))
+
+
+def test_what_no_gradient_reaches_is_in_no_block():
+    model = tiny_model()
+    model.model.layers[1].mlp.bias = torch.nn.Parameter(torch.zeros(4), requires_grad=False)
+    model.model.layers[1].mlp.codes = torch.nn.Parameter(torch.zeros(4).to(torch.float8_e4m3fn), requires_grad=True)
+    names = {name for block in find_blocks(model) for name in block.parameters}
+    assert names == {name for name, _ in tiny_model().named_parameters()}

@@ -35,8 +35,8 @@ def test_cached_prefix_and_checkpoints_change_no_bit(name):
     assert not any("forward" in layer.__dict__ for layer in decoder_layers(model)[1])
 
 
-@pytest.mark.parametrize(("budget", "runs"), [(0, [6, 6, 6]), (2 * 12 * 16 * 4, [4, 4, 6]), (2**20, [2, 2, 6])])
-def test_frozen_layers_run_once_a_batch_within_the_budget(budget, runs):
+@pytest.mark.parametrize(("budget", "runs"), [(0, [6, 6, 6]), (2 * 12 * 16 * 4, [5, 5, 9]), (2**20, [3, 3, 9])])
+def test_frozen_layers_run_once_a_batch_within_the_budget_and_twice_more_to_compare(budget, runs):
     model = tiny_model()
     counted = count_runs(model)
     block = next(block for block in find_blocks(model) if block.layer == 2)
@@ -61,7 +61,7 @@ def test_cache_refuses_states_that_training_changes():
     assert any("project_in" in name for name in block.parameters)
     counted = count_runs(model)
     train_block(model, block, lm_loss, batches, 3, 1e-2, cache_bytes=2**20)
-    assert counted == [3, 3, 3]
+    assert counted == [6, 6, 6]  # three steps, and three losses to compare
 
 
 def test_checkpoints_run_the_layers_from_the_block_upwards_twice():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedtune_strategies.blocks.find import find_blocks
 from fedtune_strategies.blocks.train import adamw_8bit, apply_delta, train_block, weighted_mean
@@ -199,3 +200,17 @@ def test_training_all_blocks_in_turn_lowers_the_loss():
         for name, value in apply_delta(old, update.delta).items():
             model.get_parameter(name).data.copy_(value)
     assert lm_loss(model, batches[0]).item() < first - 1.0
+
+
+def test_a_change_made_on_a_gpu_meets_a_start_on_the_cpu():
+    """Fake tensors on "meta" stand for a GPU: they refuse to meet those on the CPU, also without one."""
+    with FakeTensorMode():
+        with torch.device("meta"):
+            model = tiny_model()
+        block = find_blocks(model)[1]
+        start = {name: torch.empty(model.get_parameter(name).shape) for name in block.parameters}
+        update = train_block(model, block, lm_loss, [], 0, 1e-2, start=start)
+        assert {value.device.type for value in update.delta.values()} == {"cpu"}
+        on_gpu = {name: value.to("meta") for name, value in update.delta.items()}
+        for committed in (apply_delta(start, on_gpu), weighted_mean([start, on_gpu], [1.0, 2.0])):
+            assert {value.device.type for value in committed.values()} == {"cpu"}

@@ -68,6 +68,23 @@ def test_conversation_that_the_template_refuses():
         tokenise([Row(MESSAGES, "ada"), Row(refused, "ada")], tokenizer, 100)
 
 
+def test_tool_calls_and_descriptions_of_tools_reach_the_template():
+    tokenizer = make_tokenizer(pad_token="<unk>")
+    calls = "{% for c in m['tool_calls'] or [] %}#{{ c.function.name }}{% endfor %}"
+    tokenizer.chat_template = "{% for t in tools or [] %}#{{ t.function.name }}#{% endfor %}" + CHAT_TEMPLATE.replace(
+        "</s>", calls + "</s>"
+    )
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    asked = [*MESSAGES, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}]
+    examples = tokenise([Row(asked, "ada", ("ada",), [tool])], tokenizer, 100)
+    assert parts(examples, tokenizer) == ("#f#|user:who is it?</s>|assistant:#f</s>|assistant:", "ada</s>")
+
+
+def test_tool_calls_without_a_chat_template_are_refused(tokenizer):
+    with pytest.raises(DataError, match="row 1: calls tools, but the model has no chat template"):
+        tokenise([Row(MESSAGES, "ada", tools=[{"type": "function"}])], tokenizer, 100)
+
+
 def test_token_across_the_boundary_belongs_to_the_response():
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

@@ -78,3 +78,35 @@ def test_the_model_ends_where_it_began(dtype):
 def test_a_loss_that_is_never_finite_gives_no_answer():
     found = calibrate(model(), POOL, lambda model, batch: math.nan, None, SEEDS)
     assert math.isnan(found.lr) and math.isnan(found.eps)
+
+
+def test_a_step_by_signs_is_as_long_as_one_by_slopes():
+    by_slopes, by_signs = (
+        calibrate(model(), POOL, parabola(400.0), None, SEEDS, signs=signs) for signs in (False, True)
+    )
+    gradient = 400 / 600 * (model().weight.detach() - 0.5)
+    slopes = [float((gradient * POOL.direction("weight", (20, 30), k)).sum()) for k in SEEDS]
+    assert by_signs.lr == pytest.approx(by_slopes.lr * np.sqrt(np.mean(np.square(slopes))), rel=1e-2)
+
+
+def test_a_loss_that_falls_at_the_widest_distance_is_judged_by_the_next_that_rises():
+    """A rise up to a distance of 0.01 and a fall beyond: at 0.03 the loss shows no positive curvature."""
+    start = model().weight.detach().double()
+
+    def ridge(model, batch):
+        moved = (model.weight.double() - start).square().mean()  # squared distance: directions have elements of ±1
+        return 400 / 2 * (moved - moved.square() / 4e-4) + model.weight.double().sum()
+
+    curvature = 2 * 400 / 2 * (1 - 0.01**2 / 4e-4)  # at a distance of 0.01
+    assert calibrate(model(), POOL, ridge, None, SEEDS).lr == pytest.approx(0.1 / curvature, rel=1e-2)
+
+
+def test_a_loss_that_falls_everywhere_keeps_the_caution():
+    start = model().weight.detach().double()
+
+    def cap(model, batch):
+        return model.weight.double().sum() - (model.weight.double() - start).square().sum()
+
+    slopes = [float(POOL.direction("weight", (20, 30), k).sum()) for k in SEEDS]
+    found = calibrate(model(), POOL, cap, None, SEEDS)
+    assert found.lr <= 0.1 * DISTANCES[-1] / np.sqrt(np.mean(np.square(slopes))) * 1.01

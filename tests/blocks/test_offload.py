@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from fedtune_strategies.blocks.codec_config import Codec
 from fedtune_strategies.blocks.codecs import decode, encode
 from fedtune_strategies.blocks.find import find_blocks
-from fedtune_strategies.blocks.held import coded_loader, empty_model, empty_parameters, held_outside
+from fedtune_strategies.blocks.offload import coded_loader, empty_model, empty_parameters, offloaded
 from fedtune_strategies.blocks.train import train_block
 from tests.models import CONFIGS, lm_loss, tiny_batches, tiny_model
 
@@ -29,13 +29,13 @@ def test_held_weights_train_to_the_same_bits(name, checkpoint):
     for block in find_blocks(model)[:3:2]:
         names, parts = rest_of(model, block)
         plain = train_block(model, block, lm_loss, batches, 3, 1e-2)
-        with held_outside(model, names, coded_loader(parts)):
+        with offloaded(model, names, coded_loader(parts)):
             held = train_block(model, block, lm_loss, batches, 3, 1e-2, checkpoint=checkpoint)
         assert held.losses == plain.losses
         assert all(torch.equal(held.delta[key], plain.delta[key]) for key in plain.delta)
 
 
-def test_no_decoded_matrix_outlives_its_use():
+def test_no_decoded_layer_outlives_its_use():
     model, batch = tiny_model(), tiny_batches(1)[0]
     names, parts = rest_of(model, find_blocks(model)[1])
     decode_one, alive, most = coded_loader(parts), set(), []
@@ -47,12 +47,12 @@ def test_no_decoded_matrix_outlives_its_use():
         most.append(len(alive))
         return torch.from_numpy(array)
 
-    with held_outside(model, names, watched):
+    with offloaded(model, names, watched):
         loss = lm_loss(model, batch)
-        assert len(most) == len(names) and max(most) == 1
+        assert len(most) == len(names) and max(most) == 7  # the matrices of a layer
         assert not alive
         loss.backward()
-    assert len(most) > len(names) and max(most) <= 2
+    assert len(most) > len(names) and max(most[len(names) :]) <= 2
     assert not alive
 
 
@@ -64,7 +64,7 @@ def test_weights_may_be_read_from_a_file(tmp_path):
     empty_parameters(model, names)
     with safe_open(tmp_path / "rest.safetensors", "pt") as file:
         on_disk = {part: file.get_slice(part) for part in file.keys()}  # noqa: SIM118
-        with held_outside(
+        with offloaded(
             model, names, lambda name: decode({p: on_disk[p][:] for p in parts if p.split(":")[0] == name})[name]
         ):
             assert lm_loss(model, batch).item() == expected
@@ -75,7 +75,7 @@ def test_an_error_inside_brings_the_weights_back():
     model, batch = tiny_model(), tiny_batches(1)[0]
     names, _ = rest_of(model, find_blocks(model)[1])
     expected = lm_loss(model, batch).item()
-    with pytest.raises(KeyError), held_outside(model, names, coded_loader({})):
+    with pytest.raises(KeyError), offloaded(model, names, coded_loader({})):
         lm_loss(model, batch)
     assert lm_loss(model, batch).item() == expected
 
@@ -93,7 +93,7 @@ def test_a_model_that_was_never_whole_trains_to_the_same_bits(name):
         assert parameter.untyped_storage().nbytes() == 4
         if key not in names and key not in block.parameters:
             parameter.data = exact[key].data
-    with held_outside(light, names, coded_loader(parts)):
+    with offloaded(light, names, coded_loader(parts)):
         held = train_block(light, block, lm_loss, batches, 2, 1e-2, start=exact)
     assert held.losses == plain.losses
     assert all(torch.equal(held.delta[key], plain.delta[key]) for key in plain.delta)

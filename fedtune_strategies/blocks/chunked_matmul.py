@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fedtune_strategies.blocks.layers import forward_as
+from fedtune_strategies.layer_weights import forward_as
 
 LARGE = 8 * 2**20
 """Elements from which on a matrix is used by rows."""
@@ -46,7 +46,7 @@ def large_modules(model: nn.Module, names: Collection[str]) -> dict[nn.Module, s
 
 
 @contextlib.contextmanager
-def by_rows(modules: dict[nn.Module, str], rows: Rows) -> Iterator[None]:
+def chunked(modules: dict[nn.Module, str], rows: Rows) -> Iterator[None]:
     """Let modules use their weight some rows at a time.
 
     Parameters
@@ -88,7 +88,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = gradients
-        total = torch.zeros(ctx.shape, dtype=gradient.dtype, device=gradient.device)
+        # Chunks are summed in float32: in 16 bits the sum would round once a chunk.
+        total = torch.zeros(ctx.shape, dtype=torch.float32, device=gradient.device)
         for rows in ctx.chunks:
             total += gradient[..., rows] @ ctx.fetch(rows).to(gradient.dtype)
         return total.to(ctx.dtype), None, None
