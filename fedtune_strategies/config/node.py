@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedtune_strategies.config.options import option, options, section
-from fedtune_strategies.errors import ConfigError
+from fedtune_strategies.errors import ConfigError, ProtocolError
+from fedtune_strategies.protocol.door import check_name
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def parse_node(given: Mapping[str, Any]) -> NodeConfig:
     Raises
     ------
     ConfigError
-        ``data`` is missing, or a value is not accepted.
+        ``data`` is missing, a value is not accepted, or ``name`` is none that a server takes.
     """
     known = {name: kind for name, kind, _ in options(NodeConfig)}
     values = {name: _typed(given[name], kind) for name, kind in known.items() if name in given}
@@ -65,6 +66,10 @@ def parse_node(given: Mapping[str, Any]) -> NodeConfig:
         raise ConfigError(
             "node config: 'data' is missing; start the node with --node-config 'data=\"/path/to/data.jsonl\"'."
         )
+    try:
+        check_name(config.name or "unnamed")
+    except ProtocolError as error:
+        raise ConfigError(f"node config: 'name': {error}") from None
     return config
 
 

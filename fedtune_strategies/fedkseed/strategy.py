@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, MetricRecordValues, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
@@ -47,7 +47,7 @@ from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.flower import address, decoded
 from fedtune_strategies.seed_space import fingerprint
 from fedtune_strategies.shared_random import sample
-from fedtune_strategies.strategy import State, TuningStrategy, arrays_of, check_origin, log
+from fedtune_strategies.strategy import State, TuningStrategy, arrays_of, check_origin, log, mean_loss, shares
 
 # Share of error in a node's slopes above which less than half of their mean square is signal.
 NOISE_LIMIT = 0.7
@@ -176,15 +176,21 @@ class FedKSeed(TuningStrategy):
         amplitudes = [amplitude(one) for one in received]
         limit = self._limit(float(np.median(amplitudes)))
         scalars = [clipped(one, limit) for one in received]
+        weights = [
+            share * (self.config.strategy.late if answer.round < server_round else 1)
+            for answer, share in zip(answers, shares(answers, self.config.strategy.weighting), strict=True)
+        ]
         moved = [
-            self._moved(answer, one, odds[answer.round], late=answer.round < server_round)
-            for answer, one in zip(answers, scalars, strict=True)
+            self._moved(answer, one, odds[answer.round], weight)
+            for answer, one, weight in zip(answers, scalars, weights, strict=True)
         ]
         arrays, metrics = self.inner.aggregate_train(server_round, moved)
         if arrays is None:
             return None, metrics
-        if metrics is not None and self.config.privacy.clip:
-            metrics["privacy/epsilon"] = epsilon(self.config, self.asked.values())
+        if metrics is not None:
+            metrics.update(mean_loss(answers, weights))
+            if self.config.privacy.clip:
+                metrics["privacy/epsilon"] = epsilon(self.config, self.asked.values())
         self.amplitude = running_amplitude(self.amplitude, amplitudes)
         for answer, one in zip(answers, scalars, strict=True):
             self.observe(self.draws(answer.node, answer.round, odds[answer.round]), one)
@@ -319,18 +325,11 @@ class FedKSeed(TuningStrategy):
         return self.config.fedkseed.clip * amplitude or math.inf
 
     def _moved(
-        self, answer: SeedReply, scalars: NDArray[np.float32], odds: NDArray[np.int16], *, late: bool
+        self, answer: SeedReply, scalars: NDArray[np.float32], odds: NDArray[np.int16], weight: float
     ) -> Message:
         """Turn a reply into the theta that its node reached, as a reply to a Flower strategy."""
         seeds, theta = self.draws(answer.node, answer.round, odds), self.theta.astype(np.float64)
         np.subtract.at(theta, seeds, self.lr(answer.round) * np.nan_to_num(scalars.astype(np.float64)))
-        weight: float = answer.num_examples if self.config.strategy.weighting == "examples" else 1
-        if late:
-            weight *= self.config.strategy.late
-        metrics: dict[str, MetricRecordValues] = {
-            "num-examples": weight,
-            "train/loss": answer.loss,
-            "train/skipped": int(np.isnan(scalars).sum()),
-        }
-        content = RecordDict({"arrays": arrays_of(theta=torch.from_numpy(theta)), "metrics": MetricRecord(metrics)})
+        metrics = MetricRecord({"num-examples": weight, "train/skipped": int(np.isnan(scalars).sum())})
+        content = RecordDict({"arrays": arrays_of(theta=torch.from_numpy(theta)), "metrics": metrics})
         return Message(content, dst_node_id=0, message_type="train")

@@ -134,7 +134,7 @@ def forge(node, change):
         (lambda reply: replace(reply, scalars=reply.scalars[:-1]), "scalars"),
         (lambda reply: replace(reply, scalars=reply.scalars.double()), "float64"),
         (lambda reply: replace(reply, scalars=reply.scalars * torch.nan), "finite"),
-        (lambda reply: replace(reply, num_examples=-5), "-5 examples"),
+        (lambda reply: replace(reply, num_examples=-5), "num_examples is not within"),
         (lambda reply: protocol.Ack(reply.node, reply.round), "ack"),
         (lambda reply: protocol.Failure(13, "no memory left"), "no memory left"),
     ],
