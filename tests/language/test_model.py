@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from fedtune_strategies.errors import ConfigError, ModelError, ResourceError
 from fedtune_strategies.language import model as model_module
 from fedtune_strategies.language.evaluation import generate_answers
-from fedtune_strategies.language.model import base_tensors, check_context, load_model, save_model
+from fedtune_strategies.language.model import base_tensors, check_context, check_model, load_model, save_model
 from fedtune_strategies.tiny import MODEL_FOLDER
 from tests.models import CONFIGS, CONTEXT, make_model, make_tokenizer
 
@@ -159,6 +159,106 @@ def test_bad_folder_gives_one_line(folder, message):
     with pytest.raises(ModelError, match=message) as caught:
         load_model(str(folder))
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def add_tokens(folder, *tokens, **special):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"<{i}>" for i in range(len(tokenizer), 64)] + list(tokens))
+    tokenizer.add_special_tokens(special)
+    tokenizer.save_pretrained(folder)
+
+
+def shard(folder, name):
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+
+
+def name_templates(folder):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"rag": "a", "tool_use": "b"}
+    tokenizer.save_pretrained(folder)
+
+
+def store_as_float8(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def leave_an_adapter(folder):
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def leave_only_an_adapter(folder):
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+
+
+QUANTISED = {
+    "gptq": {"quant_method": "gptq", "bits": 4},
+    "awq": {"quant_method": "awq", "bits": 4},
+    "bitsandbytes": {"load_in_4bit": True},
+    "compressed-tensors": {"quant_method": "compressed-tensors"},
+    "fp8": {"quant_method": "fp8"},
+}
+
+REFUSED = {
+    r"is quantised \(fp8\), .*take the original model": store_as_float8,
+    "an adapter are beside .*; move adapter_config.json": lambda folder: (folder / "adapter_config.json").write_text(
+        "{}"
+    ),
+    "is an adapter of owner/base; merge it into": leave_only_an_adapter,
+    "holds a GGUF file; give the folder of the original": lambda folder: (folder / "model.safetensors").rename(
+        folder / "q4.gguf"
+    ),
+    "index of the weight files is missing; download model.safetensors.index.json": lambda folder: (
+        folder / "model.safetensors"
+    ).rename(folder / "model-00001-of-00002.safetensors"),
+    "names a file outside its folder, '../other.safetensors'": lambda folder: shard(folder, "../other.safetensors"),
+    "names a file outside its folder, '/etc/passwd'": lambda folder: shard(folder, "/etc/passwd"),
+    "has 65 tokens but the model embeds 64, none for '<new>'": lambda folder: add_tokens(folder, "<new>"),
+    "padding token '<pad>' has id 64, .* such as '</s>'": lambda folder: add_tokens(folder, pad_token="<pad>"),
+    "chat templates 'rag', 'tool_use', but none is named 'default'": name_templates,
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_model_that_cannot_be_tuned_is_refused_before_its_weights_are_loaded(folder, message, monkeypatch):
+    REFUSED[message](folder)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    for admit in (check_model, load_model):
+        with pytest.raises(ModelError, match=message) as caught:
+            admit(str(folder))
+        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("method", QUANTISED)
+def test_quantised_checkpoints_are_refused(folder, method, nested):
+    found = {"quantization_config": QUANTISED[method]}
+    rewrite_config(folder, **({"text_config": found} if nested else found))
+    with pytest.raises(ModelError, match=rf"is quantised \({method}\), which cannot be tuned; take the original model"):
+        check_model(str(folder))
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"GGUF\3", "is a GGUF file: give"), (b"a", "is a file: give")])
+def test_file_given_as_a_model(tmp_path, content, message):
+    (tmp_path / "q4").write_bytes(content)
+    with pytest.raises(ModelError, match=message):
+        check_model(str(tmp_path / "q4"))
+
+
+def test_token_for_images_may_be_beyond_the_embedding_of_a_text_model(folder):
+    add_tokens(folder, "<image>")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_token": "<image>"}))
+    load_model(str(folder))
+
+
+def test_every_known_family_is_admitted(folders):
+    for folder in folders.values():
+        found, tokenizer = check_model(str(folder))
+        assert found == folder and tokenizer.pad_token_id is not None
 
 
 def test_broken_index(folder):
