@@ -14,7 +14,14 @@ from typing import Any, cast
 import psutil
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
@@ -42,7 +49,7 @@ class LanguageModel:
     Attributes
     ----------
     model : PreTrainedModel
-        In evaluation mode: no dropout.
+        In evaluation mode: no dropout. What text does not train (a vision tower) has ``requires_grad = False``.
     tokenizer : PreTrainedTokenizerBase
         Has a padding token.
     name : str
@@ -84,6 +91,7 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> Langua
     needed = count_parameters(weight_files(folder)) * getattr(torch, dtype).itemsize
     _check_memory(name, needed, device)
     model = _load_weights(name, folder, dtype)
+    freeze_other_modalities(model)
     model.to(torch.device(device))  # type: ignore[arg-type]  # transformers declares its wrapper without self
     return LanguageModel(model.eval(), tokenizer, name, folder)
 
@@ -113,8 +121,27 @@ def check_model(name: str) -> tuple[Path, PreTrainedTokenizerBase]:
     _check_architecture(name, config)
     _check_weights(name, folder, config)
     tokenizer = load_tokenizer(name)
-    _check_vocabulary(name, folder, tokenizer)
+    settings = _settings(name, folder)
+    _check_modalities(name, settings)
+    _check_vocabulary(name, settings, tokenizer)
     return folder, tokenizer
+
+
+def freeze_other_modalities(model: PreTrainedModel) -> None:
+    """Freeze what text does not train: the towers and projectors of a model that also sees or hears.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Only its language model (decoder, embeddings, head) keeps ``requires_grad``.
+    """
+    if not model.config.sub_configs:
+        return
+    parts = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
+    language = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in language:
+            parameter.requires_grad_(False)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -145,8 +172,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     templates = tokenizer.chat_template
     if isinstance(templates, dict) and "default" not in templates:
         raise ModelError(
-            f"{name}: has the chat templates {', '.join(map(repr, sorted(templates)))}, but none is named 'default'; give that "
-            "name to the one to use, in the tokenizer's files"
+            f"{name}: has the chat templates {', '.join(map(repr, sorted(templates)))}, but none is named 'default'; "
+            "give that name to the one to use, in the tokenizer's files"
         )
     _ensure_padding(name, tokenizer)
     return tokenizer
@@ -175,7 +202,7 @@ def check_context(language: LanguageModel, seq_length: int) -> None:
 
 def context_length(model: PreTrainedModel) -> int | None:
     """Return how many tokens a model reads at most; None where its configuration does not say."""
-    return getattr(model.config, "max_position_embeddings", None)
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def base_tensors(language: LanguageModel) -> Mapping[str, torch.Tensor]:
@@ -282,17 +309,28 @@ def _check_weights(name: str, folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _check_vocabulary(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def _settings(name: str, folder: Path) -> PretrainedConfig:
     try:
-        settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise ModelError(f"{name}: cannot be loaded as a causal language model: {_brief(error)}") from None
+
+
+def _check_modalities(name: str, settings: PretrainedConfig) -> None:
+    others = settings.sub_configs.keys() & {"vision_config", "audio_config"}
+    if others and "text_config" not in settings.sub_configs:
+        raise ModelError(
+            f"{name}: a {settings.model_type} model also sees or hears with parts that cannot be told from its "
+            "language model; choose one for text"
+        )
+
+
+def _check_vocabulary(name: str, settings: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     embedded = settings.get_text_config().vocab_size
     # Text models keep the tokens of their siblings that see or hear (Gemma 3 1B): no text holds them.
     media = {getattr(tokenizer, f"{kind}_token", None) for kind in ("image", "audio", "video")}
-    beyond = {
-        index: token for token, index in tokenizer.get_vocab().items() if index >= embedded and token not in media
-    }
+    known = {index: token for token, index in tokenizer.get_vocab().items() if token not in media}
+    beyond = [index for index in sorted(known) if index >= embedded]
     if tokenizer.pad_token_id >= embedded:
         raise ModelError(
             f"{name}: the padding token {tokenizer.pad_token!r} has id {tokenizer.pad_token_id}, but the model embeds "

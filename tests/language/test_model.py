@@ -9,12 +9,20 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    SiglipVisionConfig,
+)
 
+from deploy.plan import structure
 from fedtune_strategies.errors import ConfigError, ModelError, ResourceError
 from fedtune_strategies.language import model as model_module
 from fedtune_strategies.language.evaluation import generate_answers
 from fedtune_strategies.language.model import base_tensors, check_context, check_model, load_model, save_model
+from fedtune_strategies.seed_space import tuned_parameters
 from fedtune_strategies.tiny import MODEL_FOLDER
 from tests.models import CONFIGS, CONTEXT, make_model, make_tokenizer
 
@@ -259,6 +267,53 @@ def test_every_known_family_is_admitted(folders):
     for folder in folders.values():
         found, tokenizer = check_model(str(folder))
         assert found == folder and tokenizer.pad_token_id is not None
+
+
+@pytest.fixture(scope="module")
+def seeing_folder(tmp_path_factory):
+    """A model with a vision tower and a projector, of the architecture of Gemma 3 from 4B on."""
+    folder = tmp_path_factory.mktemp("seeing")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = Gemma3TextConfig(
+        **sizes, vocab_size=64, num_key_value_heads=1, head_dim=8, max_position_embeddings=CONTEXT, sliding_window=32
+    )
+    vision = SiglipVisionConfig(**sizes, image_size=28, patch_size=14)
+    tokens = {"image_token_index": 62, "boi_token_index": 60, "eoi_token_index": 61}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens)
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_of_a_model_that_also_sees_the_language_model_alone_is_tuned(seeing_folder, tmp_path):
+    language = load_model(str(seeing_folder))
+    tuned = tuned_parameters(language.model)
+    frozen = dict(language.model.named_parameters()).keys() - tuned.keys()
+    assert all(name.startswith("model.language_model.") for name in tuned)
+    assert {name.split(".")[1] for name in frozen} == {"vision_tower", "multi_modal_projector"}
+    assert tuned.keys() == tuned_parameters(structure(seeing_folder)).keys()
+
+    loss = language.model(input_ids=torch.arange(3, 20)[None], labels=torch.arange(3, 20)[None]).loss
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, list(tuned.values())))
+    save_model(language.model, language.tokenizer, tmp_path / "tuned")
+    assert load_model(str(tmp_path / "tuned")).model.state_dict().keys() == language.model.state_dict().keys()
+
+
+def test_context_of_a_model_that_also_sees(seeing_folder):
+    with pytest.raises(ConfigError, match=f"reads at most {CONTEXT}; lower it"):
+        check_context(load_model(str(seeing_folder)), CONTEXT + 1)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_for_text_is_tuned_whole(folders, name):
+    model = load_model(str(folders[name])).model
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_model_whose_language_model_cannot_be_told_from_its_vision_is_refused(folder):
+    rewrite_config(folder, model_type="git", architectures=["GitForCausalLM"])
+    with pytest.raises(ModelError, match=r"a git model also sees or hears .*; choose one for text"):
+        check_model(str(folder))
 
 
 def test_broken_index(folder):
