@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedtune_strategies.aggregators import robust_aggregator
-from fedtune_strategies.errors import ProtocolError
+from fedtune_strategies.errors import FingerprintError, ProtocolError
 from fedtune_strategies.fedkseed.config import GradientRunConfig
 from fedtune_strategies.fedkseed.messages import GradientReply, GradientTask
 from fedtune_strategies.fedkseed.moved import Moved
@@ -56,7 +56,7 @@ class SeedGradient(TuningStrategy):
         self.moved = Moved(config, base)
         self.points: list[Point] = []
         self.held: dict[str, int] = {}  # points that each node holds, as its last reply showed
-        self.forgot: set[str] = set()  # nodes that said since then that they hold none
+        self.forgot: set[str] = set()  # nodes that have shown since then that they need them all again
         self.unit = 0.0  # running median of the nodes' units
         self.fingerprint = ""
         count = sum(tensor.numel() for tensor in base.values())
@@ -105,7 +105,11 @@ class SeedGradient(TuningStrategy):
             return False
         if not isinstance(reply, GradientReply):
             raise ProtocolError(f"a node answered a gradient task with a '{reply.kind}'.")
-        check_origin(reply, round, self.fingerprint)
+        try:
+            check_origin(reply, round, self.fingerprint)
+        except FingerprintError:
+            self.forgot.add(reply.node)  # the next task starts from the base model
+            raise
         self._theta(reply)
         return True
 

@@ -38,7 +38,7 @@ from fedtune_strategies.fedkseed.config import FedKSeedRunConfig
 from fedtune_strategies.fedkseed.messages import SeedReply, SeedTask
 from fedtune_strategies.fedkseed.packing import SCALAR_TYPES, pack, read_scalars
 from fedtune_strategies.fedkseed.pools import pool_number, rebuild
-from fedtune_strategies.fedkseed.screening import amplitude, clipped, out_of_line, running_amplitude
+from fedtune_strategies.fedkseed.screening import amplitude, clipped, in_line, running_amplitude
 from fedtune_strategies.fedkseed.seed_draws import draw_seeds, odds_of_levels, seed_key
 from fedtune_strategies.fedkseed.versions import LARGEST, Versions, round_move, unit_of
 from fedtune_strategies.fleet import Fleet
@@ -51,6 +51,8 @@ from fedtune_strategies.strategy import State, TuningStrategy, arrays_of, check_
 
 # Share of error in a node's slopes above which less than half of their mean square is signal.
 NOISE_LIMIT = 0.7
+# Scalars from which on a reply's median says how large a node's slopes are.
+FEWEST_SCALARS = 8
 
 
 class FedKSeed(TuningStrategy):
@@ -158,17 +160,13 @@ class FedKSeed(TuningStrategy):
         scalars = read_scalars(reply.scalars, reply.unit)
         if not np.isfinite(scalars).any():
             raise ProtocolError(f"{reply.node} had no step with a finite loss: the reply is left out.")
-        if out_of_line(amplitude(scalars), self.amplitude, settings.outlier):
-            raise ProtocolError(
-                f"{reply.node} sent scalars of median magnitude {amplitude(scalars):.3g}, out of line with "
-                f"{self.amplitude:.3g} so far ('fedkseed.outlier'): the reply is left out."
-            )
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Turn every reply into the theta that its node reached, and let the inner strategy aggregate those."""
         answers = sorted((decoded(reply.content, SeedReply) for reply in replies), key=lambda one: one.node)
+        answers = self._in_line(answers)
         if not answers:
             return None, None
         self._calibrate(answers)
@@ -279,6 +277,19 @@ class FedKSeed(TuningStrategy):
             eps=self.eps,
             limit=self._limit(self.amplitude),
         )
+
+    def _in_line(self, answers: list[SeedReply]) -> list[SeedReply]:
+        """Leave out replies whose scalars are far larger or smaller than the round's median reply."""
+        steps, factor = self.config.train.local_steps, self.config.fedkseed.outlier
+        if not answers or steps < FEWEST_SCALARS:  # the median of a few scalars is anything
+            return answers
+        inside = in_line([amplitude(read_scalars(one.scalars, one.unit)) for one in answers], factor)
+        for answer in (one for one, ok in zip(answers, inside, strict=True) if not ok):
+            log.warning(
+                "%s sent scalars more than %g times above or below the round's median ('fedkseed.outlier'): the reply "
+                "is left out", answer.node, factor, extra={"node": answer.node},
+            )  # fmt: skip
+        return [one for one, ok in zip(answers, inside, strict=True) if ok]
 
     def _calibrate(self, answers: list[SeedReply]) -> None:
         """In the first round: take the medians of what the nodes found, and say where slopes are mostly error."""

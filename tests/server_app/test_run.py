@@ -240,6 +240,19 @@ def test_a_run_goes_on_with_more_rounds_but_not_with_other_settings(settings, da
     assert [record.round for record in ledger.records("round")] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("schedule", [{"train.lr-schedule": "linear"}, {"train.warmup": 0.5}])
+def test_the_number_of_rounds_is_fixed_where_a_schedule_runs_over_them(settings, data_files, schedule):
+    run(settings | schedule, data_files)
+    with pytest.raises(LedgerError, match="num-server-rounds"):
+        run(settings | schedule | {"num-server-rounds": 4}, data_files)
+
+
+def test_a_start_that_asked_nobody_does_not_lock_the_folder(settings, data_files):
+    with pytest.raises(ModelError):
+        execute(make_grid({}), settings | {"model.name": "/no/such/model"}, run_id=1)
+    assert run(settings, data_files).last("finished") is not None
+
+
 def test_resume_never_and_always(settings, data_files):
     with pytest.raises(LedgerError, match="no run to resume"):
         run(settings | {"run.resume": "always"}, data_files)
