@@ -14,6 +14,7 @@ from deploy.plan import plan
 from fedtune_strategies.config import Scalar, parse
 from fedtune_strategies.errors import LedgerError, NodesError, ResourceError
 from fedtune_strategies.language.data import read_rows
+from fedtune_strategies.language.model import check_model
 from fedtune_strategies.language.model_files import count_parameters, model_folder, weight_files
 from fedtune_strategies.method import load_method
 
@@ -26,9 +27,9 @@ def with_config(settings: Mapping[str, Scalar]) -> str:
 
 
 def run_model(settings: Mapping[str, Scalar]) -> str:
-    """Check that the base model lies here, whole."""
+    """Check that the base model is here, whole, and can be tuned."""
     name = parse(settings).model.name
-    folder = model_folder(name)
+    folder, _ = check_model(name)
     return f"{name}: {count_parameters(weight_files(folder)) / 1e6:.1f} million parameters, {folder}"
 
 
