@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from comparison.protocols import STORIES, dolly, tiny
-from fedtune_strategies.draws import sample
 
 from fedtune_strategies.language.data import read_rows
 from fedtune_strategies.language.evaluation import evaluate_loss
@@ -28,6 +27,7 @@ from fedtune_strategies.seed_gradient import decode, default_step, encode, local
 from fedtune_strategies.seed_space import make_pool, tuned_parameters
 from fedtune_strategies.seed_space.moved import MovedWeights
 from fedtune_strategies.seed_space.scaled import rms_scales, scaled
+from fedtune_strategies.shared_random import sample
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ class Node:
         self._method = register_messages(self.config.method.name)
         own = self._node = parse_node(node_config)
         self.name = own.name or f"node-{node_id & (2**64 - 1):016x}"
-        self._rows = read_rows(Path(own.data).expanduser(), own.format)
+        self._rows = read_rows(own.data, own.format, own.columns, own.skip_bad)
         self._cache = ModelCache(_cache_folder(own), int(own.cache_gb * 1e9))
         self._from_server = own.model == "server"
         name: str | Path | None = own.model or self.config.model.name
@@ -98,12 +98,13 @@ class Node:
             reply = self._answer(message)
         except FedTuneError as error:
             log.error("%s: %s", self.name, error)
-            reply = protocol.Failure(error.exit_code, str(error))
+            reply = protocol.Failure(error.exit_code, error.public)
         except MemoryError:
             reply = protocol.Failure(ResourceError.exit_code, "not enough memory for the task on this node.")
         except Exception as error:
             log.exception("%s: a defect of FedTune", self.name)
-            reply = protocol.Failure(1, f"a defect of FedTune: {type(error).__name__}: {error}; see the node's log.")
+            # The text of a foreign error may quote the owner's.
+            reply = protocol.Failure(1, f"a defect of FedTune: {type(error).__name__}; see the node's log.")
         return reply
 
     def _answer(self, message: protocol.Message) -> protocol.Message:

@@ -63,7 +63,7 @@ class Service:
                 name, body = self._node.handle(kind, payload)
             except FedTuneError as error:
                 log.error("%s", error)
-                failure = protocol.Failure(error.exit_code, str(error))
+                failure = protocol.Failure(error.exit_code, error.public)
                 name, body = failure.kind, protocol.encode(failure)
             self.last_used = time.monotonic()
             self._facts.note(kind, name, len(payload), len(body), self.last_used - start)

@@ -155,7 +155,7 @@ def _ensure_worker(folder: Path, spec: WorkerSpec) -> Path:
     spec_file.write_text(json.dumps(asdict(spec)))
     host_pid = folder.name.partition("-")[0]
     worker = subprocess.Popen(
-        [sys.executable, "-m", "client_app.worker", str(folder), host_pid],
+        [sys.executable, "-P", "-m", "client_app.worker", str(folder), host_pid],
         stdin=subprocess.DEVNULL,
         start_new_session=True,
         cwd=folder,

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fedtune_strategies.config import Config
 from fedtune_strategies.cost import Cost, Fleet, Shape
 from fedtune_strategies.errors import ConfigError
+from fedtune_strategies.language.model import freeze_other_modalities
 from fedtune_strategies.language.model_files import count_parameters, weight_files
 from fedtune_strategies.method import load_method
 
@@ -19,7 +20,9 @@ def structure(folder: Path) -> Any:
     """Build a model on the meta device: all its modules, no weights."""
     settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(settings)
+        model = AutoModelForCausalLM.from_config(settings)
+    freeze_other_modalities(model)
+    return model
 
 
 def shape_of(folder: Path, config: Config) -> Shape:

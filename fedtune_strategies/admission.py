@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -16,12 +17,15 @@ from flwr.serverapp import Grid
 
 from fedtune_strategies.errors import FedTuneError, FingerprintError, NodesError, ProtocolError
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.protocol.door import refusing
 from fedtune_strategies.protocol.flower import answer, query
 
 log = logging.getLogger("fedtune")
 
 _REFUSED_FOR_S = 60.0
 _CHUNK_S = 600.0
+# So often a node may ask for the same part of the base model, on a bad link too; after that it is refused.
+_ASKS = 8
 # Loading a large model takes its time; after this the message is given up and the node greeted anew.
 _HELLO_S = 1800.0
 
@@ -84,6 +88,7 @@ class Admission:
         self._on_event = on_event
         self._supply = supply
         self._hellos: dict[str, int] = {}
+        self._asks: Counter[tuple[int, int]] = Counter()
         self._refused: dict[int, tuple[float, FedTuneError]] = {}
         self._claims: dict[int, Node] = {}
 
@@ -180,9 +185,16 @@ class Admission:
         self._join(node)
 
     def _send_model(self, node_id: int, wanted: protocol.ModelRequest) -> None:
+        part = (node_id, max(wanted.chunk, -1))
+        if self._asks[part] == _ASKS:
+            raise ProtocolError(
+                f"asked {_ASKS} times for the same part of the base model: give it the model by its 'model' key."
+            )
         if wanted.chunk < 0:
             self._event("supplied", wanted.node, "lacks the base model: sending it")
-        message = query(node_id, self._supply(wanted), _CHUNK_S)
+        with refusing():
+            message = query(node_id, self._supply(wanted), _CHUNK_S)
+        self._asks[part] += 1
         self._hellos |= dict.fromkeys(self._grid.push_messages([message]), node_id)
         self.supplied = time.monotonic()
 

@@ -5,6 +5,10 @@ Every message says what is wrong, where, and what to do next. Anything else that
 
 from __future__ import annotations
 
+import re
+
+_FOLDERS = re.compile(r"(?<![\w.:/])[~.]{0,2}/(?:[^\s/:;,'\"()]+/)*")
+
 
 class FedTuneError(Exception):
     """Base of all errors that are shown to a user as one line.
@@ -13,9 +17,15 @@ class FedTuneError(Exception):
     ----------
     exit_code : int
         Exit code of a command that ends with this error; also travels in error replies.
+    public : str
+        The line that may leave the machine: names of files without their folders.
     """
 
     exit_code = 1
+
+    @property
+    def public(self) -> str:  # noqa: D102
+        return _FOLDERS.sub("", str(self))
 
 
 class ConfigError(FedTuneError):
@@ -25,9 +35,26 @@ class ConfigError(FedTuneError):
 
 
 class DataError(FedTuneError):
-    """A data file is missing, empty, malformed or has the wrong columns."""
+    """A data file is missing, empty, malformed or has the wrong columns.
+
+    Parameters
+    ----------
+    line : str
+        For the owner: may name files and quote their text.
+    public : str
+        For others: holds nothing of the data.
+    """
 
     exit_code = 11
+
+    def __init__(self, line: str, public: str = "") -> None:
+        super().__init__(line)
+        self._public = public
+
+    @property
+    def public(self) -> str:
+        """Say what is wrong without the owner's text or paths."""
+        return self._public or "the owner's data cannot be used as they are; the line is in the node's log"
 
 
 class ModelError(FedTuneError):

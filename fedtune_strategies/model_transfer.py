@@ -24,8 +24,11 @@ from fedtune_strategies.folders import is_ours, make_folder, remove_folder
 from fedtune_strategies.protocol.messages import Message, ModelChunk, ModelManifest, ModelRequest
 
 CHUNK_BYTES = 64 * 2**20
+MANY_CHUNKS = 100_000  # 6 TB
 # What a causal language model and its tokenizer consist of; nothing that could be run.
-_FILE = re.compile(r"[\w-][\w.-]*\.(json|safetensors|txt|model|jinja)")
+_PLAIN = re.compile(r"[\w-][\w.-]*")
+_FILE = re.compile(rf"{_PLAIN.pattern}\.(json|safetensors|txt|model|jinja)")
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ class ModelCache:
         Raises
         ------
         ProtocolError
-            The manifest is damaged or names files that do not belong to a model.
+            The manifest is damaged, or names files that do not belong to a model.
         ResourceError
             The model is larger than the cache may be, or the disk is full or read-only.
         """
@@ -152,7 +155,7 @@ class ModelCache:
         if number not in self._missing:
             raise ProtocolError(f"chunk {number} of a model came unasked.")
         chunk = self._chunks[number]
-        if hashlib.sha256(data).hexdigest() != chunk.sha256:
+        if len(data) != chunk.size or hashlib.sha256(data).hexdigest() != chunk.sha256:
             raise ProtocolError(f"chunk {number} of a model is not what the server's list says.")
         try:
             path = self._partial / chunk.file
@@ -176,6 +179,7 @@ class ModelCache:
         if self._missing:
             return ModelRequest(node, self._missing[0])
         if not self._target.is_dir():
+            _check_indices(self._partial)
             self._partial.rename(self._target)
         return self._target
 
@@ -203,19 +207,42 @@ def read_manifest(text: str) -> list[Chunk]:
     Raises
     ------
     ProtocolError
-        It is damaged, or names a file that does not belong to a model.
+        It is damaged, names a file that does not belong to a model, or its chunks do not fill every file from its start
+        without a gap.
     """
     try:
         chunks = [Chunk(**entry) for entry in json.loads(text)]
-        sound = all(
-            _FILE.fullmatch(chunk.file) and type(chunk.start) is int and type(chunk.size) is int and chunk.start >= 0
-            for chunk in chunks
-        )
-    except (ValueError, TypeError):
+        sound = 0 < len(chunks) <= MANY_CHUNKS and _fill_their_files(chunks)
+    except (ValueError, TypeError, RecursionError):
         sound = False
-    if not sound or not chunks:
+    if not sound:
         raise ProtocolError("received a damaged list of a model's files.")
     return chunks
+
+
+def _fill_their_files(chunks: list[Chunk]) -> bool:
+    ends: dict[str, int] = {}
+    for chunk in chunks:
+        if not (_FILE.fullmatch(chunk.file) and _SHA256.fullmatch(chunk.sha256)):
+            return False
+        if type(chunk.start) is not int or type(chunk.size) is not int or not 0 < chunk.size <= CHUNK_BYTES:
+            return False
+        if chunk.start != ends.get(chunk.file, 0):
+            return False
+        ends[chunk.file] = chunk.start + chunk.size
+    return True
+
+
+def _check_indices(folder: Path) -> None:
+    """Refuse a model whose index of weights names a file outside its folder."""
+    for path in sorted(folder.glob("*.index.json")):
+        try:
+            plain = all(map(_PLAIN.fullmatch, json.loads(path.read_bytes())["weight_map"].values()))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            plain = False
+        if not plain:
+            remove_folder(folder)
+            raise ProtocolError(f"{path.name} of the model names other than files of its folder: it was not kept.")
 
 
 def _chunks(path: Path, chunk_bytes: int) -> Iterator[Chunk]:

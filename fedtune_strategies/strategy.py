@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
+import statistics
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,6 +20,9 @@ from fedtune_strategies.errors import FingerprintError, ProtocolError
 from fedtune_strategies.protocol import messages as protocol
 
 log = logging.getLogger("fedtune")
+
+# A node weighs at most so many times the round's median node: how many examples it has is its own word.
+LARGEST_SHARE = 10
 
 
 @dataclass(frozen=True)
@@ -172,6 +177,8 @@ class Reply(Protocol):
     def fingerprint(self) -> str: ...  # noqa: D102
     @property
     def num_examples(self) -> int: ...  # noqa: D102
+    @property
+    def loss(self) -> float: ...  # noqa: D102
 
 
 def check_origin(reply: Reply, round: int, fingerprint: str) -> None:
@@ -189,19 +196,46 @@ def check_origin(reply: Reply, round: int, fingerprint: str) -> None:
     Raises
     ------
     ProtocolError
-        The reply is of another round, or its number of examples is not positive.
+        The reply is of another round.
     FingerprintError
         The node worked on other weights.
     """
     if reply.round != round:
         raise ProtocolError(f"{reply.node} answered for round {reply.round} in round {round}: the reply is left out.")
-    if reply.num_examples < 1:
-        raise ProtocolError(f"{reply.node} claims {reply.num_examples} examples: the reply is left out.")
     if reply.fingerprint != fingerprint:
         raise FingerprintError(
             f"{reply.node} worked on other weights (fingerprint {reply.fingerprint}, the server's is {fingerprint}): "
             "the reply is left out; check that node's base model, dtype and FedTune version."
         )
+
+
+def shares(replies: Sequence[Reply], weighting: str) -> list[int]:
+    """Return what each reply weighs in a round's mean.
+
+    Parameters
+    ----------
+    replies : sequence of Reply
+        The round's replies.
+    weighting : str
+        ``strategy.weighting``; all replies weigh the same unless it is "examples".
+
+    Returns
+    -------
+    list of int
+        Numbers of examples, none above `LARGEST_SHARE` times their median (of two medians the lower, so that of two
+        nodes neither can raise the limit alone).
+    """
+    if weighting != "examples" or not replies:
+        return [1] * len(replies)
+    limit = LARGEST_SHARE * statistics.median_low(reply.num_examples for reply in replies)
+    return [min(reply.num_examples, limit) for reply in replies]
+
+
+def mean_loss(replies: Sequence[Reply], weights: Sequence[float]) -> dict[str, float]:
+    """Return ``train/loss`` as a metric: the weighted mean of the losses that are numbers, nothing where none is."""
+    known = [(weight, reply.loss) for reply, weight in zip(replies, weights, strict=True) if math.isfinite(reply.loss)]
+    total = sum(weight for weight, _ in known)
+    return {"train/loss": sum(weight * loss for weight, loss in known) / total} if total else {}
 
 
 def arrays_of(**tensors: Tensor) -> ArrayRecord:

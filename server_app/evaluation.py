@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedtune_strategies.config import Config
-from fedtune_strategies.language.data import read_rows
+from fedtune_strategies.language.data import Row, read_rows
 from fedtune_strategies.language.evaluation import evaluate_generation, evaluate_loss
-from fedtune_strategies.language.examples import Examples, tokenise
+from fedtune_strategies.language.examples import Examples, Prompts, tokenise, tokenise_prompts
 from fedtune_strategies.language.model import LanguageModel
 
 _SHOWN_ANSWERS = 16
@@ -18,18 +19,18 @@ _SHOWN_ANSWERS = 16
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The operator's held-out examples, tokenised.
+    """The operator's held-out examples, tokenised: each a spread over the file.
 
     Attributes
     ----------
     loss : Examples
         For loss and perplexity.
-    answers : Examples or None
-        For Rouge-L of greedy answers, a spread over the file; None where ``eval.answers`` is 0.
+    answers : Prompts or None
+        For Rouge-L of greedy answers; None where ``eval.answers`` is 0, and for plain text.
     """
 
     loss: Examples
-    answers: Examples | None
+    answers: Prompts | None
 
 
 def load_held_out(config: Config, language: LanguageModel) -> HeldOut | None:
@@ -44,11 +45,15 @@ def load_held_out(config: Config, language: LanguageModel) -> HeldOut | None:
         return None
     rows = read_rows(Path(config.eval.data), config.eval.format)
 
-    def spread(count: int) -> Examples:
-        stride = max(1, len(rows) // count)
-        return tokenise(rows[::stride][:count], language.tokenizer, config.train.seq_length)
+    loss = tokenise(_spread(rows, config.eval.max_examples), language.tokenizer, config.train.seq_length)
+    asked = _spread(rows, config.eval.answers) if rows[0].prompt is not None else []
+    return HeldOut(loss, tokenise_prompts(asked, language.tokenizer) if asked else None)
 
-    return HeldOut(spread(config.eval.max_examples), spread(config.eval.answers) if config.eval.answers else None)
+
+def _spread(rows: Sequence[Row], count: int) -> Sequence[Row]:
+    """Return the rows in the middle of `count` equal parts of the file, which may be sorted."""
+    count = min(count, len(rows))
+    return [rows[(2 * i + 1) * len(rows) // (2 * count)] for i in range(count)]
 
 
 def evaluate(language: LanguageModel, held_out: HeldOut, config: Config, *, with_answers: bool) -> dict[str, Any]:
@@ -69,7 +74,8 @@ def evaluate(language: LanguageModel, held_out: HeldOut, config: Config, *, with
     -------
     dict
         ``eval/loss`` (nats a token), ``eval/perplexity``, ``seconds``; with answers also ``eval/rougeL`` (F1, 0 to
-        1) and some ``answers`` beside their prompts and references.
+        1), ``cut_prompts`` (how many prompts did not fit whole beside an answer) and some ``answers`` beside their
+        prompts and references.
     """
     start = time.monotonic()
     loss = evaluate_loss(language.model, held_out.loss, config.eval.batch_size)
@@ -79,20 +85,19 @@ def evaluate(language: LanguageModel, held_out: HeldOut, config: Config, *, with
         "examples": loss.examples,
         "tokens": loss.tokens,
     }
-    examples = held_out.answers
-    if with_answers and examples is not None and all(examples.references):
+    prompts = held_out.answers
+    if with_answers and prompts is not None:
         generated = evaluate_generation(
-            language.model, language.tokenizer, examples, config.eval.max_new_tokens, config.eval.batch_size
+            language.model, language.tokenizer, prompts, config.eval.max_new_tokens, config.eval.batch_size
         )
         facts["eval/rougeL"] = generated.rouge_l
+        facts["cut_prompts"] = generated.cut_prompts
         facts["answers"] = [
             {
-                "prompt": language.tokenizer.decode(ids[:length], skip_special_tokens=True),
+                "prompt": language.tokenizer.decode(ids, skip_special_tokens=True),
                 "reference": references[0],
                 "answer": answer,
             }
-            for ids, length, references, answer in zip(
-                examples.tokens, examples.prompt_lengths, examples.references, generated.answers, strict=True
-            )
+            for ids, references, answer in zip(prompts.tokens, prompts.references, generated.answers, strict=True)
         ][:_SHOWN_ANSWERS]
     return facts | {"seconds": time.monotonic() - start}

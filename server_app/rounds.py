@@ -20,6 +20,7 @@ from fedtune_strategies.errors import FedTuneError, NodesError, ProtocolError
 from fedtune_strategies.fleet import Fleet, NodeReply
 from fedtune_strategies.logs import about
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.protocol.door import refusing
 from fedtune_strategies.protocol.records import from_record, to_record
 from fedtune_strategies.strategy import TuningStrategy
 from server_app.ledger import Ledger, Record
@@ -243,7 +244,9 @@ def _accept(number: int, received: NodeReply, check: Callable[[int, protocol.Mes
     if sender != received.node.name:
         raise ProtocolError(f"the reply bears the name of {sender!r}: it is left out.")
     traffic = {"kind": message.kind, "bytes_down": received.bytes_down, "bytes_up": received.bytes_up}
-    if not check(number, message):
+    with refusing():
+        counts = check(number, message)
+    if not counts:
         ledger.append("acknowledged", round=number, node=received.node.name, body=traffic)
         return False
     assert received.content is not None

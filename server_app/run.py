@@ -125,15 +125,18 @@ def _open_ledger(config: Config, flat: Mapping[str, Any], run_id: int) -> Ledger
     ledger = Ledger(folder)
     started = ledger.last("start")
     settings = defaults(config.method.name, flat) | dict(flat)
-    if started is not None:
+    if started is not None and ledger.last("asked") is not None:  # a start that asked nobody binds nobody
         _check_same_run(started.body["config"], settings, folder)
     ledger.append("start", body={"config": settings, "version": version("fedtune"), "run_id": str(run_id)})
     return ledger
 
 
 def _check_same_run(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    # A schedule runs over all rounds of the run: with another number, rounds that are over would have had other steps.
+    scheduled = now.get("train.lr-schedule", "constant") != "constant" or now.get("train.warmup")
+    fixed = ("num-server-rounds",) if scheduled else ()
     for key in sorted(set(before) | set(now)):
-        if before.get(key) != now.get(key) and not key.startswith(_FREE_KEYS):
+        if before.get(key) != now.get(key) and (key in fixed or not key.startswith(_FREE_KEYS)):
             raise LedgerError(
                 f"the run in {folder} was started with '{key}' = {before.get(key)!r}, now it is {now.get(key)!r}: "
                 "set it back, or choose another 'run.dir'."

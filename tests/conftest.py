@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fedtune_strategies.config import defaults
+from fedtune_strategies.method import own_methods, register_messages
 from tests.models import CONFIGS, make_model, make_tokenizer
 
 torch.set_num_threads(1)
@@ -37,6 +38,13 @@ def write_rows(path, count, shift=0):
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def messages():
+    """Make all methods' messages known, as server and nodes do for the method of their run."""
+    for name in own_methods():
+        register_messages(name)
 
 
 @pytest.fixture(scope="session")

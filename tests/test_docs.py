@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fedtune_strategies.config import defaults
+from fedtune_strategies.config import app_defaults
 from fedtune_strategies.errors import FedTuneError
-from fedtune_strategies.method import own_methods
 from fedtune_strategies.tiny.tasks import write_federation
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +25,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "LOG.md"], ids=lambda page: page.name)
 def test_configuration_keys_in_backticks_exist(page):
-    known = {key for method in own_methods() for key in defaults(method)}
+    known = set(app_defaults())
     groups = {key.partition(".")[0] for key in known if "." in key}
     for key in re.findall(r"`([a-z]+\.[a-z-]+)(?: = [^`]*)?`", page.read_text()):
         if key.partition(".")[0] in groups - {"model", "run"}:

@@ -1,5 +1,6 @@
 """The base model over the wire: chunks, cache, and whole runs of nodes that hold nothing."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -11,7 +12,7 @@ from client_app.node import Node
 from fedtune_strategies.errors import ConfigError, NodesError, ProtocolError, ResourceError
 from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.folders import MARK
-from fedtune_strategies.model_transfer import ModelCache, ModelSource, as_bytes, read_manifest
+from fedtune_strategies.model_transfer import CHUNK_BYTES, ModelCache, ModelSource, as_bytes, read_manifest
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.testing import InMemoryGrid
 from server_app.run import execute
@@ -73,11 +74,18 @@ def test_a_damaged_or_foreign_chunk_is_refused(folder, tmp_path):
         source.answer(protocol.ModelRequest("n", 2))
 
 
+def listed(*chunks, sha256="0" * 64):
+    """A manifest of (file, start, size)."""
+    return json.dumps(
+        [dict(zip(("file", "start", "size"), chunk, strict=True)) | {"sha256": sha256} for chunk in chunks]
+    )
+
+
 @pytest.mark.parametrize(
     "file", ["../../etc/passwd.json", "/etc/passwd.json", "run.py", "weights.bin", ".json", "a/b.json", "x.json\n"]
 )
 def test_a_manifest_cannot_name_other_files(file, tmp_path):
-    manifest = json.dumps([{"file": file, "start": 0, "size": 1, "sha256": ""}])
+    manifest = listed((file, 0, 1))
     with pytest.raises(ProtocolError, match="damaged list"):
         ModelCache(tmp_path, 10).start("n", "some/model", manifest)
     assert list(tmp_path.iterdir()) == []
@@ -87,6 +95,99 @@ def test_a_manifest_cannot_name_other_files(file, tmp_path):
 def test_a_damaged_manifest(manifest):
     with pytest.raises(ProtocolError, match="damaged list"):
         read_manifest(manifest)
+
+
+A, B = "a.json", "b.json"
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [(A, 5 * 10**12, 1)],
+        [(A, 0, 5), (A, 6, 5)],
+        [(A, 0, 5), (A, 4, 5)],
+        [(A, 5, 5), (A, 0, 5)],
+        [(A, 0, 10**12), (B, 0, -(10**12) + 5)],
+        [(A, 0, 0)],
+        [(A, 0, 1.5)],
+        [(A, 0, True)],
+        [(A, 0, CHUNK_BYTES + 1)],
+        [(A, 0, 10**400)],
+    ],
+)
+def test_a_list_whose_chunks_do_not_fill_their_files_writes_nothing(chunks, tmp_path):
+    with pytest.raises(ProtocolError, match="damaged list"):
+        ModelCache(tmp_path, 10**9).start("n", "some/model", listed(*chunks))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_list_of_more_than_the_cache_may_hold_writes_nothing(tmp_path):
+    manifest = listed(*((A, i * CHUNK_BYTES, CHUNK_BYTES) for i in range(100)))
+    with pytest.raises(ResourceError, match="cache-gb"):
+        ModelCache(tmp_path, 99 * CHUNK_BYTES).start("n", "some/model", manifest)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ProtocolError, match="damaged list"):
+        read_manifest(listed((A, 0, 1), sha256="../x"))
+
+
+def test_a_chunk_of_another_size_is_refused_though_its_hash_fits(tmp_path):
+    data = bytes(1000)
+    cache = ModelCache(tmp_path, 10**6)
+    cache.start("n", "some/model", listed((A, 0, 1), sha256=hashlib.sha256(data).hexdigest()))
+    with pytest.raises(ProtocolError, match="not what the server's list says"):
+        cache.take("n", 0, data)
+    assert not list(tmp_path.rglob(A))
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        {"weight_map": {"w": "../outside.safetensors"}},
+        {"weight_map": {"w": "/etc/passwd"}},
+        {"weight_map": {"w": 3}},
+        {"weight_map": 3},
+        [],
+    ],
+)
+def test_an_index_that_names_files_outside_the_model_is_not_kept(folder, tmp_path, index):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    cache = ModelCache(tmp_path / "cache", 10**6)
+    with pytest.raises(ProtocolError, match=r"index\.json of the model names"):
+        receive(cache, ModelSource(folder))
+    assert cache.find("some/model") is None and not list((tmp_path / "cache").glob("*/"))
+
+
+def test_a_model_of_several_files_arrives_with_its_index(folder, tmp_path):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model.safetensors"}}')
+    assert (receive(ModelCache(tmp_path / "cache", 10**6), ModelSource(folder)) / "model.safetensors").is_file()
+
+
+def test_a_member_that_asks_for_the_model_without_end_is_refused():
+    asked = []
+
+    def greedy(kind, payload):
+        asked.append(kind)
+        request = protocol.ModelRequest("greedy", -1)
+        return request.kind, protocol.encode(request)
+
+    manifest = protocol.ModelManifest("[]")
+    fleet = Fleet(InMemoryGrid({1: greedy}), "abcd", poll_interval=0.01, supply=lambda wanted: manifest)
+    with pytest.raises(ProtocolError, match="8 times for the same part"):
+        fleet.wait_for_nodes(1, 30.0)
+    assert len(asked) == 9
+
+
+def test_a_model_that_the_server_cannot_read_refuses_the_node_alone():
+    request = protocol.ModelRequest("n", 0)
+    hello = protocol.HelloReply("b", protocol.PROTOCOL_VERSION, 5, "abcd", 1)
+    nodes = {1: lambda *_: (request.kind, protocol.encode(request)), 2: lambda *_: (hello.kind, protocol.encode(hello))}
+
+    def supply(wanted):
+        raise PermissionError("no")
+
+    fleet = Fleet(InMemoryGrid(nodes), "abcd", poll_interval=0.01, supply=supply)
+    fleet.wait_for_nodes(1, 5.0)
+    assert list(fleet.nodes) == ["b"]
 
 
 def test_the_cache_forgets_what_was_unused_longest(tmp_path):

@@ -20,6 +20,7 @@ from unittest import mock
 
 from client_app.node import Node
 from comparison.protocols import Entrant, Files, Protocol
+from fedtune_strategies.errors import NodesError
 from fedtune_strategies.testing import InMemoryGrid
 from server_app import evaluation
 from server_app.run import execute
@@ -155,7 +156,10 @@ class Study:
         return step(entrant, best)
 
     def _search(self, entrant: Entrant, power: int) -> float:
-        return self.result(entrant, step(entrant, power), SEARCH_SEED, "search")["curve"][-1]["loss"]
+        try:
+            return self.result(entrant, step(entrant, power), SEARCH_SEED, "search")["curve"][-1]["loss"]
+        except NodesError:  # no node had a finite loss: the step is far too long
+            return math.inf
 
     def result(self, entrant: Entrant, lr: float, seed: int, stage: str) -> dict[str, Any]:
         """Return a run's result, from the file where it is there."""

@@ -13,8 +13,9 @@ from deploy.commands.output import Format, FormatOption, SetOption, setting, sho
 def demo(
     nodes: Annotated[int, typer.Option(min=1, max=64, help="How many nodes take part, each with data of its own.")] = 4,
     methods: Annotated[
-        str, typer.Option(help="Which methods to run, one after another, separated by commas.")
-    ] = "fedkseed,fedkseed-pro,fedcybgd",
+        str,
+        typer.Option(help="Which runs to make, in turn, separated by commas; `gradient` is FedKSeed by gradient."),
+    ] = "gradient,fedkseed,fedkseed-pro,fedcybgd",
     model: Annotated[
         str, typer.Option(help="A Hugging Face causal language model: folder or Hub id.")
     ] = "fedtune-tiny",

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from deploy.commands.output import Format, FormatOption, agree, console, log, show, words
 from fedtune_strategies.errors import ConfigError
@@ -90,7 +91,8 @@ def leave(
     from deploy.owner.service import remove
 
     membership = find_membership(name)
-    words(form).print(f"Leaving {membership.address} as {membership.name} removes {membership.folder}. Your data stay.")
+    told = f"Leaving {membership.address} as {membership.name} removes {membership.folder}. Your data stay."
+    words(form).print(told, markup=False)
     if not yes:
         agree("Leave?", form)
     remove(membership)
@@ -131,7 +133,7 @@ def _tell(membership: Any, offer: dict[str, Any], out: Console) -> None:
     from fedtune_strategies.language.data import read_rows
 
     rows = read_rows(Path(membership.data), membership.format)
-    out.print(f"[bold]You are invited[/bold] to {membership.address} as [bold]{membership.name}[/bold].\n")
+    out.print(f"[bold]You are invited[/bold] to {escape(membership.address)} as [bold]{membership.name}[/bold].\n")
     told = [("your data", f"{membership.data}: {len(rows)} examples, all readable")]
     told += [("model", base_model(membership, offer)), *terms(offer)]
     for label, text in told:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from fedtune_strategies.config import Scalar
 from fedtune_strategies.errors import ConfigError
@@ -38,7 +39,7 @@ def words(form: Format) -> Console:
 
 def log(line: str) -> None:
     """Say on stderr that something happened, and when."""
-    errors.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim] {line}")
+    errors.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim] {escape(line)}")
 
 
 def agree(question: str, form: Format) -> None:

@@ -112,7 +112,8 @@ class Control:
 
 def flower_environment(folder: Path) -> dict[str, str]:
     """The environment for Flower's programs with their home below a folder of state."""
-    loopback = ",".join(filter(None, [os.environ.get("NO_PROXY"), "localhost,127.0.0.1,::1"]))
+    exceptions = [os.environ.get("NO_PROXY"), os.environ.get("no_proxy"), "localhost,127.0.0.1,::1"]
+    loopback = ",".join(dict.fromkeys(filter(None, exceptions)))
     return {
         **os.environ,
         "PATH": processes.environment_path(),
@@ -124,6 +125,8 @@ def flower_environment(folder: Path) -> dict[str, str]:
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
+        # Our packages have ordinary names: a user's client_app.py in the present folder must not stand in for ours.
+        "PYTHONSAFEPATH": "1",
         "NO_PROXY": loopback,
         "no_proxy": loopback,
     }

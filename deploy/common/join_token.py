@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import re
 import ssl
 import struct
 import time
@@ -12,10 +13,12 @@ import zlib
 from dataclasses import dataclass, field
 
 from fedtune_strategies.errors import LinkError
+from fedtune_strategies.protocol.door import check_name, clean
 
 JOIN = "fedtune-join"  # the application protocol by which the published port knows joiners
 LONGEST = 1 << 16  # bytes of a request or an answer, one line of JSON
 PREFIX = "fedtune1-"
+_ADDRESS = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,252}|\[[0-9A-Fa-f:.]{2,45}\]):[0-9]{1,5}")
 _HEAD = struct.Struct(">32s16sIB")  # fingerprint, secret, expiry, length of the name
 
 
@@ -35,6 +38,11 @@ class JoinToken:
         Registration secret, 16 bytes; good for one key. Left out of every representation.
     expires : int
         Seconds since the epoch.
+
+    Raises
+    ------
+    ProtocolError, LinkError
+        Name or address is none: they become the name of a folder, lines of a unit and words on a terminal.
     """
 
     address: str
@@ -42,6 +50,10 @@ class JoinToken:
     authority: bytes
     secret: bytes = field(repr=False)
     expires: int
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        check_address(self.address)
 
     def encode(self) -> str:
         """Return the token as one word: base64 with a check sum."""
@@ -66,6 +78,8 @@ def decode_token(text: str) -> JoinToken:
     ------
     LinkError
         It is none, or not whole; the line never quotes it.
+    ProtocolError, LinkError
+        It is whole, but bears a name or an address that is none.
     """
     word = "".join(text.split())
     if not word.startswith(PREFIX):
@@ -82,6 +96,15 @@ def decode_token(text: str) -> JoinToken:
     if zlib.crc32(body) != check:
         raise LinkError("this join token is not whole: copy it again, from its first to its last character")
     return JoinToken(address, name, authority, secret, expires)
+
+
+def check_address(address: str) -> str:
+    """Return ``host:port`` if it is one, of plain letters; raise `LinkError` otherwise."""
+    if not _ADDRESS.fullmatch(address):
+        raise LinkError(
+            f"the address {clean(address, 60)!r} of the server is not host:port: ask the operator for another"
+        )
+    return address
 
 
 def authority_hash(certificate: str) -> bytes:

@@ -95,7 +95,7 @@ def sweep(token: str) -> None:
 @contextlib.contextmanager
 def watchdog(token: str) -> Iterator[None]:
     """Have another process sweep this token as soon as this one has ended, even by kill -9."""
-    command = [sys.executable, "-m", "deploy.common.watchdog", token]
+    command = [sys.executable, "-P", "-m", "deploy.common.watchdog", token]
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):
         # Leaving closes its standard input, which is what it waits for, and then waits for it.
         yield

@@ -32,7 +32,14 @@ SEEDS: dict[str, Scalar] = {
     "train.local-steps": 60,
     "train.lr": 4e-4,
 }
+GRADIENT: dict[str, Scalar] = {
+    "method.name": "fedkseed",
+    "fedkseed.estimator": "gradient",
+    "num-server-rounds": 4,
+    "train.local-steps": 24,
+}
 SETTINGS: dict[str, dict[str, Scalar]] = {
+    "gradient": GRADIENT,
     "fedkseed": SEEDS,
     "fedkseed-pro": SEEDS,
     "fedcybgd": {"num-server-rounds": 6, "train.lr": 3e-4},
@@ -122,20 +129,20 @@ def _config(method: str, model: str, nodes: int, out: Path, changes: Mapping[str
     if method not in SETTINGS:
         raise ConfigError(f"unknown method {method!r}: choose from {', '.join(SETTINGS)}")
     own: dict[str, Scalar] = {
-        "method.name": method,
         "model.name": model,
         "eval.data": str(out / "data" / "heldout.jsonl"),
         "run.dir": str(out / method),
     }
     if taken := own.keys() & changes.keys():
         raise ConfigError(f"the demo sets {', '.join(sorted(taken))}: use --methods, --model, --data and --out")
-    config = {**COMMON, "strategy.min-nodes": nodes, **SETTINGS[method], **changes, **own}
+    config = {"method.name": method, **COMMON, "strategy.min-nodes": nodes, **SETTINGS[method], **changes, **own}
     parse(config)
     return config
 
 
 def _tune(running: Federation, config: Mapping[str, Scalar], console: Console) -> Result:
-    method, folder = str(config["method.name"]), Path(str(config["run.dir"]))
+    folder = Path(str(config["run.dir"]))
+    method = folder.name
     app = write_app(folder.parent / "app", config)
     remove_folder(folder)
     before = running.traffic()

@@ -128,7 +128,7 @@ def follow(running: Federation, run_id: int, folder: Path, progress: Progress, c
                 seen = record.seq
                 line = progress.take(record)
                 if line and (live is None or record.kind != "evaluation"):
-                    console.print(line, highlight=False, soft_wrap=True)
+                    console.print(line, markup=False, highlight=False, soft_wrap=True)
             time.sleep(LOOK_EVERY)
     _raise_failure(running, run_id, status, progress.ended)
 

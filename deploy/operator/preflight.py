@@ -12,8 +12,9 @@ from deploy.operator.announcement import EXAMPLES
 from deploy.operator.members import Members
 from deploy.plan import plan
 from fedtune_strategies.config import Scalar, parse
-from fedtune_strategies.errors import NodesError, ResourceError
+from fedtune_strategies.errors import LedgerError, NodesError, ResourceError
 from fedtune_strategies.language.data import read_rows
+from fedtune_strategies.language.model import check_model
 from fedtune_strategies.language.model_files import count_parameters, model_folder, weight_files
 from fedtune_strategies.method import load_method
 
@@ -26,10 +27,22 @@ def with_config(settings: Mapping[str, Scalar]) -> str:
 
 
 def run_model(settings: Mapping[str, Scalar]) -> str:
-    """Check that the base model lies here, whole."""
+    """Check that the base model is here, whole, and can be tuned."""
     name = parse(settings).model.name
-    folder = model_folder(name)
+    folder, _ = check_model(name)
     return f"{name}: {count_parameters(weight_files(folder)) / 1e6:.1f} million parameters, {folder}"
+
+
+def run_folder(settings: Mapping[str, Scalar]) -> str | None:
+    """Check that the run's folder fits ``run.resume``: the ServerApp would end at once."""
+    config = parse(settings).run
+    folder = Path(config.dir).expanduser()
+    there = (folder / "ledger.sqlite").exists()
+    if there and config.resume == "never":
+        raise LedgerError(f"{folder} holds a run already: choose another --out, or set 'run.resume' to 'auto'.")
+    if not there and config.resume == "always":
+        raise LedgerError(f"{folder} holds no run to resume: check --out, or set 'run.resume' to 'auto'.")
+    return f"{folder}: {'continues its run' if there else 'a new run'}"
 
 
 def held_out_data(settings: Mapping[str, Scalar]) -> str | None:

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -84,7 +85,7 @@ def _head(run: dict[str, Any]) -> Table:
     gone = clock((run["updated"] or time.time()) - run["started"]) if run["started"] else "0:00"
     left = f", {clock(run['seconds_left'])} left" if run["seconds_left"] is not None else ""
     grid.add_row(
-        f"[bold]{run['method']}[/bold] on {run['model']}",
+        f"[bold]{escape(run['method'])}[/bold] on {escape(run['model'])}",
         f"[{colour}]{run['state']}[/{colour}]",
         ProgressBar(total=max(run["rounds"], 1), completed=run["round"], width=20),
         f"round {run['round']}/{run['rounds']}, {gone} gone{left}",
@@ -119,7 +120,9 @@ def _nodes(nodes: list[dict[str, Any]]) -> Table:
         colour = NODE_COLOURS.get(node["state"], "default")
         loss = f"{node['loss']:.4f}" if node["loss"] is not None else "-"
         cells = [str(node["examples"]), str(node["replies"]), loss, size(node["bytes_up"]), size(node["bytes_down"])]
-        table.add_row(f"  {node['name']}", f"[{colour}]{node['state']}[/{colour}]", *cells, size(node["peak_memory"]))
+        table.add_row(
+            f"  {escape(node['name'])}", f"[{colour}]{node['state']}[/{colour}]", *cells, size(node["peak_memory"])
+        )
     if len(nodes) > MOST_NODES:
         table.add_row(f"  … and {len(nodes) - MOST_NODES} more")
     return table

@@ -14,6 +14,7 @@ from fedtune_strategies.cost import ENVELOPE
 from fedtune_strategies.errors import ConfigError, ModelError
 from fedtune_strategies.language.model_files import model_folder
 from fedtune_strategies.method import installed_methods, load_method
+from fedtune_strategies.protocol.door import clean
 
 # With every reply, whatever the method.
 ALWAYS = [
@@ -33,6 +34,7 @@ def base_model(membership: Membership, offer: Mapping[str, Any]) -> str:
     name = offer.get("settings", {}).get("model.name")
     if name is None:
         return f"{UNKNOWN}; it comes from the server where it is not here"
+    name = clean(str(name))
     try:
         return f"{name}, here in {model_folder(name)}"
     except ModelError:
@@ -42,14 +44,10 @@ def base_model(membership: Membership, offer: Mapping[str, Any]) -> str:
 def terms(offer: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What taking part takes, as labelled lines."""
     settings, plan = offer.get("settings", {}), offer.get("plan")
-    rows = [("method", settings.get("method.name", UNKNOWN))]
+    rows = [("method", clean(str(settings.get("method.name", UNKNOWN))))]
     if settings:
-        rows.append(
-            (
-                "rounds",
-                str(settings.get("num-server-rounds", defaults(settings.get("method.name", ""))["num-server-rounds"])),
-            )
-        )
+        rounds = settings.get("num-server-rounds") or defaults(settings.get("method.name", ""))["num-server-rounds"]
+        rows.append(("rounds", clean(str(rounds))))
     if plan:
         free = psutil.virtual_memory().available
         enough = "" if plan["memory"] < free else " [!] NOT ENOUGH"
@@ -84,7 +82,7 @@ def leaves(offer: Mapping[str, Any]) -> list[str]:
     for name in [named] if named else installed_methods():
         try:
             config = parse(settings if named else {"method.name": name})
-            lines += [f"{name}, {line}" for line in load_method(name).leaves(config)]
+            lines += [clean(f"{name}, {line}", 900) for line in load_method(name).leaves(config)]
         except ConfigError as error:
-            lines.append(f"{name}: unknown here ({error})")
+            lines.append(clean(f"{name}: unknown here ({error})"))
     return [*lines, *ALWAYS]

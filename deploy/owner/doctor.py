@@ -134,11 +134,12 @@ def _data(data: Path, data_format: str) -> str:
 
 
 def _model(model: str) -> str:
-    from fedtune_strategies.language.model_files import count_parameters, model_folder, weight_files
+    from fedtune_strategies.language.model import check_model
+    from fedtune_strategies.language.model_files import count_parameters, weight_files
 
     if model == "server":
         return "it comes from the server"
-    folder = model_folder(model)
+    folder, _ = check_model(model)
     return f"{model}: {count_parameters(weight_files(folder)) / 1e6:.1f} million parameters, {folder}"
 
 

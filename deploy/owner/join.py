@@ -23,6 +23,7 @@ from deploy.common.join_token import JOIN, LONGEST, JoinToken, authority_hash, l
 from deploy.common.paths import nodes_folder, private_folder, write_json, write_private
 from fedtune_strategies.errors import ConfigError, LinkError, ProtocolError, error_from_code
 from fedtune_strategies.folders import remove_folder
+from fedtune_strategies.protocol.door import clean
 
 TIMEOUT = 60.0  # seconds for an answer; over a bad link the handshake alone takes several
 ATTEMPTS = 5  # at redeeming a token: a lost answer is no reason to give up, and asking again gives the same one
@@ -154,7 +155,7 @@ def register(token: JoinToken, authority: str, membership: Membership, on_wait: 
             membership.save()
             return membership
         if not told:
-            on_wait(answer["key"])
+            on_wait(clean(str(answer["key"])))
             told = True
         time.sleep(APPROVAL_PAUSE)
 
@@ -233,7 +234,8 @@ def ask(address: str, request: dict[str, Any], authority: str | None) -> dict[st
     if not isinstance(answer, dict):
         raise ProtocolError(f"{address} answered nonsense: is it a FedTune server?")
     if "error" in answer:
-        raise error_from_code(int(answer["error"]), str(answer.get("message", "")))
+        code = answer["error"]
+        raise error_from_code(code if isinstance(code, int) else 1, clean(str(answer.get("message", ""))))
     return answer
 
 

@@ -9,8 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from deploy.common.join_token import check_address
 from deploy.common.paths import home
 from deploy.owner.join import Membership
+from fedtune_strategies.errors import ConfigError
+from fedtune_strategies.protocol.door import check_name
 
 UNIT = """[Unit]
 Description=FedTune node {name} at {address}
@@ -35,15 +38,17 @@ WantedBy=default.target
 
 def unit_file(membership: Membership) -> Path:
     """Where the unit of a membership lies."""
+    check_name(membership.name)
+    check_address(membership.address)
     config = Path(os.environ.get("XDG_CONFIG_HOME", "~/.config")).expanduser()
     return config / "systemd" / "user" / f"fedtune-{membership.folder.name}.service"
 
 
 def install(membership: Membership) -> list[str]:
     """Write, enable and start the unit; returns lines for the user."""
-    file = unit_file(membership)
+    file, text = unit_file(membership), unit_text(membership)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(unit_text(membership))
+    file.write_text(text)
     if not _systemctl("daemon-reload") or not _systemctl("enable", "--now", file.name):
         return [f"Wrote {file}.", f"Here no systemd answers; where one does: systemctl --user enable --now {file.name}"]
     return [
@@ -59,9 +64,18 @@ def unit_text(membership: Membership) -> str:
         name=membership.name,
         address=membership.address,
         folder=membership.folder.name,
-        python=sys.executable,
-        home=home().resolve(),
+        python=_quoted(sys.executable),
+        home=_quoted(str(home().resolve())),
     )
+
+
+def _quoted(path: str) -> str:
+    """Write a path as it stands between quotes in a unit."""
+    if not path.isprintable():
+        raise ConfigError(f"{path!r} cannot stand in a systemd unit: choose a FEDTUNE_HOME of printable characters")
+    for special, written in (("\\", "\\\\"), ('"', '\\"'), ("%", "%%")):
+        path = path.replace(special, written)
+    return path
 
 
 def remove(membership: Membership) -> None:

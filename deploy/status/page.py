@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from deploy.status.view import newest_runs, report
+from deploy.status.view import RunView, newest_runs
 from fedtune_strategies.errors import LedgerError
 
 
@@ -28,9 +28,12 @@ def write_page(folder: Path, path: Path) -> None:
     Raises
     ------
     LedgerError
-        There is no run in the folder, or one cannot be read.
+        There is no run in the folder.
     """
-    runs = [report(run) for run in newest_runs(folder)]
+    views = [RunView(run) for run in newest_runs(folder)]
+    for view in views:
+        view.follow()
+    runs = [view.report() for view in views]
     if not runs:
         raise LedgerError(f"no run in {folder}: name a run's folder ('run.dir'), or a folder that holds some.")
     path.parent.mkdir(parents=True, exist_ok=True)

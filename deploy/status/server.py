@@ -34,8 +34,8 @@ def serve_page(
 ) -> Iterator[str]:
     """Serve a run, or all runs of a folder, until left.
 
-    ``/`` is the page, ``/report.json`` its data, ``/metrics`` the same for Prometheus, ``/healthz`` says whether the
-    ledgers can be read. The page itself holds nothing of a run, so it needs no token; everything that does takes it as
+    ``/`` is the page, ``/report.json`` its data, ``/metrics`` the same for Prometheus, ``/healthz`` says
+    that it is served. The page itself holds nothing of a run, so it needs no token; everything that does takes it as
     ``Authorization: Bearer``. It comes to the page behind the address's ``#``, which no log and no proxy sees.
 
     Parameters
@@ -99,7 +99,7 @@ class Runs:
     def _read(self) -> None:
         paths = newest_runs(self.folder)
         self.views = {path: self.views.get(path) or RunView(path) for path in paths}
-        changed = [view.update() for view in self.views.values()]
+        changed = [view.follow() for view in self.views.values()]
         if any(changed) or not self.body or len(paths) != len(self.reports):
             self.reports = [view.report() for view in self.views.values()]
             self.tag = '"' + hashlib.sha256(json.dumps(self.reports).encode()).hexdigest()[:20] + '"'
@@ -107,7 +107,9 @@ class Runs:
 
 
 def _healthy(runs: Runs) -> Answer:
-    return Answer(f"{len(runs.views)} runs can be read\n".encode())
+    """Say that the page is served: a run that cannot be read is shown as such, and no reason to stop serving."""
+    broken = sum(bool(view.unreadable) for view in runs.views.values())
+    return Answer(f"{len(runs.views) - broken} runs can be read, {broken} not\n".encode())
 
 
 def _page(headers: Headers) -> Answer:

@@ -14,7 +14,7 @@ from typing import Any
 import safetensors.torch
 
 from fedtune_strategies.config import defaults, parse
-from fedtune_strategies.errors import FedTuneError
+from fedtune_strategies.errors import FedTuneError, LedgerError
 from fedtune_strategies.method import load_method
 from server_app.ledger import Ledger, Record
 
@@ -67,6 +67,7 @@ class RunView:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.unreadable = ""
         self._clear()
 
     def update(self) -> bool:
@@ -87,6 +88,15 @@ class RunView:
             for record in records:
                 self._take(record)
             return self.seq != before
+
+    def follow(self) -> bool:
+        """As `update`; a ledger that cannot be read is a state of this run, and no error for those beside it."""
+        before = self.unreadable
+        try:
+            changed, self.unreadable = self.update(), ""
+        except LedgerError as error:
+            changed, self.unreadable = False, str(error)
+        return changed or self.unreadable != before
 
     def report(self) -> dict[str, Any]:
         """Return the document, see `report`."""
@@ -207,8 +217,8 @@ class RunView:
             "model": self.config.get("model.name", ""),
             "version": start.get("version", ""),
             "run_id": start.get("run_id", ""),
-            "state": end.kind if end else "running",
-            "message": end.body.get("message", "") if end else "",
+            "state": "unreadable" if self.unreadable else end.kind if end else "running",
+            "message": self.unreadable or (end.body.get("message", "") if end else ""),
             "exit_code": end.body.get("exit_code") if end else None,
             "exported": end.body.get("model", "") if end else "",
             "round": len(committed),

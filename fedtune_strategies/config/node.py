@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedtune_strategies.config.options import option, options, section
-from fedtune_strategies.errors import ConfigError
+from fedtune_strategies.errors import ConfigError, ProtocolError
+from fedtune_strategies.protocol.door import check_name
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,10 @@ class NodeConfig:
     name: str = option("", "The node's name, unique in the federation; empty for one made of Flower's node id.")
     data: str = option("", "File or folder with the owner's data; required.")
     format: str = option("auto", "Format of the data; 'auto' looks at the columns.")
+    columns: str = option(
+        "", "Which column of the data is which, 'prompt=question,completion=answer'; empty where the names fit."
+    )
+    skip_bad: bool = option(False, "Leave out rows that cannot be used, instead of refusing the data.")
     model: str = option(
         "", "Folder of the base model on this machine instead of the run's; 'server' to get it from there."
     )
@@ -52,7 +57,7 @@ def parse_node(given: Mapping[str, Any]) -> NodeConfig:
     Raises
     ------
     ConfigError
-        ``data`` is missing, or a value is not accepted.
+        ``data`` is missing, a value is not accepted, or ``name`` is none that a server takes.
     """
     known = {name: kind for name, kind, _ in options(NodeConfig)}
     values = {name: _typed(given[name], kind) for name, kind in known.items() if name in given}
@@ -61,6 +66,10 @@ def parse_node(given: Mapping[str, Any]) -> NodeConfig:
         raise ConfigError(
             "node config: 'data' is missing; start the node with --node-config 'data=\"/path/to/data.jsonl\"'."
         )
+    try:
+        check_name(config.name or "unnamed")
+    except ProtocolError as error:
+        raise ConfigError(f"node config: 'name': {error}") from None
     return config
 
 

@@ -126,7 +126,16 @@ class EvalConfig:
     format: str = option(
         "auto",
         "Format of that file.",
-        choices=("auto", "text", "messages", "prompt-completion", "dolly", "alpaca", "natural-instructions"),
+        choices=(
+            "auto",
+            "text",
+            "messages",
+            "conversations",
+            "prompt-completion",
+            "dolly",
+            "alpaca",
+            "natural-instructions",
+        ),
     )
     every: int = option(1, "Rounds from one evaluation of the loss to the next; the last round always has one.", low=1)
     batch_size: int = option(32, "Examples in one batch of the evaluation.", low=1)

@@ -20,7 +20,7 @@ from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.flower import address, decoded
 from fedtune_strategies.seed_space import fingerprint
 from fedtune_strategies.shared_random import sample
-from fedtune_strategies.strategy import State, TuningStrategy, arrays_of, check_origin, log
+from fedtune_strategies.strategy import State, TuningStrategy, arrays_of, check_origin, log, mean_loss, shares
 
 _MODEL = "model"
 
@@ -92,9 +92,13 @@ class ArraysStrategy(TuningStrategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Let the inner strategy average the replies, in the order of the nodes' names."""
         answers = sorted((decoded(reply.content, ArraysReply) for reply in replies), key=lambda a: a.node)
-        arrays, metrics = self.inner.aggregate_train(server_round, [self._as_flower(answer) for answer in answers])
+        weights = shares(answers, self.config.strategy.weighting)
+        replies = [self._as_flower(answer, weight) for answer, weight in zip(answers, weights, strict=True)]
+        arrays, metrics = self.inner.aggregate_train(server_round, replies)
         if arrays is not None:
             self._take(arrays)
+        if metrics is not None:
+            metrics.update(mean_loss(answers, weights))
         return arrays, metrics
 
     def materialise(self, arrays: ArrayRecord, parameters: Mapping[str, Tensor]) -> str:
@@ -116,9 +120,8 @@ class ArraysStrategy(TuningStrategy):
     def _take(self, arrays: ArrayRecord) -> None:
         self.current = {name: torch.from_numpy(arrays[name].numpy()).to(torch.float32) for name in self.current}
 
-    def _as_flower(self, answer: ArraysReply) -> Message:
-        weight = answer.num_examples if self.config.strategy.weighting == "examples" else 1
-        metrics = MetricRecord({"num-examples": weight, "train/loss": answer.loss, "train/skipped": answer.skipped})
+    def _as_flower(self, answer: ArraysReply, weight: int) -> Message:
+        metrics = MetricRecord({"num-examples": weight, "train/skipped": answer.skipped})
         arrays = arrays_of(**{name: answer.arrays[name].to(torch.float32) for name in self.current})
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), dst_node_id=0, message_type="train")
 

@@ -26,13 +26,21 @@ from fedtune_strategies.fedcybgd.config import FedCyBGDRunConfig
 from fedtune_strategies.fedcybgd.messages import BlockReply, BlockTask
 from fedtune_strategies.fedcybgd.node_states import NodeStates
 from fedtune_strategies.fedcybgd.schedule import blocks_of_round, nodes_for, rounds_in_cycle
+from fedtune_strategies.fedcybgd.screening import (
+    FACTOR,
+    REMEMBERED,
+    expected_layout,
+    largest,
+    layout_of,
+    out_of_line,
+)
 from fedtune_strategies.fedcybgd.staleness import rebased
 from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.lr_schedule import learning_rate
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.flower import decoded, task
 from fedtune_strategies.seed_space import fingerprint
-from fedtune_strategies.strategy import State, TuningStrategy, arrays_of, check_origin, log
+from fedtune_strategies.strategy import State, TuningStrategy, arrays_of, check_origin, log, mean_loss, shares
 
 # A task is cut into several above this: Flower holds a message several times over in memory.
 PART_BYTES = 64 * 2**20
@@ -90,6 +98,7 @@ class FedCyBGD(TuningStrategy):
         self.leases: dict[tuple[int, str], Lease] = {}
         self.owed: list[int] = []
         self.committed: tuple[int, list[int]] = (0, [])
+        self.sizes: list[float] = []  # maximum norms of the last changes
         self._changed: list[int] = []
 
     def summary(self) -> None:
@@ -128,7 +137,7 @@ class FedCyBGD(TuningStrategy):
                         yield task(grid.nodes[name].id, message, server_round)
 
     def accept(self, round: int, reply: protocol.Message) -> bool:
-        """Check round, block, version, shapes and starting weights of a reply."""
+        """Check round, block, version, shapes, starting weights and size of a reply."""
         if isinstance(reply, protocol.Ack):
             self.node_states.acknowledged(reply.node)
             return False
@@ -158,12 +167,17 @@ class FedCyBGD(TuningStrategy):
                 f"{reply.node} trained version {reply.base_version} of block {reply.block}, not the one in turn: "
                 "the reply is left out."
             )
-        delta = decode(reply.delta)
-        expected = {name: value.shape for name, value in self.store.weights[reply.block].items()}
-        if {name: value.shape for name, value in delta.items()} != expected:
+        # A few coded bytes may claim any shape: nothing is decoded before it fits.
+        if layout_of(reply.delta) != expected_layout(self.store.weights[reply.block], self.settings.upload):
             raise ProtocolError(f"{reply.node} sent other tensors than block {reply.block} has: the reply is left out.")
+        delta = decode(reply.delta)
         if reply.steps < 1 or not all(value.isfinite().all() for value in delta.values()):
             raise ProtocolError(f"{reply.node} sent an update that is not finite: the reply is left out.")
+        if out_of_line(largest(delta), self.sizes):
+            raise ProtocolError(
+                f"{reply.node} moved block {reply.block} by up to {largest(delta):.3g}, more than {FACTOR:g} times "
+                "what is usual in this run: the reply is left out."
+            )
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -185,7 +199,10 @@ class FedCyBGD(TuningStrategy):
         for block in self._changed:
             group = [answer for answer in answers if answer.block == block]
             fresh = [answer for answer in group if answer.node not in stale]
-            self.store.commit(block, self._next(block, fresh, [answer for answer in group if answer.node in stale]))
+            deltas = {answer.node: decode(answer.delta) for answer in group}
+            self.sizes = [*self.sizes, *map(largest, deltas.values())][-REMEMBERED:]
+            late = [deltas[answer.node] for answer in group if answer.node in stale]
+            self.store.commit(block, self._next(block, fresh, late, deltas))
             for answer in group:
                 own = self.node_states.of(answer.node)
                 if answer.round == server_round:
@@ -212,6 +229,7 @@ class FedCyBGD(TuningStrategy):
             "versions": self.store.versions,
             "owed": torch.tensor(self.owed, dtype=torch.int64),
             "committed": torch.tensor([self.committed[0], *self.committed[1]], dtype=torch.int64),
+            "sizes": torch.tensor(self.sizes, dtype=torch.float32),
         }
         return State(tensors | self.node_states.state(), self.store.state(self._changed))
 
@@ -219,7 +237,7 @@ class FedCyBGD(TuningStrategy):
         """Take up what `state` returned, with the newest file of every block."""
         self.store.restore(tensors["versions"], load)
         self.node_states.restore(tensors)
-        self.owed = tensors["owed"].tolist()
+        self.owed, self.sizes = tensors["owed"].tolist(), tensors["sizes"].tolist()
         round, *blocks = tensors["committed"].tolist()
         self.committed = (round, blocks)
         return arrays_of(versions=self.store.versions)
@@ -304,24 +322,24 @@ class FedCyBGD(TuningStrategy):
     def _coded(self, blocks: Iterable[int]) -> dict[str, Tensor]:
         return {key: part for block in blocks for key, part in self.store.coded(block).items()}
 
-    def _next(self, block: int, fresh: Sequence[BlockReply], stale: Sequence[BlockReply]) -> dict[str, Tensor]:
+    def _next(
+        self,
+        block: int,
+        fresh: Sequence[BlockReply],
+        late: Sequence[Mapping[str, Tensor]],
+        deltas: Mapping[str, Mapping[str, Tensor]],
+    ) -> dict[str, Tensor]:
         """Move a block by gamma times the mean change of its newest version; then add those of the one before."""
         nodes, weights = self.config.strategy, self.store.weights[block]
         if fresh:
-            weights = apply_delta(weights, self._mean(fresh), nodes.server_lr)
-        return rebased(weights, [decode(answer.delta) for answer in stale], nodes.server_lr, nodes.late)
-
-    def _mean(self, group: Sequence[BlockReply]) -> Mapping[str, Tensor]:
-        deltas = [decode(answer.delta) for answer in group]
-        if len(deltas) == 1:
-            return deltas[0]
-        weights = [answer.num_examples if self.config.strategy.weighting == "examples" else 1 for answer in group]
-        return weighted_mean(deltas, weights)
+            changes = [deltas[answer.node] for answer in fresh]
+            mean = changes[0] if len(changes) == 1 else weighted_mean(changes, shares(fresh, nodes.weighting))
+            weights = apply_delta(weights, mean, nodes.server_lr)
+        return rebased(weights, late, nodes.server_lr, nodes.late)
 
     def _metrics(self, answers: Sequence[BlockReply]) -> MetricRecord:
-        weight = sum(answer.num_examples for answer in answers)
         metrics: dict[str, MetricRecordValues] = {
-            "train/loss": sum(answer.loss * answer.num_examples for answer in answers) / weight,
+            **mean_loss(answers, shares(answers, "examples")),
             "train/skipped": sum(answer.skipped for answer in answers),
             "blocks": self._changed,
             "steps": sum(answer.steps for answer in answers),

@@ -82,7 +82,7 @@ class FedKSeedConfig:
     )
     outlier: float = option(
         10.0,
-        "A reply whose scalars are in the median so many times above or below the running one is refused; 0 for never.",
+        "A reply whose scalars are in the median so many times above or below the round's is left out; 0 for never.",
         low=0.0,
     )
     theta_bits: int = option(

@@ -81,13 +81,13 @@ class SeedGradientClient:
             decode(levels, float(unit), own.down_bits, own.seeds)
             for levels, unit in zip(task.levels, task.units, strict=True)
         ]
-        if self._moved.rounds == task.round - 1:
-            return True  # the last task again
         if task.since == 0:
             self._moved.weights.reset()
-        elif task.since != self._moved.rounds:
+        held = self._moved.rounds
+        if not task.since <= held < task.round:
             return False
-        for theta in points:
+        # The server may not know of the newest: the reply that would have said so did not arrive.
+        for theta in points[held - task.since :]:
             self._moved.add(theta)
         return True
 

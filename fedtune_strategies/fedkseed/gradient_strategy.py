@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedtune_strategies.aggregators import robust_aggregator
-from fedtune_strategies.errors import ProtocolError
+from fedtune_strategies.errors import FingerprintError, ProtocolError
 from fedtune_strategies.fedkseed.config import GradientRunConfig
 from fedtune_strategies.fedkseed.messages import GradientReply, GradientTask
 from fedtune_strategies.fedkseed.moved import Moved
@@ -33,7 +33,7 @@ from fedtune_strategies.protocol.flower import address, decoded
 from fedtune_strategies.seed_gradient import decode, default_step, encode
 from fedtune_strategies.seed_space import fingerprint
 from fedtune_strategies.shared_random import sample
-from fedtune_strategies.strategy import State, TuningStrategy, arrays_of, check_origin, log
+from fedtune_strategies.strategy import State, TuningStrategy, arrays_of, check_origin, log, mean_loss, shares
 
 Point = tuple[Tensor, float]
 """The packed levels of a round's theta, and their unit."""
@@ -56,7 +56,7 @@ class SeedGradient(TuningStrategy):
         self.moved = Moved(config, base)
         self.points: list[Point] = []
         self.held: dict[str, int] = {}  # points that each node holds, as its last reply showed
-        self.forgot: set[str] = set()  # nodes that said since then that they hold none
+        self.forgot: set[str] = set()  # nodes that have shown since then that they need them all again
         self.unit = 0.0  # running median of the nodes' units
         self.fingerprint = ""
         count = sum(tensor.numel() for tensor in base.values())
@@ -105,7 +105,11 @@ class SeedGradient(TuningStrategy):
             return False
         if not isinstance(reply, GradientReply):
             raise ProtocolError(f"a node answered a gradient task with a '{reply.kind}'.")
-        check_origin(reply, round, self.fingerprint)
+        try:
+            check_origin(reply, round, self.fingerprint)
+        except FingerprintError:
+            self.forgot.add(reply.node)  # the next task starts from the base model
+            raise
         self._theta(reply)
         return True
 
@@ -120,7 +124,9 @@ class SeedGradient(TuningStrategy):
         self.forgot -= {answer.node for answer in answers}
         # No node moves a coordinate by more than the median node does: a large unit would outweigh all others.
         self.unit = running_amplitude(self.unit, [answer.unit for answer in answers])
-        arrays, metrics = self.inner.aggregate_train(server_round, [self._as_flower(answer) for answer in answers])
+        weights = shares(answers, self.config.strategy.weighting)
+        replies = [self._as_flower(answer, weight) for answer, weight in zip(answers, weights, strict=True)]
+        arrays, metrics = self.inner.aggregate_train(server_round, replies)
         if arrays is None:
             return None, metrics
         mean = self.config.strategy.server_lr * arrays["theta"].numpy().astype(np.float64)
@@ -128,6 +134,7 @@ class SeedGradient(TuningStrategy):
         self.points.append((levels, unit))
         theta = self._decoded(self.points[-1])
         if metrics is not None:
+            metrics.update(mean_loss(answers, weights))
             length = float(np.linalg.norm(mean))
             metrics["move/rms"] = float(np.linalg.norm(theta))
             metrics["move/kept"] = float(1 - np.square(theta - mean).sum() / length**2) if length else 0.0
@@ -179,8 +186,7 @@ class SeedGradient(TuningStrategy):
             raise ProtocolError(f"{reply.node} made no step with a finite loss: the reply is left out.")
         return decode(reply.levels, min(reply.unit, self.unit or reply.unit), own.up_bits, own.seeds)
 
-    def _as_flower(self, answer: GradientReply) -> Message:
-        weight = answer.num_examples if self.config.strategy.weighting == "examples" else 1
-        metrics = MetricRecord({"num-examples": weight, "train/loss": answer.loss, "train/skipped": answer.skipped})
+    def _as_flower(self, answer: GradientReply, weight: int) -> Message:
+        metrics = MetricRecord({"num-examples": weight, "train/skipped": answer.skipped})
         arrays = arrays_of(theta=torch.from_numpy(self._theta(answer).astype(np.float64)))
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), dst_node_id=0, message_type="train")

@@ -1,4 +1,4 @@
-"""What a scalar may be: a running amplitude, the largest scalar that counts, and replies that are out of line."""
+"""What a scalar may be: a running amplitude, the largest scalar that counts, and nodes that are out of line."""
 
 from __future__ import annotations
 
@@ -36,9 +36,27 @@ def running_amplitude(before: float, amplitudes: Sequence[float]) -> float:
     return (1 - _NEWEST) * before + _NEWEST * now if before else now
 
 
-def out_of_line(one: float, running: float, factor: float) -> bool:
-    """Say whether a node's amplitude is `factor` times above or below the running one; never where one is 0."""
-    return bool(factor and running) and not running / factor <= one <= running * factor
+def in_line(amplitudes: Sequence[float], factor: float) -> list[bool]:
+    """Say whose amplitude is within a factor of the round's median.
+
+    The round's own median, since slopes of all nodes may fall or grow together from one round to the next. Where no
+    majority agrees, nobody can be called an outlier.
+
+    Parameters
+    ----------
+    amplitudes : sequence of float
+        `amplitude` of each reply of a round.
+    factor : float
+        Most times above or below the median; 0 for no limit.
+
+    Returns
+    -------
+    list of bool
+        In the order of the replies.
+    """
+    median = float(np.median(amplitudes))
+    inside = [not (factor and median) or median / factor <= one <= median * factor for one in amplitudes]
+    return inside if sum(inside) > len(inside) / 2 else [True] * len(inside)
 
 
 def clipped(scalars: NDArray[np.float32], limit: float) -> NDArray[np.float32]:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, MetricRecordValues, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
@@ -38,7 +38,7 @@ from fedtune_strategies.fedkseed.config import FedKSeedRunConfig
 from fedtune_strategies.fedkseed.messages import SeedReply, SeedTask
 from fedtune_strategies.fedkseed.packing import SCALAR_TYPES, pack, read_scalars
 from fedtune_strategies.fedkseed.pools import pool_number, rebuild
-from fedtune_strategies.fedkseed.screening import amplitude, clipped, out_of_line, running_amplitude
+from fedtune_strategies.fedkseed.screening import amplitude, clipped, in_line, running_amplitude
 from fedtune_strategies.fedkseed.seed_draws import draw_seeds, odds_of_levels, seed_key
 from fedtune_strategies.fedkseed.versions import LARGEST, Versions, round_move, unit_of
 from fedtune_strategies.fleet import Fleet
@@ -47,10 +47,12 @@ from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.flower import address, decoded
 from fedtune_strategies.seed_space import fingerprint
 from fedtune_strategies.shared_random import sample
-from fedtune_strategies.strategy import State, TuningStrategy, arrays_of, check_origin, log
+from fedtune_strategies.strategy import State, TuningStrategy, arrays_of, check_origin, log, mean_loss, shares
 
 # Share of error in a node's slopes above which less than half of their mean square is signal.
 NOISE_LIMIT = 0.7
+# Scalars from which on a reply's median says how large a node's slopes are.
+FEWEST_SCALARS = 8
 
 
 class FedKSeed(TuningStrategy):
@@ -158,17 +160,13 @@ class FedKSeed(TuningStrategy):
         scalars = read_scalars(reply.scalars, reply.unit)
         if not np.isfinite(scalars).any():
             raise ProtocolError(f"{reply.node} had no step with a finite loss: the reply is left out.")
-        if out_of_line(amplitude(scalars), self.amplitude, settings.outlier):
-            raise ProtocolError(
-                f"{reply.node} sent scalars of median magnitude {amplitude(scalars):.3g}, out of line with "
-                f"{self.amplitude:.3g} so far ('fedkseed.outlier'): the reply is left out."
-            )
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Turn every reply into the theta that its node reached, and let the inner strategy aggregate those."""
         answers = sorted((decoded(reply.content, SeedReply) for reply in replies), key=lambda one: one.node)
+        answers = self._in_line(answers)
         if not answers:
             return None, None
         self._calibrate(answers)
@@ -178,15 +176,21 @@ class FedKSeed(TuningStrategy):
         amplitudes = [amplitude(one) for one in received]
         limit = self._limit(float(np.median(amplitudes)))
         scalars = [clipped(one, limit) for one in received]
+        weights = [
+            share * (self.config.strategy.late if answer.round < server_round else 1)
+            for answer, share in zip(answers, shares(answers, self.config.strategy.weighting), strict=True)
+        ]
         moved = [
-            self._moved(answer, one, odds[answer.round], late=answer.round < server_round)
-            for answer, one in zip(answers, scalars, strict=True)
+            self._moved(answer, one, odds[answer.round], weight)
+            for answer, one, weight in zip(answers, scalars, weights, strict=True)
         ]
         arrays, metrics = self.inner.aggregate_train(server_round, moved)
         if arrays is None:
             return None, metrics
-        if metrics is not None and self.config.privacy.clip:
-            metrics["privacy/epsilon"] = epsilon(self.config, self.asked.values())
+        if metrics is not None:
+            metrics.update(mean_loss(answers, weights))
+            if self.config.privacy.clip:
+                metrics["privacy/epsilon"] = epsilon(self.config, self.asked.values())
         self.amplitude = running_amplitude(self.amplitude, amplitudes)
         for answer, one in zip(answers, scalars, strict=True):
             self.observe(self.draws(answer.node, answer.round, odds[answer.round]), one)
@@ -280,6 +284,19 @@ class FedKSeed(TuningStrategy):
             limit=self._limit(self.amplitude),
         )
 
+    def _in_line(self, answers: list[SeedReply]) -> list[SeedReply]:
+        """Leave out replies whose scalars are far larger or smaller than the round's median reply."""
+        steps, factor = self.config.train.local_steps, self.config.fedkseed.outlier
+        if not answers or steps < FEWEST_SCALARS:  # the median of a few scalars is anything
+            return answers
+        inside = in_line([amplitude(read_scalars(one.scalars, one.unit)) for one in answers], factor)
+        for answer in (one for one, ok in zip(answers, inside, strict=True) if not ok):
+            log.warning(
+                "%s sent scalars more than %g times above or below the round's median ('fedkseed.outlier'): the reply "
+                "is left out", answer.node, factor, extra={"node": answer.node},
+            )  # fmt: skip
+        return [one for one, ok in zip(answers, inside, strict=True) if ok]
+
     def _calibrate(self, answers: list[SeedReply]) -> None:
         """In the first round: take the medians of what the nodes found, and say where slopes are mostly error."""
         noise = {answer.node: answer.noise for answer in answers if math.isfinite(answer.noise)}
@@ -308,18 +325,11 @@ class FedKSeed(TuningStrategy):
         return self.config.fedkseed.clip * amplitude or math.inf
 
     def _moved(
-        self, answer: SeedReply, scalars: NDArray[np.float32], odds: NDArray[np.int16], *, late: bool
+        self, answer: SeedReply, scalars: NDArray[np.float32], odds: NDArray[np.int16], weight: float
     ) -> Message:
         """Turn a reply into the theta that its node reached, as a reply to a Flower strategy."""
         seeds, theta = self.draws(answer.node, answer.round, odds), self.theta.astype(np.float64)
         np.subtract.at(theta, seeds, self.lr(answer.round) * np.nan_to_num(scalars.astype(np.float64)))
-        weight: float = answer.num_examples if self.config.strategy.weighting == "examples" else 1
-        if late:
-            weight *= self.config.strategy.late
-        metrics: dict[str, MetricRecordValues] = {
-            "num-examples": weight,
-            "train/loss": answer.loss,
-            "train/skipped": int(np.isnan(scalars).sum()),
-        }
-        content = RecordDict({"arrays": arrays_of(theta=torch.from_numpy(theta)), "metrics": MetricRecord(metrics)})
+        metrics = MetricRecord({"num-examples": weight, "train/skipped": int(np.isnan(scalars).sum())})
+        content = RecordDict({"arrays": arrays_of(theta=torch.from_numpy(theta)), "metrics": metrics})
         return Message(content, dst_node_id=0, message_type="train")

@@ -1,24 +1,32 @@
-"""Read an owner's data file into rows of prompt and response.
+"""Turn an owner's records into rows of prompt and response.
 
-Formats are TRL's (``text``, ``messages``, ``prompt``/``completion``) and those of Dolly, Alpaca and Natural
-Instructions; files are JSONL, JSON, CSV, Parquet or a folder written by ``datasets``. See docs/data.md.
+Formats are TRL's (``text``, ``messages``, ``prompt``/``completion``), ShareGPT's ``conversations``, and those of Dolly,
+Alpaca and Natural Instructions; `data_files` reads the files. See docs/data.md.
 """
 
 from __future__ import annotations
 
-import csv
 import json
+import logging
+import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from fedtune_strategies.errors import DataError
+from fedtune_strategies.language.data_files import Found, Record, scan
 
-Record = dict[str, Any]
-Message = dict[str, str]
+Message = dict[str, Any]
+
+SHOWN = 5
+"""Bad rows that an error names; it counts all."""
+
+SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+"""ShareGPT's names of who speaks."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,28 +36,37 @@ class Row:
     Attributes
     ----------
     prompt : str, list of messages, or None
-        A string; or a conversation ``[{"role": …, "content": …}, …]`` that the response answers; or None for plain
-        text, all of which is learnt.
+        A string; or a conversation ``[{"role": …, "content": …}, …]`` that the response answers, with ``tool_calls``
+        where the assistant called tools; or None for plain text, all of which is learnt.
     response : str
         What the model shall learn to write.
     references : tuple of str
         All accepted answers, for Rouge-L. The response is among them.
+    tools : list or None
+        Descriptions of the tools that the assistant may call, for the chat template.
     """
 
     prompt: str | list[Message] | None
     response: str
     references: tuple[str, ...] = ()
+    tools: list[Any] | None = None
 
 
-def read_rows(path: str | Path, format: str = "auto") -> list[Row]:
-    """Read a data file.
+def read_rows(path: str | Path, format: str = "auto", columns: str = "", skip_bad: bool = False) -> list[Row]:
+    """Read an owner's data.
 
     Parameters
     ----------
     path : str or Path
-        A ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, or a folder written by ``Dataset.save_to_disk``.
+        A data file, a folder of them, a pattern such as ``notes-*.jsonl``, or a folder written by
+        ``Dataset.save_to_disk``; docs/data.md lists the kinds.
     format : str
         ``"auto"`` recognises the format by the columns; otherwise one of `FORMATS`.
+    columns : str
+        Which of the file's columns is which of the format's, ``"prompt=question,completion=answer"``; empty where they
+        have the format's names. Capitals and outer blanks in names do not count.
+    skip_bad : bool
+        Leave bad rows out, with a warning, instead of refusing the data.
 
     Returns
     -------
@@ -60,19 +77,46 @@ def read_rows(path: str | Path, format: str = "auto") -> list[Row]:
     ------
     DataError
         The file is missing, empty or malformed, its columns fit no format, or a value is not a string or is empty.
-        The message names the file and the line or row.
+        The message names the file, counts the bad rows and says of the first where they are and what is wrong.
     """
-    return rows_from(read_records(path), format, str(path))
+    return rows_from(scan(path), format, str(path), columns, skip_bad)
 
 
-def rows_from(records: Iterable[tuple[str, Record]], format: str = "auto", source: str = "data") -> list[Row]:
+def read_records(path: str | Path) -> Iterator[tuple[str, Record]]:
+    """Read the records of a data file as they stand.
+
+    Parameters
+    ----------
+    path : str or Path
+        As in `read_rows`.
+
+    Yields
+    ------
+    where : str
+        Where the record is in the file, ``"line 7"`` or ``"row 7"``.
+    record : dict
+
+    Raises
+    ------
+    DataError
+        The file is missing or malformed, or of an unknown kind.
+    """
+    for where, record in scan(path):
+        if isinstance(record, ValueError):
+            raise DataError(f"{path}, {where}: {record}")
+        yield where, record
+
+
+def rows_from(
+    records: Iterable[Found], format: str = "auto", source: str = "data", columns: str = "", skip_bad: bool = False
+) -> list[Row]:
     """Turn records of any accepted format into rows.
 
     Parameters
     ----------
     records : iterable of (str, dict)
-        Where each record stands (``"line 7"``), and the record.
-    format : str
+        Where each record stands (``"line 7"``), and the record, or a ValueError that says what is wrong with it.
+    format, columns, skip_bad
         As in `read_rows`.
     source : str
         Named in errors.
@@ -88,28 +132,106 @@ def rows_from(records: Iterable[tuple[str, Record]], format: str = "auto", sourc
     """
     if format != "auto" and format not in FORMATS:
         raise DataError(f"{source}: unknown data format {format!r}; accepted: auto, {', '.join(FORMATS)}")
-    rows = []
-    for where, record in records:
-        if not isinstance(record, dict):
-            raise DataError(f"{source}, {where}: a row must be an object with named columns, not {_kind(record)}")
-        if format == "auto":
-            format = _recognise(record, f"{source}, {where}")
-        missing = [name for name in FORMATS[format][0] if name not in record]
-        if missing:
-            raise DataError(
-                f"{source}, {where}: format {format!r} needs the columns {', '.join(FORMATS[format][0])}, "
-                f"but found {_columns(record)}"
-            )
+    names = parse_columns(columns)
+    rows: list[Row] = []
+    bad: list[str] = []
+    count = halves = 0
+    for where, found in records:
         try:
-            row = FORMATS[format][1](record)
-            if not row.response.strip():
-                raise ValueError("the response is empty; remove the row or fill it in")
-        except ValueError as error:
-            raise DataError(f"{source}, {where}: {error}") from None
+            record = _tidied(found, names)
+            if format == "auto":
+                format = _recognise(record)
+            row = _row(record, format)
+        except (ValueError, RecursionError) as error:
+            count += 1
+            bad += [f"{where}: {error}"] if len(bad) < SHOWN else []
+            continue
+        halves += "\ufffd" in f"{row.prompt}{row.response}"
         rows.append(row)
+    if count and not (skip_bad and rows):
+        raise DataError(_refusal(source, bad, count, count + len(rows)))
     if not rows:
         raise DataError(f"{source}: holds no rows; write at least one example into it")
+    if count:
+        log.warning("%s: %d bad rows are left out (%s)", source, count, "; ".join(bad))
+    if halves:
+        log.warning("%s: %d rows hold characters that could not be read (U+FFFD)", source, halves)
     return rows
+
+
+def parse_columns(columns: str) -> dict[str, str]:
+    """Read ``"prompt=question,completion=answer"`` into the file's name of each of the format's columns.
+
+    Parameters
+    ----------
+    columns : str
+
+    Returns
+    -------
+    dict of str to str
+        In small letters, without outer blanks.
+
+    Raises
+    ------
+    DataError
+        It is not of that shape.
+    """
+    pairs = [part.partition("=") for part in columns.split(",") if part.strip()]
+    names = {left.strip().casefold(): right.strip().casefold() for left, _, right in pairs}
+    if not all(left and right for left, right in names.items()):
+        raise DataError(f"columns {columns!r}: write them as prompt=question,completion=answer")
+    return names
+
+
+def _refusal(source: str, bad: list[str], count: int, total: int) -> str:
+    if count == 1:
+        return f"{source}, {bad[0]}"
+    more = f"; and {count - len(bad)} more" if count > len(bad) else ""
+    advice = "correct them, or leave them out with 'skip-bad'" if count < total else "correct them"
+    return f"{source}: {count} of {total} rows are bad, {'; '.join(bad)}{more}; {advice}"
+
+
+def _row(record: Record, format: str) -> Row:
+    needed, make = FORMATS[format]
+    if any(name not in record for name in needed):
+        raise ValueError(f"format {format!r} needs the columns {', '.join(needed)}, but found {_columns(record)}")
+    row = make(record)
+    if not row.response.strip():
+        raise ValueError("the response is empty; remove the row or fill it in")
+    return row
+
+
+def _tidied(record: Record | ValueError, names: dict[str, str]) -> Record:
+    """Return a record with names in small letters, the owner's columns under the format's names, nothing unreadable."""
+    if isinstance(record, ValueError):
+        raise record
+    if not isinstance(record, dict):
+        raise ValueError(f"a row must be an object with named columns, not {_kind(record)}")
+    tidied: Record = {}
+    for key, value in record.items():
+        name = str(key).strip().casefold()
+        if name in tidied:
+            raise ValueError(f"column {name!r} stands twice; rename one")
+        tidied[name] = _clean(value)
+    if missing := [name for name in names.values() if name not in tidied]:
+        raise ValueError(f"has no column {missing[0]!r}, but {_columns(tidied)}")
+    return {ours: tidied[theirs] for ours, theirs in names.items()} or tidied
+
+
+_HALF = re.compile("[\ud800-\udfff]")
+
+
+def _clean(value: Any) -> Any:
+    """Read NaN as missing, as pandas writes it, and half an emoji (a lone surrogate) as U+FFFD."""
+    if isinstance(value, str):
+        return _HALF.sub("\ufffd", value)
+    if isinstance(value, float):
+        return None if math.isnan(value) else value
+    if isinstance(value, list):
+        return [_clean(one) for one in value]
+    if isinstance(value, dict):
+        return {_clean(key): _clean(one) for key, one in value.items()}
+    return value
 
 
 # --- Formats: required columns, and what makes a row of a record -------------------------------------------------
@@ -121,7 +243,7 @@ def _messages(record: Record) -> Row:
         raise ValueError(f"the last message must be the assistant's, not the {messages[-1]['role']}'s")
     if len(messages) == 1:
         raise ValueError("'messages' holds only the assistant's answer; it needs the message that it answers")
-    return _answer(messages[:-1], messages[-1]["content"])
+    return _answer(messages[:-1], messages[-1]["content"], record.get("tools"))
 
 
 def _prompt_completion(record: Record) -> Row:
@@ -129,7 +251,12 @@ def _prompt_completion(record: Record) -> Row:
         raise ValueError("the prompt is empty; text without a prompt belongs into a column 'text'")
     if isinstance(record["prompt"], str):
         return _answer(record["prompt"], _text(record, "completion"))
-    return _messages({"messages": _conversation(record, "prompt") + _conversation(record, "completion")})
+    messages = _conversation(record, "prompt") + _conversation(record, "completion")
+    return _messages({"messages": messages, "tools": record.get("tools")})
+
+
+def _conversations(record: Record) -> Row:
+    return _messages({"messages": _conversation(record, "conversations"), "tools": record.get("tools")})
 
 
 def _dolly(record: Record) -> Row:
@@ -158,6 +285,7 @@ def _plain_text(record: Record) -> Row:
 # In the order in which "auto" tries them: Alpaca files often carry a `text` column too.
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Record], Row]]] = {
     "messages": (("messages",), _messages),
+    "conversations": (("conversations",), _conversations),
     "prompt-completion": (("prompt", "completion"), _prompt_completion),
     "dolly": (("instruction", "response"), _dolly),
     "alpaca": (("instruction", "output"), _alpaca),
@@ -166,20 +294,25 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Record], Row]]] = {
 }
 
 
-def _recognise(record: Record, where: str) -> str:
+def _recognise(record: Record) -> str:
     for name, (columns, _) in FORMATS.items():
         if all(column in record for column in columns):
             return name
     accepted = "; ".join("+".join(columns) for columns, _ in FORMATS.values())
-    raise DataError(f"{where}: columns {_columns(record)} fit no format; accepted: {accepted}")
+    raise ValueError(
+        f"columns {_columns(record)} fit no format; accepted: {accepted}; or say which column is which, as in "
+        "prompt=question,completion=answer"
+    )
 
 
 def _columns(record: Record) -> str:
     return " ".join(", ".join(map(str, record)).split())[:200] or "none"
 
 
-def _answer(prompt: str | list[Message], response: str) -> Row:
-    return Row(prompt, response, (response,))
+def _answer(prompt: str | list[Message], response: str, tools: Any = None) -> Row:
+    if isinstance(tools, str):  # a table holds them as JSON
+        tools = json.loads(tools)
+    return Row(prompt, response, (response,), tools or None)
 
 
 def _instruction(record: Record, task: str, context: str) -> list[Message]:
@@ -194,10 +327,41 @@ def _conversation(record: Record, column: str) -> list[Message]:
     messages = record[column]
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"column {column!r} must be a non-empty list of messages, not {_kind(messages)}")
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(f"each message in {column!r} needs a string 'role' and a string 'content'")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    return [_message(message, column) for message in messages]
+
+
+def _message(message: Any, column: str) -> Message:
+    given = message if isinstance(message, dict) else {}
+    role, content = given.get("role") or given.get("from"), given.get("content", given.get("value"))
+    calls = given.get("tool_calls")
+    if isinstance(content, list):
+        content = "".join(map(_part, content))
+    if content is None and calls:
+        content = ""
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise ValueError(f"each message in {column!r} needs a string 'role' and a string 'content'")
+    extra = {key: given[key] for key in ("name", "tool_call_id") if given.get(key)}
+    if calls:
+        extra["tool_calls"] = [_call(call) for call in calls]
+    return {"role": SPEAKERS.get(role, role), "content": content} | extra
+
+
+def _part(part: Any) -> str:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, dict) else _kind(part)
+    raise ValueError(f"a message holds a part of type {str(kind)[:30]!r}; only parts of type 'text' can be learnt")
+
+
+def _call(call: Any) -> Any:
+    """Chat templates take a call's arguments as an object; OpenAI's files hold them as JSON text."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        raise ValueError("each of a message's 'tool_calls' needs a 'function'")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments or "{}")
+    return call | {"function": function | {"arguments": arguments}}
 
 
 def _text(record: Record, column: str) -> str:
@@ -209,122 +373,3 @@ def _text(record: Record, column: str) -> str:
 
 def _kind(value: Any) -> str:
     return "null" if value is None else type(value).__name__
-
-
-# --- Files -------------------------------------------------------------------------------------------------------
-
-
-def read_records(path: str | Path) -> Iterator[tuple[str, Record]]:
-    """Read the records of a data file as they stand.
-
-    Parameters
-    ----------
-    path : str or Path
-        As in `read_rows`.
-
-    Returns
-    -------
-    iterator of (str, dict)
-        Where each record stands in the file (``"line 7"``, ``"row 7"``), and the record.
-
-    Raises
-    ------
-    DataError
-        The file is missing or malformed, or of an unknown kind.
-    """
-    path = Path(path).expanduser()
-    accepted = f"accepted: {', '.join(READERS)} files and datasets folders"
-    if not path.exists():
-        raise DataError(f"{path}: no such data file; {accepted}")
-    if path.is_dir():
-        return _read_datasets_folder(path)
-    if path.suffix not in READERS:
-        raise DataError(f"{path}: unknown kind of data file; {accepted}")
-    return READERS[path.suffix](path)
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Record]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield f"line {number}", json.loads(line.decode("utf-8-sig"))
-                except (ValueError, RecursionError) as error:
-                    raise DataError(f"{path}, line {number}: not valid JSON: {_brief(error)}") from None
-
-
-def _read_json(path: Path) -> Iterator[tuple[str, Record]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig") or "[]")
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text: {_brief(error)}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON: {_brief(error)}") from None
-    if isinstance(content, dict) and "Instances" in content:  # a task file of Natural Instructions
-        definition = content.get("Definition", "")
-        instances = content["Instances"] if isinstance(content["Instances"], list) else [content["Instances"]]
-        content = [{"definition": definition} | one if isinstance(one, dict) else one for one in instances]
-    if not isinstance(content, list):
-        raise DataError(f"{path}: must hold a list of rows, not {_kind(content)}; one object per line is a .jsonl file")
-    for number, record in enumerate(content, start=1):
-        yield f"row {number}", record
-
-
-def _read_csv(path: Path) -> Iterator[tuple[str, Record]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for record in reader:
-                if None in record or None in record.values():
-                    raise DataError(f"{path}, line {reader.line_num}: not as many values as the header has columns")
-                yield f"line {reader.line_num}", record
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{path}, line {reader.line_num + 1}: not valid CSV: {_brief(error)}") from None
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
-    import pyarrow.parquet
-
-    try:
-        metadata = pyarrow.parquet.read_metadata(path)
-        size = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
-        if size > (free := _free_memory()):
-            raise DataError(f"{path}: unpacks to {size / 1e9:.1f} GB, more than the {free / 1e9:.1f} GB that are free")
-        records = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {_brief(error)}") from None
-    for number, record in enumerate(records, start=1):
-        yield f"row {number}", record
-
-
-def _free_memory() -> int:
-    return int(psutil.virtual_memory().available)
-
-
-def _read_datasets_folder(path: Path) -> Iterator[tuple[str, Record]]:
-    from datasets import DatasetDict, load_from_disk
-
-    try:
-        dataset = load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a folder written by Dataset.save_to_disk: {_brief(error)}") from None
-    if isinstance(dataset, DatasetDict):
-        if "train" not in dataset:
-            raise DataError(f"{path}: holds the splits {', '.join(dataset)}, none named train; name one split's folder")
-        dataset = dataset["train"]
-    for number, record in enumerate(dataset, start=1):
-        yield f"row {number}", record
-
-
-READERS: dict[str, Callable[[Path], Iterator[tuple[str, Record]]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
-
-
-def _brief(error: Exception) -> str:
-    return str(error).partition("\n")[0]

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
+import regex
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fedtune_strategies.errors import DataError
-from fedtune_strategies.language.examples import Examples, collate
+from fedtune_strategies.language.examples import Examples, Prompts, collate, last_tokens
 from fedtune_strategies.language.loss import token_losses
 from fedtune_strategies.language.model import context_length
+
+_UNSPACED = r"[\p{scx=Han}\p{scx=Hira}\p{scx=Kana}\p{scx=Bopo}\p{scx=Thai}\p{scx=Laoo}\p{scx=Khmr}\p{scx=Mymr}]"
+_WORD = r"[\p{L}\p{M}\p{N}]"
+_TOKENS = regex.compile(rf"(?V1)[{_UNSPACED}&&{_WORD}]\p{{M}}*|[{_WORD}--{_UNSPACED}]+|(?P<sign>\S)")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,11 +53,14 @@ class GenerationEvaluation:
     rouge_l : float
         Mean F1, 0 to 1.
     answers : list of str
-        One per example.
+        One per prompt.
+    cut_prompts : int
+        How many prompts lost their beginning, since they do not fit in the model's context beside an answer.
     """
 
     rouge_l: float
     answers: list[str]
+    cut_prompts: int
 
 
 @torch.inference_mode()
@@ -103,8 +114,9 @@ def generate_answers(
     list of str
         In the order of the prompts, without special tokens and outer spaces.
     """
-    room = max((context_length(model) or 1 << 30) - max_new_tokens, 1)
-    fitting = [list(prompt[-room:]) or [tokenizer.pad_token_id] for prompt in prompts]
+    room = _prompt_room(model, max_new_tokens)
+    kept = [last_tokens(list(prompt), room, tokenizer.bos_token_id) for prompt in prompts]
+    fitting = [ids or [tokenizer.pad_token_id] for ids in kept]
     stop = _stop_ids(model, tokenizer)
     config = GenerationConfig(
         do_sample=False,
@@ -127,7 +139,7 @@ def generate_answers(
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Mean Rouge-L F1 (Lin, 2004) without stemming, as the ``rouge-score`` package defines it.
+    """Mean Rouge-L F1 (Lin, 2004) without stemming, by the ``rouge-score`` package, for text in any script.
 
     Parameters
     ----------
@@ -138,46 +150,59 @@ def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
     Returns
     -------
     float
-        0 to 1. The package reads letters a to z and digits only: text in other scripts scores 0.
+        0 to 1.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    scorer = RougeScorer(["rougeL"], tokenizer=_ScriptTokenizer())
     pairs = zip(predictions, references, strict=True)
-    scores = [max(scorer.score(one, prediction)["rougeL"].fmeasure for one in ones) for prediction, ones in pairs]
+    scores = [scorer.score_multi(ones, prediction)["rougeL"].fmeasure for prediction, ones in pairs]
     return sum(scores) / len(scores)
 
 
 def evaluate_generation(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Examples,
+    prompts: Prompts,
     max_new_tokens: int = 64,
     batch_size: int = 8,
 ) -> GenerationEvaluation:
-    """Answer the prompts of held-out examples and compare with their references.
+    """Answer held-out prompts and compare with their references.
 
     Parameters
     ----------
     model, tokenizer, max_new_tokens, batch_size
         As `generate_answers`.
-    examples : Examples
-        Of prompts and responses, not plain text.
+    prompts : Prompts
 
     Returns
     -------
     GenerationEvaluation
-
-    Raises
-    ------
-    DataError
-        The examples are plain text.
     """
-    if not all(examples.references):
-        raise DataError("plain text has no answers to compare with; set 'eval.answers' to 0, or evaluate on prompts")
-    prompts = [ids[:length].tolist() for ids, length in zip(examples.tokens, examples.prompt_lengths, strict=True)]
-    answers = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size)
-    return GenerationEvaluation(rouge_l(answers, examples.references), answers)
+    room = _prompt_room(model, max_new_tokens)
+    cut = sum(len(ids) > room for ids in prompts.tokens)
+    if cut:
+        log.warning(
+            "%d of %d prompts lost their beginning: more than %d tokens, which leave no room for an answer of %d",
+            cut, len(prompts), room, max_new_tokens,
+        )  # fmt: skip
+    answers = generate_answers(model, tokenizer, prompts.tokens, max_new_tokens, batch_size)
+    return GenerationEvaluation(rouge_l(answers, prompts.references), answers, cut)
+
+
+class _ScriptTokenizer:
+    """Tokens for Rouge in any script; of ASCII text with a word in it the same as the package's own."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """Return words, and single characters where a script puts no spaces between words."""
+        found = list(_TOKENS.finditer(unicodedata.normalize("NFC", text.lower())))
+        words = [match[0] for match in found if match["sign"] is None]
+        return words or [match[0] for match in found]  # an answer may be signs alone, such as ">="
+
+
+def _prompt_room(model: PreTrainedModel, max_new_tokens: int) -> int:
+    """Return how many tokens of a prompt fit in the model's context beside an answer."""
+    return max((context_length(model) or 1 << 30) - max_new_tokens, 1)
 
 
 def _by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from fedtune_strategies.errors import DataError
-from fedtune_strategies.language.data import Message, Row
+from fedtune_strategies.language.data import Row
 
 IGNORE = -100
 """Label of a token that the loss leaves out; torch's and transformers' convention."""
@@ -60,13 +60,32 @@ class Examples:
         return len(self.tokens)
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """Tokenised prompts, to be answered.
+
+    Attributes
+    ----------
+    tokens : list of lists of int
+        Whole prompts, of any length.
+    references : list of tuples of str
+        The accepted answers of each prompt.
+    """
+
+    tokens: list[list[int]]
+    references: list[tuple[str, ...]]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
 def tokenise(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, seq_length: int) -> Examples:
     """Turn rows into token ids of at most `seq_length`.
 
     Prompt and response are tokenised together, as they will be read, and the prompt once more alone: the response
-    begins where the two differ. A prompt that leaves too little room loses its beginning (after the tokenizer's
-    beginning-of-sequence token). A response that does not fit at all keeps its beginning, behind the last half
-    sequence of its prompt. Both are counted, and the latter is warned of.
+    begins where the two differ. Where they do not fit together the prompt loses its beginning (after the tokenizer's
+    beginning-of-sequence token), down to a quarter of the sequence; then the response loses its end. Both are
+    counted, and the latter is warned of.
 
     Parameters
     ----------
@@ -98,11 +117,49 @@ def tokenise(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, seq_length
         prompt_lengths.append(kept)
         references.append(row.references)
     if dropped == len(rows) or (truncated + dropped == len(rows) and rows[0].prompt is not None):
-        raise DataError(f"not one of the {len(rows)} responses fits in {seq_length} tokens; raise 'train.seq-length'")
+        line = f"not one of the {len(rows)} responses fits in {seq_length} tokens; raise 'train.seq-length'"
+        raise DataError(line, public=line)
     if truncated:
         log.warning("%d of %d responses lost their end: longer than %d tokens", truncated, len(rows), seq_length)
     pad_id = int(tokenizer.pad_token_id)
     return Examples(tokens, prompt_lengths, references, pad_id, cut_prompts, truncated, dropped)
+
+
+def tokenise_prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Prompts:
+    """Turn the prompts of rows into token ids, each alone and whole, as a user would send it.
+
+    Parameters
+    ----------
+    rows : sequence of Row
+        Not plain text.
+    tokenizer : PreTrainedTokenizerBase
+
+    Returns
+    -------
+    Prompts
+
+    Raises
+    ------
+    DataError
+        The rows are plain text, or the chat template refuses a conversation.
+    """
+    if any(row.prompt is None for row in rows):
+        raise DataError("plain text has no answers to compare with; set 'eval.answers' to 0, or evaluate on prompts")
+    texts = [_render(row, tokenizer, number)[0] for number, row in enumerate(rows, start=1)]
+    options = _token_options(rows[0], tokenizer)
+    tokens = tokenizer(texts, **options).input_ids
+    # Some tokenizers close every text, but the model is to answer the prompt.
+    closed = options["add_special_tokens"] and tokenizer.eos_token_id is not None
+    tokens = [ids[:-1] if closed and ids[-1:] == [tokenizer.eos_token_id] else ids for ids in tokens]
+    return Prompts(tokens, [row.references for row in rows])
+
+
+def last_tokens(ids: list[int], room: int, bos_id: int | None) -> list[int]:
+    """Return the last `room` token ids; a beginning-of-sequence token at the head stays there."""
+    if len(ids) <= room:
+        return ids
+    head = ids[:1] if room > 1 and ids[0] == bos_id else []
+    return head + ids[len(ids) - room + len(head) :]
 
 
 def batches(examples: Examples, batch_size: int, steps: int, key: Sequence[int | str]) -> Iterator[Batch]:
@@ -167,28 +224,38 @@ def _render(row: Row, tokenizer: PreTrainedTokenizerBase, number: int) -> tuple[
         return "", row.response + end
     if tokenizer.chat_template is not None:
         try:
-            return _render_chat(_as_messages(row.prompt), row.response, tokenizer)
+            prompt, response = _render_chat(row, tokenizer)
         except TemplateError as error:  # Gemma's knows no system message, and Mistral's wants turns to alternate
             raise DataError(f"row {number}: the model's chat template refuses the conversation: {error}") from None
+        last = {"role": "user", "content": row.prompt} if isinstance(row.prompt, str) else row.prompt[-1]
+        if last["role"] == "user" and last["content"].strip() not in prompt:
+            line = f"row {number}: the model's chat template loses the prompt's text; take one for plain text"
+            raise DataError(line, public=line)
+        return prompt, response
     if isinstance(row.prompt, str):
         return row.prompt, row.response + end
+    if row.tools or any("tool_calls" in message for message in row.prompt):
+        raise DataError(f"row {number}: calls tools, but the model has no chat template to write calls with")
     turns = [f"### {ROLES.get(message['role'], message['role'])}:\n{message['content']}\n\n" for message in row.prompt]
     return "".join(turns) + f"### {ROLES['assistant']}:\n", row.response + end
 
 
-def _render_chat(messages: list[Message], response: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    closed = [*messages, {"role": "assistant", "content": response}]
-    whole = tokenizer.apply_chat_template(closed, tokenize=False)
+def _render_chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    asked = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt or []
+    answered = [*asked, {"role": "assistant", "content": row.response}]
+    prompt = tokenizer.apply_chat_template(asked, tools=row.tools, tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(answered, tools=row.tools, tokenize=False)
     assert isinstance(prompt, str) and isinstance(whole, str)
-    if whole.startswith(prompt):
+    if whole.startswith(prompt) and row.response.strip() in whole[len(prompt) :]:
         return prompt, whole[len(prompt) :]
-    # Some templates open an answer differently when asked to generate (an empty "thinking" part, say).
+    # Templates of reasoning models drop the thoughts of answers, and some open a thought when asked to generate.
+    response = row.response
+    if prompt.rstrip().endswith("<think>"):
+        if response.lstrip().startswith("<think>"):
+            response = response.lstrip().removeprefix("<think>").lstrip()
+        else:
+            prompt += "\n</think>\n\n"
     return prompt, response + (tokenizer.eos_token or "")
-
-
-def _as_messages(prompt: str | list[Message]) -> list[Message]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def _encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Row, list[int], int]]:
@@ -196,13 +263,17 @@ def _encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator
     for first in range(0, len(rows), CHUNK):
         chunk = rows[first : first + CHUNK]
         texts = [_render(row, tokenizer, number) for number, row in enumerate(chunk, start=first + 1)]
-        # A chat template writes the special tokens itself; other text gets the tokenizer's own.
-        special = tokenizer.chat_template is None or chunk[0].prompt is None
-        options = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
+        options = _token_options(chunk[0], tokenizer)
         prompts = tokenizer([prompt for prompt, _ in texts], **options).input_ids
         wholes = tokenizer([prompt + response for prompt, response in texts], **options).input_ids
         for row, prompt, whole in zip(chunk, prompts, wholes, strict=True):
             yield row, whole, 0 if row.prompt is None else _common_prefix(prompt, whole)
+
+
+def _token_options(row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+    # A chat template writes the special tokens itself; other text gets the tokenizer's own.
+    special = tokenizer.chat_template is None or row.prompt is None
+    return {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
 
 
 def _common_prefix(left: list[int], right: list[int]) -> int:
@@ -213,15 +284,8 @@ def _common_prefix(left: list[int], right: list[int]) -> int:
 
 def _fit(ids: list[int], start: int, seq_length: int, bos_id: int | None) -> tuple[list[int], int]:
     """Cut prompt (tokens before `start`) and response to `seq_length`; return ids and the new start."""
-    response = ids[start:]
-    room = seq_length - len(response)
-    if room < 1:
-        room = min(start, seq_length // 2)
-        response = response[: seq_length - room]
-    if start <= room:
-        return ids[:start] + response, start
-    head = ids[:1] if room > 1 and ids[0] == bos_id else []
-    return head + ids[start - room + len(head) : start] + response, room
+    room = min(start, max(seq_length - (len(ids) - start), seq_length // 4))
+    return last_tokens(ids[:start], room, bos_id) + ids[start : start + seq_length - room], room
 
 
 def _key_word(part: int | str) -> int:

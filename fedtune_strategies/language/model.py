@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import psutil
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from fedtune_strategies.errors import ConfigError, ModelError, ResourceError
-from fedtune_strategies.language.model_files import count_parameters, map_tensors, model_folder, weight_files
+from fedtune_strategies.language.model_files import (
+    ADAPTER_CONFIG,
+    count_parameters,
+    map_tensors,
+    model_config,
+    model_folder,
+    tensor_dtypes,
+    weight_files,
+)
 
 CGROUP = Path("/sys/fs/cgroup")
 """Where a container finds its own memory limit (control groups, version 2)."""
@@ -34,7 +49,7 @@ class LanguageModel:
     Attributes
     ----------
     model : PreTrainedModel
-        In evaluation mode: no dropout.
+        In evaluation mode: no dropout. What text does not train (a vision tower) has ``requires_grad = False``.
     tokenizer : PreTrainedTokenizerBase
         Has a padding token.
     name : str
@@ -68,20 +83,65 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> Langua
     Raises
     ------
     ModelError
-        No such model, not a model folder, weights missing, truncated or not safetensors, not a causal language model,
-        or no usable tokenizer.
+        As `check_model`; or the weight files lack tensors of the model.
     ResourceError
         The weights do not fit in the memory that is available, or there is no such device.
     """
-    folder = model_folder(name)
-    _check_architecture(name, folder)
+    folder, tokenizer = check_model(name)
     needed = count_parameters(weight_files(folder)) * getattr(torch, dtype).itemsize
     _check_memory(name, needed, device)
-    tokenizer = load_tokenizer(name)
     model = _load_weights(name, folder, dtype)
-    _check_vocabulary(name, model, tokenizer)
+    freeze_other_modalities(model)
     model.to(torch.device(device))  # type: ignore[arg-type]  # transformers declares its wrapper without self
     return LanguageModel(model.eval(), tokenizer, name, folder)
+
+
+def check_model(name: str) -> tuple[Path, PreTrainedTokenizerBase]:
+    """Check that a model can be tuned, without loading its weights: all that any part of FedTune admits passes here.
+
+    Parameters
+    ----------
+    name : str
+        As for `load_model`.
+
+    Returns
+    -------
+    folder : Path
+    tokenizer : PreTrainedTokenizerBase
+        Has a padding token.
+
+    Raises
+    ------
+    ModelError
+        No such model, not a model folder, weights missing, truncated, quantised or not safetensors, adapter files
+        beside them, not a causal language model, or no tokenizer that fits the model.
+    """
+    folder = model_folder(name)
+    config = model_config(folder)
+    _check_architecture(name, config)
+    _check_weights(name, folder, config)
+    tokenizer = load_tokenizer(name)
+    settings = _settings(name, folder)
+    _check_modalities(name, settings)
+    _check_vocabulary(name, settings, tokenizer)
+    return folder, tokenizer
+
+
+def freeze_other_modalities(model: PreTrainedModel) -> None:
+    """Freeze what text does not train: the towers and projectors of a model that also sees or hears.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Only its language model (decoder, embeddings, head) keeps ``requires_grad``.
+    """
+    if not model.config.sub_configs:
+        return
+    parts = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
+    language = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in language:
+            parameter.requires_grad_(False)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -106,9 +166,15 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception on a malformed file
+        pieces = (folder / "tokenizer.model").is_file() and find_spec("sentencepiece") is None
+        remedy = "pip install sentencepiece" if pieces else "copy the tokenizer's files there"
+        raise ModelError(f"{name}: no usable tokenizer in {folder} ({_brief(error)}); {remedy}") from None
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict) and "default" not in templates:
         raise ModelError(
-            f"{name}: no usable tokenizer in {folder} ({_brief(error)}); copy the tokenizer's files there"
-        ) from None
+            f"{name}: has the chat templates {', '.join(map(repr, sorted(templates)))}, but none is named 'default'; "
+            "give that name to the one to use, in the tokenizer's files"
+        )
     _ensure_padding(name, tokenizer)
     return tokenizer
 
@@ -136,7 +202,7 @@ def check_context(language: LanguageModel, seq_length: int) -> None:
 
 def context_length(model: PreTrainedModel) -> int | None:
     """Return how many tokens a model reads at most; None where its configuration does not say."""
-    return getattr(model.config, "max_position_embeddings", None)
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def base_tensors(language: LanguageModel) -> Mapping[str, torch.Tensor]:
@@ -194,8 +260,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         raise ResourceError(f"{folder}: no disk space left for the model; free some and export again") from None
 
 
-def _check_architecture(name: str, folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def _check_architecture(name: str, config: dict[str, Any]) -> None:
     architecture = (config.get("architectures") or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config["model_type"])])[0]
     # An encoder such as BERT can be loaded as a causal model too, but sees the tokens that it shall predict.
     if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
@@ -229,12 +294,52 @@ def _load_weights(name: str, folder: Path, dtype: str) -> PreTrainedModel:
     return model
 
 
-def _check_vocabulary(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    embedded = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
-    if tokenizer.vocab_size > embedded:
+def _check_weights(name: str, folder: Path, config: dict[str, Any]) -> None:
+    """Refuse weights that are not plain numbers, and adapters that transformers would attach to them."""
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    quantised = [part[key] for part in parts for key in ("quantization_config", "compression_config") if part.get(key)]
+    method = str(quantised[0].get("quant_method", "bitsandbytes")) if quantised else ""
+    packed = {dtype for path in weight_files(folder) for dtype in tensor_dtypes(path) if dtype.startswith("F8")}
+    if method or packed:
+        raise ModelError(f"{name}: is quantised ({method or 'fp8'}), which cannot be tuned; take the original model")
+    if (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(
-            f"{name}: the tokenizer has {tokenizer.vocab_size} tokens but the model embeds {embedded}; "
-            "use the tokenizer that the model was trained with"
+            f"{name}: files of an adapter are beside the model's weights, and would be loaded with them; move "
+            f"{ADAPTER_CONFIG} and adapter_model.safetensors out of {folder}, or merge the adapter into the model"
+        )
+
+
+def _settings(name: str, folder: Path) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(f"{name}: cannot be loaded as a causal language model: {_brief(error)}") from None
+
+
+def _check_modalities(name: str, settings: PretrainedConfig) -> None:
+    others = settings.sub_configs.keys() & {"vision_config", "audio_config"}
+    if others and "text_config" not in settings.sub_configs:
+        raise ModelError(
+            f"{name}: a {settings.model_type} model also sees or hears with parts that cannot be told from its "
+            "language model; choose one for text"
+        )
+
+
+def _check_vocabulary(name: str, settings: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    embedded = settings.get_text_config().vocab_size
+    # Text models keep the tokens of their siblings that see or hear (Gemma 3 1B): no text holds them.
+    media = {getattr(tokenizer, f"{kind}_token", None) for kind in ("image", "audio", "video")}
+    known = {index: token for token, index in tokenizer.get_vocab().items() if token not in media}
+    beyond = [index for index in sorted(known) if index >= embedded]
+    if tokenizer.pad_token_id >= embedded:
+        raise ModelError(
+            f"{name}: the padding token {tokenizer.pad_token!r} has id {tokenizer.pad_token_id}, but the model embeds "
+            f"{embedded} tokens; set pad_token to a token of the model, such as {tokenizer.eos_token!r}"
+        )
+    if beyond:
+        raise ModelError(
+            f"{name}: the tokenizer has {beyond[-1] + 1} tokens but the model embeds {embedded}, none for "
+            f"{known[beyond[0]]!r}; use the tokenizer that the model was trained with, or enlarge the embedding"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -16,6 +17,9 @@ from fedtune_strategies.tiny import MODEL_FOLDER
 
 EMBEDDED_NAME = "fedtune-tiny"
 """Name of the model that comes with the package."""
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""File of peft that makes transformers attach an adapter on loading."""
 
 
 def model_folder(name: str) -> Path:
@@ -34,18 +38,17 @@ def model_folder(name: str) -> Path:
     Raises
     ------
     ModelError
-        There is none.
+        There is none, or it is a GGUF file or an adapter.
     """
     folder = MODEL_FOLDER if name == EMBEDDED_NAME else Path(name).expanduser()
+    if folder.is_file():
+        kind = "a GGUF file: give the folder of the original model, as safetensors"
+        raise ModelError(f"{name}: is {kind if _is_gguf(folder) else 'a file: give the folder that holds it'}")
     if not folder.is_dir():
         folder = _cached_folder(name)
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ModelError(f"{name}: not a model folder: no config.json in {folder}; give the folder that holds it")
-    try:
-        json.loads(config.read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, KeyError, TypeError):
-        raise ModelError(f"{name}: {config} does not say what model this is; download it again") from None
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{name}: {_without_config(folder)}")
+    model_config(folder)
     return folder
 
 
@@ -56,6 +59,17 @@ def is_here(name: str) -> bool:
     except ModelError:
         return False
     return True
+
+
+def model_config(folder: Path) -> dict[str, Any]:
+    """Read a model folder's ``config.json``, which names a model type."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["model_type"]
+    except (ValueError, KeyError, TypeError):
+        raise ModelError(f"{folder}: {path} does not say what model this is; download it again") from None
+    return dict(config)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -73,7 +87,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises
     ------
     ModelError
-        There is none, one is missing, or one is cut short or damaged.
+        There is none, one or their index is missing, the index names a file outside, or one is cut short or damaged.
     """
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
@@ -86,6 +100,10 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder}: the weights are pickled (.bin), and reading a pickle can run code; convert them once to "
             "safetensors by loading and save_pretrained on a machine where you trust them"
         )
+    elif any(folder.glob("model-*-of-*.safetensors")):
+        raise ModelError(f"{folder}: the index of the weight files is missing; download {index.name} again")
+    elif any(folder.glob("*.gguf")):
+        raise ModelError(f"{folder}: holds a GGUF file; give the folder of the original model, as safetensors")
     else:
         raise ModelError(f"{folder}: holds no weights (model.safetensors); download the model again")
     for path in files:
@@ -102,6 +120,12 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.offset_keys()}
 
 
+def tensor_dtypes(path: Path) -> set[str]:
+    """Read which dtypes a safetensors file holds, as it names them (``"BF16"``, ``"F8_E4M3"``)."""
+    with safe_open(path, framework="pt") as file:
+        return {file.get_slice(key).get_dtype() for key in file.offset_keys()}
+
+
 def count_parameters(files: list[Path]) -> int:
     """Count the numbers in safetensors files."""
     return sum(math.prod(shape) for path in files for shape in tensor_shapes(path).values())
@@ -114,6 +138,24 @@ def map_tensors(files: list[Path]) -> dict[str, torch.Tensor]:
         with safe_open(path, framework="pt") as file:
             tensors.update({key: file.get_tensor(key) for key in file.offset_keys()})
     return tensors
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def _without_config(folder: Path) -> str:
+    adapter = folder / ADAPTER_CONFIG
+    if adapter.is_file():
+        try:
+            base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        except (ValueError, KeyError, TypeError):
+            base = "another model"
+        return f"is an adapter of {base}; merge it into that model once, and give the folder of the merged one"
+    if any(folder.glob("*.gguf")):
+        return "holds a GGUF file; give the folder of the original model, as safetensors"
+    return f"not a model folder: no config.json in {folder}; give the folder that holds it"
 
 
 def _cached_folder(name: str) -> Path:
@@ -131,6 +173,11 @@ def _shards(index: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError):
         raise ModelError(f"{index}: not an index of weight files; download the model again") from None
+    outside = [name for name in names if Path(name).name != name or "\\" in name]
+    if outside:
+        raise ModelError(
+            f"{index}: names a file outside its folder, {outside[0]!r}; download the model from its source"
+        )
     files = [index.parent / name for name in names]
     missing = [path.name for path in files if not path.is_file()]
     if missing:

@@ -8,6 +8,7 @@ from flwr.app import Message, MessageType, RecordDict
 
 from fedtune_strategies.errors import NodesError, ProtocolError, error_from_code
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.protocol.door import clean, refusing
 from fedtune_strategies.protocol.records import from_record, to_record
 
 T = TypeVar("T", bound=protocol.Message)
@@ -89,8 +90,10 @@ def answer(reply: Message) -> protocol.Message:
         errors.
     """
     if reply.has_error():
-        raise NodesError(f"did not answer: {reply.error.reason or 'no reason given'} (code {reply.error.code}).")
-    message = protocol.decode(*from_record(reply.content))
+        reason = clean(reply.error.reason or "") or "no reason given"
+        raise NodesError(f"did not answer: {reason} (code {reply.error.code}).")
+    with refusing():
+        message = protocol.decode(*from_record(reply.content))
     if isinstance(message, protocol.Failure):
         raise error_from_code(message.exit_code, message.message)
     return message

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fedtune_strategies.errors import ProtocolError
+from fedtune_strategies.protocol.door import admitted, clean
 from fedtune_strategies.protocol.handshake import Hello, HelloReply, ModelChunk, ModelManifest, ModelRequest
 from fedtune_strategies.protocol.status import Ack, Failure, StateMissing
 
@@ -108,7 +109,8 @@ def decode(kind: str, payload: bytes) -> Message:
     Raises
     ------
     ProtocolError
-        The kind is unknown, the bytes are damaged, or a field is missing, unexpected or of another type.
+        The kind is unknown, the bytes are damaged, a field is missing, unexpected or of another type, or what it holds
+        is not let in: see `door.admitted`.
     """
     cls = _TYPES.get(kind)
     if cls is None:
@@ -118,9 +120,10 @@ def decode(kind: str, payload: bytes) -> Message:
     try:
         end = _LENGTH + int.from_bytes(payload[:_LENGTH], "little")
         values = json.loads(payload[_LENGTH:end])
-        return cls(**_fields(cls, values, memoryview(payload)[end:]))
+        message: Message = cls(**_fields(cls, values, memoryview(payload)[end:]))
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, RecursionError) as error:
-        raise ProtocolError(f"received a damaged '{kind}' message: {str(error)[:200]}.") from None
+        raise ProtocolError(f"received a damaged '{kind}' message: {clean(str(error), 200)}.") from None
+    return admitted(message)
 
 
 def _fields(cls: type, values: Any, data: memoryview) -> dict[str, Any]:

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from fedtune_strategies.seed_gradient.slopes import Slopes
 from fedtune_strategies.seed_space import Pool
 
-MARGIN = 2.0  # nats above its start from which on a loss is out of bounds: batches differ by less
-
 
 @dataclass(frozen=True)
 class LocalWalk:
@@ -26,15 +24,12 @@ class LocalWalk:
     theta : Tensor
         float32, shape (K,): the point reached, from 0.
     loss : np.ndarray
-        float32, shape (steps taken,): the loss of each step's batch before the step; NaN where it was not finite and
+        float32, shape (steps,): the loss of each step's batch before the step; NaN where it was not finite and
         the step was skipped.
-    stopped : bool
-        Whether the walk was ended because its loss ran away; `theta` is then the last point where it had not.
     """
 
     theta: Tensor
     loss: np.ndarray
-    stopped: bool
 
 
 def local_walk(
@@ -78,9 +73,8 @@ def local_walk(
         The point reached, and the losses on the way.
     """
     theta, mean = torch.zeros(pool.size, dtype=torch.float64), torch.zeros(pool.size, dtype=torch.float64)
-    safe, square, taken = theta.clone(), 0.0, 0
+    square, taken = 0.0, 0
     losses: list[float] = []
-    limit = math.inf
     for batch in batches:
         pool.rebuild_model(parameters, base, theta.float())
         loss, g = find(batch)
@@ -88,16 +82,10 @@ def local_walk(
         losses.append(loss if finite else math.nan)
         if not finite:
             continue
-        limit = min(limit, loss + MARGIN) if taken == 0 else limit
-        # One batch may be hard; two in a row are a walk that left the valley.
-        if loss <= limit:
-            safe.copy_(theta)
-        elif len(losses) > 1 and losses[-2] > limit:
-            return LocalWalk(safe.float(), np.array(losses, np.float32), stopped=True)
         taken += 1
         mean.mul_(beta1).add_(g, alpha=1 - beta1)
         square = beta2 * square + (1 - beta2) * float(g.square().mean())
         size = math.sqrt(square / (1 - beta2**taken))
         if size:
             theta.sub_(mean, alpha=step / math.sqrt(pool.size) / (1 - beta1**taken) / size)
-    return LocalWalk(theta.float(), np.array(losses, np.float32), stopped=False)
+    return LocalWalk(theta.float(), np.array(losses, np.float32))

@@ -21,11 +21,15 @@ from numba import types
 from numba.extending import intrinsic
 
 from fedtune_strategies.seed_space.philox import BITS, MULTIPLIERS, WEYL
+from fedtune_strategies.seed_space.reference import GOLDEN, MIX, SHIFTS
 
+CACHED = 16384  # elements of a transform that is done in the cache; longer ones take two stages
+STRIP = 256  # columns of the second stage
 TILE = 2048  # elements that are worked on at once: fits the first-level cache
 M0, M1 = map(np.uint64, MULTIPLIERS)
 W0, W1 = map(np.uint32, WEYL)
 HIGH = np.uint64(32)
+G, (X0, X1, X2), (R0, R1, R2, R3, R4) = np.uint64(GOLDEN), map(np.uint64, MIX), map(np.uint64, SHIFTS)
 PLACES = np.array([0xAAAAAAAA, 0xCCCCCCCC, 0xF0F0F0F0, 0xFF00FF00, 0xFFFF0000], np.uint32)  # bit by bit of 0 … 31
 I32, U32, F32 = np.int32, np.uint32, np.float32
 ONE, TWO, HALF, UNIT = F32(1), F32(2), F32(0.5), F32(2.0**-24)
@@ -158,7 +162,41 @@ def _flip(out, x, words):
 
 @_compile
 def _fwht(x, y):
-    """Walsh-Hadamard transform of x; the result is in the returned one of the two buffers.
+    """Walsh-Hadamard transform of x; the result is in the returned one of the two buffers."""
+    n = len(x)
+    if n <= CACHED:
+        return _fwht_cached(x, y)
+    for low in range(0, n, CACHED):  # the low index bits, part by part in the cache, then the high ones
+        part, spare = x[low : low + CACHED], y[low : low + CACHED]
+        _copy(spare, _fwht_cached(part, spare))
+    for low in range(0, CACHED, STRIP):
+        stride = 1
+        while stride < n // CACHED:
+            _across(y, low, stride)
+            stride *= 2
+    return y
+
+
+@_compile
+def _across(x, low, stride):
+    """Butterflies of rows `stride` apart, each of CACHED columns, in the columns from `low` on."""
+    rows = len(x) // CACHED
+    for first in range(0, rows, 2 * stride):
+        for row in range(first, first + stride):
+            a = row * CACHED + low
+            b = a + stride * CACHED
+            _butterfly(x[a : a + STRIP], x[b : b + STRIP])
+
+
+@_compile
+def _butterfly(a, b):
+    for i in range(len(a)):
+        a[i], b[i] = a[i] + b[i], a[i] - b[i]
+
+
+@_compile
+def _fwht_cached(x, y):
+    """As `_fwht`, for a transform that fits the first- or second-level cache.
 
     Each pass takes the two lowest index bits of its input and writes them as the highest of its output, so all
     passes are the same, loads and stores run straight through memory, and the last one ends in natural order.
@@ -216,20 +254,24 @@ def walsh_rebuild(out, base, in_place, theta, keys, element_signs, seed_signs, b
 
 
 @_compile
-def walsh_project(total, delta, keys, element_signs, seed_signs, block, start):
-    """See `reference.walsh_project`."""
+def walsh_project(total, sums, spare, words, delta, keys, element_signs, seed_signs, block, start):
+    """See `reference.walsh_project`: into `total`; `sums` and `spare` are scratch of its size, `words` one of 32nds."""
     columns = len(total)
-    signs = np.empty(columns // 32, U32)
-    sums, tile, spare = np.zeros(columns, F32), np.empty(columns, F32), np.empty(columns, F32)
+    total[:] = F32(0)
+    sums[:] = F32(0)
     for low in range(0, len(delta), columns):
         e, n = start + low, min(columns, len(delta) - low)
-        tile[:n], tile[n:] = delta[low : low + n], F32(0)
-        _random_words(signs, e // BITS, keys, element_signs)
-        _add_signed_in_place(sums, tile, signs)
+        used = words[: (n + BITS - 1) // BITS * 4]
+        _random_words(used, e // BITS, keys, element_signs)
+        _add_signed_in_place(sums[:n], delta[low : low + n], used)
         if (e + columns) % block == 0 or low + n == len(delta):  # rows that share seed signs share the transform
-            _random_words(signs, e // block * (columns // BITS), keys, seed_signs)
-            _flip(tile, _fwht(sums, spare), signs)
-            total += tile
+            _random_words(words, e // block * (columns // BITS), keys, seed_signs)
+            width = columns
+            while low == 0 and width // 2 >= max(n, BITS):  # the rest of the only row is 0: the transform repeats
+                width //= 2
+            found = _fwht(sums[:width], spare[:width])
+            for k in range(0, columns, width):
+                _add_signed_in_place(total[k : k + width], found, words[k // 32 : (k + width) // 32])
             sums[:] = F32(0)
 
 
@@ -371,3 +413,18 @@ def _sum(x):
         for i in range(n):
             x[i] += x[n + i]
     return x[0]
+
+
+@_compile
+def word_sums(words, start):
+    """See `reference.word_sums`."""
+    first, second = np.uint64(0), np.uint64(0)
+    for i in range(len(words)):
+        x = words[i] + (np.uint64(start) + np.uint64(i) + np.uint64(1)) * G
+        x = (x ^ (x >> R0)) * X0
+        x = (x ^ (x >> R1)) * X1
+        x ^= x >> R2
+        y = (x ^ (x >> R3)) * X2
+        first += x
+        second += y ^ (y >> R4)
+    return first, second

@@ -6,6 +6,7 @@ the caller may split a tensor over threads.
 
 from __future__ import annotations
 
+import threading
 from functools import lru_cache
 
 import numpy as np
@@ -14,7 +15,17 @@ from torch import Tensor
 
 from fedtune_strategies.seed_space import compiled, reference
 from fedtune_strategies.seed_space.philox import BITS, ELEMENT_SIGNS, MASK, NORMALS, SEED_SIGNS, stream
-from fedtune_strategies.seed_space.reference import Moves
+from fedtune_strategies.seed_space.reference import ANY_DTYPE, Moves
+
+__all__ = [
+    "ANY_DTYPE",
+    "gaussian_project",
+    "gaussian_rebuild",
+    "walsh_add",
+    "walsh_project",
+    "walsh_rebuild",
+    "word_sums",
+]
 
 
 def walsh_add(
@@ -45,12 +56,15 @@ def gaussian_rebuild(
 
 
 def walsh_project(delta: Tensor, key: int, name: str, columns: int, block: int, start: int = 0) -> Tensor:
-    """As `reference.walsh_project`, which serves short rows; `start` a multiple of 128 and of `columns`."""
+    """As `reference.walsh_project`, which serves short rows; `start` a multiple of 128 and of `columns`.
+
+    The result is float32, and scratch memory that the thread's next call overwrites.
+    """
     if columns < BITS:
         return reference.walsh_project(delta, key, name, columns, block, start)
     signs = _pair(key), _stream(name, ELEMENT_SIGNS), _stream(name, SEED_SIGNS)
-    total = np.zeros(columns)
-    compiled.walsh_project(total, delta.numpy(), *signs, block, start)
+    total, sums, spare, words = _scratch(columns)
+    compiled.walsh_project(total, sums, spare, words, delta.numpy(), *signs, block, start)
     return torch.from_numpy(total)
 
 
@@ -59,6 +73,23 @@ def gaussian_project(delta: Tensor, size: int, key: int, name: str, start: int =
     total = np.zeros(size)
     compiled.gaussian_project(total, delta.numpy(), _pair(key), _stream(name, NORMALS), start)
     return torch.from_numpy(total)
+
+
+def word_sums(words: Tensor, start: int = 0) -> tuple[int, int]:
+    """As `reference.word_sums`."""
+    first, second = compiled.word_sums(words.numpy().view(np.uint64), start)
+    return int(first), int(second)
+
+
+_kept = threading.local()
+
+
+def _scratch(columns: int) -> tuple[np.ndarray, ...]:
+    """Memory of this thread, kept between calls: new pages cost more than the sums that they hold."""
+    if getattr(_kept, "columns", 0) != columns:
+        words = np.empty(columns // 32, np.uint32)
+        _kept.columns, _kept.arrays = columns, (*(np.empty(columns, np.float32) for _ in range(3)), words)
+    return _kept.arrays
 
 
 def _pair(key: int) -> np.ndarray:

@@ -8,16 +8,26 @@ Kernels are launched without fusing multiplications and additions, and divide an
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fedtune_strategies.seed_space import reference
 from fedtune_strategies.seed_space.philox import BITS, ELEMENT_SIGNS, MASK, NORMALS, SEED_SIGNS, stream
-from fedtune_strategies.seed_space.reference import Moves, gaussian_project, walsh_project
+from fedtune_strategies.seed_space.reference import Moves, gaussian_project, walsh_project, word_sums
 
-__all__ = ["gaussian_project", "gaussian_rebuild", "walsh_add", "walsh_project", "walsh_rebuild"]
+__all__ = [
+    "ANY_DTYPE",
+    "gaussian_project",
+    "gaussian_rebuild",
+    "walsh_add",
+    "walsh_project",
+    "walsh_rebuild",
+    "word_sums",
+]
 
+ANY_DTYPE = True  # kernels load and store 16 bits too, and round once: one launch for a whole tensor
 LARGEST = 16384  # columns whose transform fits the registers of one program
 TILE = 1024  # elements of one program where there is no transform
 ROWS = 8  # rows of a block that share one transform
@@ -48,7 +58,9 @@ def walsh_add(
 ) -> None:
     """As `reference.walsh_add`; `start` a multiple of 128."""
     if columns < BITS:
-        reference.walsh_add(out, weight, moves, key, name, columns, block, start)
+        wide = weight.to(torch.float32)
+        reference.walsh_add(wide, wide, moves, key, name, columns, block, start)
+        out.copy_(wide)
         return
     signs = key & MASK, key >> 32, *stream(name, ELEMENT_SIGNS), *stream(name, SEED_SIGNS)
     programs = (triton.cdiv(len(weight), TILE),)
@@ -64,7 +76,9 @@ def walsh_rebuild(
 ) -> None:
     """As `reference.walsh_rebuild`; `start` a multiple of 128 and of `columns`."""
     if not BITS <= columns <= LARGEST:
-        reference.walsh_rebuild(out, base, theta, key, name, columns, block, start)
+        wide = base.to(torch.float32)
+        reference.walsh_rebuild(wide, wide, theta, key, name, columns, block, start)
+        out.copy_(wide)
         return
     signs = key & MASK, key >> 32, *stream(name, ELEMENT_SIGNS), *stream(name, SEED_SIGNS)
     rows = min(ROWS, block // columns)
@@ -129,6 +143,20 @@ def _flip(x, bits):
 
 
 @triton.jit
+def _store(to, x, mask):
+    """Store float32 in the dtype of the memory, rounded to nearest, ties to even; bfloat16 bit by bit.
+
+    Triton's interpreter would cut bfloat16 off, and a GPU's rounding depends on its generation.
+    """
+    if to.dtype.element_ty == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        tl.store(to, tl.where(x == x, bits, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+    else:
+        tl.store(to, x.to(to.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _direction_bits(
     first, k, signs, key0, key1, e2, e3, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr
 ):
@@ -154,11 +182,11 @@ def _walsh_add(
     at = low + tl.arange(0, SIZE)
     first, zero = start + low, tl.zeros((SIZE,), tl.float32)
     signs = _bits(first, d2, d3, key0, key1, SIZE)
-    x = tl.load(weight + at, mask=at < n)
+    x = tl.load(weight + at, mask=at < n).to(tl.float32)
     x += _flip(zero + c, _direction_bits(first, k, signs, key0, key1, e2, e3, COLUMNS, BLOCK, SIZE))
     if TWO:
         x += _flip(zero + c2, _direction_bits(first, k2, signs, key0, key1, e2, e3, COLUMNS, BLOCK, SIZE))
-    tl.store(out + at, x, mask=at < n)
+    _store(out + at, x, at < n)
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -178,7 +206,7 @@ def _walsh_rebuild(
         at = low - start + tl.arange(0, COLUMNS)
         inside = (at >= 0) & (at < n)
         z = _flip(x, _bits(low, d2, d3, key0, key1, COLUMNS))
-        tl.store(out + at, tl.load(base + at, mask=inside) + z, mask=inside)
+        _store(out + at, tl.load(base + at, mask=inside).to(tl.float32) + z, inside)
 
 
 @triton.jit
@@ -222,4 +250,4 @@ def _gaussian_rebuild(
         a, b, c, d = a + z0 * factor, b + z1 * factor, c + z2 * factor, d + z3 * factor
     total = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (SIZE,))
     at = low + tl.arange(0, SIZE)
-    tl.store(out + at, tl.load(base + at, mask=at < n) + total, mask=at < n)
+    _store(out + at, tl.load(base + at, mask=at < n).to(tl.float32) + total, at < n)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 
 from fedtune_strategies.seed_space import reference
+
+T = TypeVar("T")
 
 
 def kernels(device: torch.device) -> ModuleType:
@@ -41,6 +47,22 @@ def thread_count(device: torch.device) -> int:
         At least 1.
     """
     return 1 if kernels(device) is reference or device.type != "cpu" else torch.get_num_threads()
+
+
+def spread(function: Callable[[T], object], items: Sequence[T], device: torch.device) -> None:
+    """Call a function for every item, on as many threads as the device's kernels may use; begin in the items' order."""
+    threads = min(thread_count(device), len(items))
+    if threads <= 1:
+        for item in items:
+            function(item)
+    else:
+        list(_executor(threads, os.getpid()).map(function, items))
+
+
+@cache
+def _executor(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads that stay: starting them takes longer than a small tensor. A forked process has none of its parent's."""
+    return ThreadPoolExecutor(threads)
 
 
 @cache

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedtune_strategies.errors import ModelError
+from fedtune_strategies.seed_space.kernels import kernels, spread
+from fedtune_strategies.seed_space.reference import word_sums
 
-TILES, TILE = 16, 64  # a fingerprint reads so many tiles of so many elements from each tensor
+SHARE = 1 << 17  # words of 8 bytes that are worth a thread
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
@@ -50,8 +54,8 @@ def tuned_parameters(model: nn.Module, pattern: str | None = None) -> dict[str, 
     Returns
     -------
     dict of str to nn.Parameter
-        Floating-point parameters by canonical name, in the order of the model's modules. Tied weights appear once,
-        under the first of their names.
+        Parameters by canonical name, in the order of the model's modules. Tied weights appear once, under the first of
+        their names. Left out is what is not trained: ``requires_grad = False`` (routing biases), integers, float8.
 
     Raises
     ------
@@ -62,18 +66,23 @@ def tuned_parameters(model: nn.Module, pattern: str | None = None) -> dict[str, 
     found = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if canonical[name] == name and parameter.is_floating_point() and (pattern is None or re.search(pattern, name))
+        if canonical[name] == name and _trained(parameter) and (pattern is None or re.search(pattern, name))
     }
     if not found:
         raise ModelError(f'no parameter of the model matches "{pattern}": see model.named_parameters() for the names')
     return found
 
 
-def fingerprint(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> str:
-    """Short name of some weights: a hash of names, shapes, dtypes and fixed tiles of the values.
+def _trained(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad and parameter.is_floating_point() and parameter.itemsize > 1
 
-    Of each tensor it reads 16 evenly spaced tiles of 64 elements, or all where it has no more. It tells another base
-    model, dtype, theta or a broken kernel; it is no proof against an adversary.
+
+def fingerprint(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> str:
+    """Short name of some weights: a hash of names, shapes, dtypes and every bit of the values, for one read of them.
+
+    Any change of one element changes it for certain, other changes but for a chance of about 2**-128. It is the same
+    on every device. It tells another base model, dtype, theta or a broken kernel; it is no proof against an adversary,
+    who can compute other weights with the same sums.
 
     Parameters
     ----------
@@ -83,15 +92,58 @@ def fingerprint(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) ->
     Returns
     -------
     str
-        16 hexadecimal digits.
+        32 hexadecimal digits: `combine_fingerprints` of the `tensor_fingerprint` of each.
     """
     items = tensors.items() if isinstance(tensors, Mapping) else tensors
-    total = hashlib.sha256()
-    for name, tensor in sorted(items, key=lambda item: item[0]):
-        flat = tensor.detach().reshape(-1)
-        if len(flat) > TILES * TILE:
-            stride = len(flat) // TILES
-            flat = flat[len(flat) - TILES * stride :].view(TILES, stride)[:, -TILE:]
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(flat.contiguous().view(torch.uint8).cpu().numpy())
-    return total.hexdigest()[:16]
+    return combine_fingerprints({name: tensor_fingerprint(tensor) for name, tensor in items})
+
+
+def combine_fingerprints(prints: Mapping[str, str]) -> str:
+    """Fingerprint of some weights from those of their tensors; so tensors that did not change are not read again.
+
+    Parameters
+    ----------
+    prints : mapping of str to str
+        `tensor_fingerprint` by canonical name, in any order.
+
+    Returns
+    -------
+    str
+        32 hexadecimal digits.
+    """
+    return _digest(sorted(prints.items()))
+
+
+def tensor_fingerprint(tensor: Tensor) -> str:
+    """Short name of one tensor: see `fingerprint`.
+
+    Parameters
+    ----------
+    tensor : Tensor
+        Any dtype, on any device; its bits as stored are what counts.
+
+    Returns
+    -------
+    str
+        32 hexadecimal digits.
+    """
+    memory = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    whole = len(memory) // 8 * 8
+    words, rest = memory[:whole], memory[whole:]
+    words = (words.clone() if words.storage_offset() % 8 else words).view(torch.int64)
+    found = []
+
+    def read(low: int) -> None:
+        found.append(kernels(words.device).word_sums(words[low : low + share], low))
+
+    share = SHARE if words.device.type == "cpu" else max(1, len(words))
+    spread(read, range(0, len(words), share), words.device)
+    if len(rest):
+        last = torch.nn.functional.pad(rest.cpu(), (0, 8 - len(rest))).view(torch.int64)
+        found.append(word_sums(last, len(words)))
+    sums = [sum(column) % 2**64 for column in zip((0, 0), *found, strict=True)]
+    return _digest([str(tensor.dtype), list(tensor.shape), sums])
+
+
+def _digest(facts: list[Any]) -> str:
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()

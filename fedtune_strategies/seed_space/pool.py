@@ -6,24 +6,25 @@ the dtype, the thread count, the shard or the order of tensors. Mathematics: doc
 
 from __future__ import annotations
 
-import os
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from threading import Condition
 
 import torch
 from torch import Tensor
 
 from fedtune_strategies.errors import ConfigError
-from fedtune_strategies.seed_space.kernels import kernels, thread_count
+from fedtune_strategies.seed_space.kernels import kernels, spread, thread_count
+from fedtune_strategies.seed_space.philox import BITS
 from fedtune_strategies.seed_space.reference import Moves
 
 CHUNK = 1 << 15  # elements of 16-bit weights that are held in float32 at once
 ROWS = 16  # rows of a walsh pool that share a transform, where nothing else is said
 SHARE = 1 << 18  # elements that are worth a thread
-PART = 1 << 20  # elements that are projected at once; the same for any number of threads, since sums depend on it
+PART = 1 << 20  # elements that are projected at once: the same for any number of threads, since sums depend on it
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,15 @@ class Pool(ABC):
     @property
     def _chunk(self) -> int:
         return CHUNK
+
+    @property
+    def _row(self) -> int:
+        """Elements that a kernel's run begins at a multiple of."""
+        return BITS
+
+    @property
+    def _part(self) -> int:
+        return PART
 
     @abstractmethod
     def _move(self, name: str, out: Tensor, weight: Tensor, moves: Moves, start: int) -> None: ...
@@ -139,7 +149,12 @@ class Pool(ABC):
                 raise ConfigError(f"seed {k} is not in a pool of {self.size}: seeds are 0 to {self.size - 1}")
 
         def kernel(result: Tensor, source: Tensor, start: int) -> None:
-            self._move(name, result, source, moves, start)
+            if result.dtype == torch.float32 or len(moves) == 1:
+                self._move(name, result, source, moves, start)
+            else:  # several passes over 16 bits would round several times
+                wide = source.to(torch.float32)
+                self._move(name, wide, wide, moves, start)
+                result.copy_(wide)
 
         return _sweep(kernel, weight, out, self._chunk)
 
@@ -194,32 +209,63 @@ class Pool(ABC):
         for name, parameter in parameters.items():
             self.rebuild(name, base[name].to(parameter.device), theta, out=parameter.detach())
 
-    def project(self, name: str, delta: Tensor) -> Tensor:
+    def project(
+        self, name: str, delta: Tensor, *, start: int = 0, scale: float = 1.0, out: Tensor | None = None
+    ) -> Tensor:
         """Inner products ``<delta, z_k>`` for all k: the transpose of `rebuild`.
+
+        Float32 sums over fixed parts of the tensor, added to `out` in the order of the parts. So a kind of device
+        always gives the same bits, with any number of threads; kinds differ by rounding, and so do other slices.
 
         Parameters
         ----------
         name : str
             Canonical name.
         delta : Tensor
-            A change of the weights: float32, bfloat16 or float16.
+            A change of the weights, or a gradient: float32, bfloat16 or float16; all of a tensor or a run of it.
+        start : int, default 0
+            Number of `delta`'s first element within the flattened tensor: a slice of rows begins at rows times width.
+        scale : float, default 1.0
+            Factor of the products.
+        out : Tensor, optional
+            float32 or float64, shape (K,), on the device of `delta`: the products are added to it.
 
         Returns
         -------
         Tensor
-            float64, shape (K,), on the device of `delta`.
+            `out`; by default a new one in float64.
+
+        Raises
+        ------
+        ConfigError
+            If `out` has not K entries.
         """
-        flat, part = delta.detach().reshape(-1), max(PART, self._chunk)
+        flat = delta.detach().reshape(-1)
+        if out is None:
+            out = torch.zeros(self.size, dtype=torch.float64, device=flat.device)
+        if out.shape != (self.size,):
+            raise ConfigError(f"the sums have shape {tuple(out.shape)}, and the pool needs ({self.size},)")
+        lead = start % self._row  # kernels begin with a whole row
+        low, stop = start - lead, start + len(flat)
+        cuts = [low, *range((low // self._part + 1) * self._part, stop, self._part), stop]
+        parts = list(enumerate(itertools.pairwise(cuts)))
+        order = _Order()
 
-        def run(low: int) -> Tensor:
-            return self._project(name, flat[low : low + part].to(torch.float32), low)
+        def run(part: tuple[int, tuple[int, int]]) -> None:
+            number, (low, high) = part
+            found = None
+            try:
+                values = flat[max(low - start, 0) : high - start].to(torch.float32)
+                if low < start:
+                    values = torch.nn.functional.pad(values, (lead, 0))
+                found = self._project(name, values, low)[: self.size]
+            finally:  # a part that fails must not hold up the others
+                with order.turn(number):
+                    if found is not None:
+                        out.add_(found, alpha=scale)
 
-        starts = range(0, len(flat), part)
-        threads = min(thread_count(flat.device), len(starts))
-        total = torch.zeros(self.size, dtype=torch.float64, device=flat.device)
-        for found in map(run, starts) if threads <= 1 else _executor(threads, os.getpid()).map(run, starts):
-            total += found[: self.size]
-        return total
+        spread(run, parts, flat.device)
+        return out
 
     def project_model(self, deltas: Mapping[str, Tensor]) -> Tensor:
         """The point whose directions best express a change of the whole model: ``<delta, z_k> / n`` for all k.
@@ -271,6 +317,14 @@ class WalshPool(Pool):
     @property
     def _chunk(self) -> int:
         return max(CHUNK, self.columns)
+
+    @property
+    def _row(self) -> int:
+        return max(BITS, self.columns)
+
+    @property
+    def _part(self) -> int:
+        return max(PART, min(self.block, 8 * self.columns))
 
     def _move(self, name: str, out: Tensor, weight: Tensor, moves: Moves, start: int) -> None:
         kernels(out.device).walsh_add(out, weight, moves, self.key, name, self.columns, self.block, start)
@@ -345,39 +399,48 @@ def make_pool(kind: str, key: int, size: int, transform: int | None = None) -> P
 
 
 def _sweep(kernel: Callable[[Tensor, Tensor, int], None], source: Tensor, out: Tensor | None, chunk: int) -> Tensor:
-    """Apply a flat float32 kernel to a tensor of any dtype, over all threads that torch may use."""
+    """Apply a flat kernel to a tensor of any dtype, over all threads that torch may use; round once at the end."""
     source = source.detach()
     out = torch.empty_like(source, memory_format=torch.contiguous_format) if out is None else out
     if not out.is_contiguous():
         # In the output's own dtype, or it would be rounded twice.
-        return out.copy_(_sweep(kernel, source, torch.empty(out.shape, dtype=out.dtype, device=out.device), chunk))
+        return out.copy_(_sweep(kernel, source, torch.empty_like(out, memory_format=torch.contiguous_format), chunk))
     flat, result = source.reshape(-1), out.detach().view(-1)
     if source.data_ptr() == out.data_ptr():
         flat = result
-    direct = flat.dtype == result.dtype == torch.float32
+    direct = flat.dtype == result.dtype == torch.float32 or kernels(flat.device).ANY_DTYPE
 
     def run(low: int, high: int) -> None:
         if direct:
             target = result[low:high]
             kernel(target, target if flat is result else flat[low:high], low)
             return
-        for start in range(low, high, chunk):  # 16 bits: through a small float32 scratch
+        for start in range(low, high, chunk):  # 16 bits where kernels take float32: through a small scratch
             stop = min(start + chunk, high)
             scratch = flat[start:stop].to(torch.float32, copy=True)  # the kernel works in place
             kernel(scratch, scratch, start)
             result[start:stop] = scratch
 
     n = len(flat)
-    threads = min(thread_count(flat.device), -(-n // SHARE))
-    if threads <= 1:
-        run(0, n)
-        return out
-    share = -(-n // (threads * chunk)) * chunk
-    list(_executor(threads, os.getpid()).map(lambda low: run(low, min(low + share, n)), range(0, n, share)))
+    threads = max(1, min(thread_count(flat.device), -(-n // SHARE)))
+    share = max(1, -(-n // (threads * chunk))) * chunk
+    spread(lambda low: run(low, min(low + share, n)), range(0, n, share), flat.device)
     return out
 
 
-@cache
-def _executor(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads that stay: starting them takes longer than a small tensor. A forked process has none of its parent's."""
-    return ThreadPoolExecutor(threads)
+class _Order:
+    """Turns of threads, in the order of numbers from 0 on."""
+
+    def __init__(self) -> None:
+        self._next, self._changed = 0, Condition()
+
+    @contextmanager
+    def turn(self, number: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._next == number)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._next += 1
+                self._changed.notify_all()

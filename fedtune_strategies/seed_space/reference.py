@@ -26,6 +26,7 @@ from fedtune_strategies.seed_space.philox import (
 Moves = Sequence[tuple[int, float]]
 """Seeds and factors."""
 
+ANY_DTYPE = False  # kernels take float32 alone
 TILE = 1 << 18  # elements that are worked on at once: bounds the scratch memory
 
 
@@ -279,3 +280,47 @@ def gaussian_project(delta: Tensor, size: int, key: int, name: str, start: int =
         for k in range(size):
             total[k] += torch.dot(part, normals(key, words, k, start + low, len(part), delta.device).to(torch.float64))
     return total
+
+
+GOLDEN, MIX = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93)
+"""Step between places, and odd multipliers, of the fingerprint (those of splitmix64, and one more)."""
+SHIFTS = (30, 27, 31, 32, 29)
+
+
+def word_sums(words: Tensor, start: int = 0) -> tuple[int, int]:
+    """Two sums modulo 2**64 of the words of some memory, each mixed with its place: what a fingerprint is made of.
+
+    Mixing is a bijection of the word, so a change of one word always changes the first sum. Sums modulo 2**64 are the
+    same in any order.
+
+    Parameters
+    ----------
+    words : Tensor
+        int64, shape (n,).
+    start : int
+        Place of the first word.
+
+    Returns
+    -------
+    tuple of int
+        Each in [0, 2**64).
+    """
+    first = second = 0
+    for low in range(0, len(words), TILE):
+        part = words[low : low + TILE]
+        x = part + torch.arange(start + low + 1, start + low + 1 + len(part), device=part.device) * _signed(GOLDEN)
+        x = _shift(x, SHIFTS[0]) * _signed(MIX[0])
+        x = _shift(_shift(x, SHIFTS[1]) * _signed(MIX[1]), SHIFTS[2])
+        y = _shift(_shift(x, SHIFTS[3]) * _signed(MIX[2]), SHIFTS[4])
+        first, second = first + int(x.sum()), second + int(y.sum())
+    return first % 2**64, second % 2**64
+
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of a 64-bit word."""
+    return word - (word >> 63 << 64)
+
+
+def _shift(x: Tensor, count: int) -> Tensor:
+    """``x ^ x >> count`` of unsigned words."""
+    return x ^ (x >> count & (1 << 64 - count) - 1)

@@ -36,6 +36,14 @@ class ScaledPool(Pool):
     def _chunk(self) -> int:
         return self.pool._chunk
 
+    @property
+    def _row(self) -> int:
+        return self.pool._row
+
+    @property
+    def _part(self) -> int:
+        return self.pool._part
+
     def _point(self, theta: Tensor, device: torch.device) -> Tensor:
         return self.pool._point(theta, device)
 

@@ -13,7 +13,9 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from deploy.cli import app
 from deploy.common.certificates import node_key, server_files
 from deploy.common.flower_cli import Control
 from deploy.common.join_token import JOIN, JoinToken, authority_hash, decode_token
@@ -82,11 +84,48 @@ def membership(token):
     return Membership(token.name, token.address, "/data/notes.jsonl")
 
 
-@given(st.text(max_size=40), st.text(max_size=63), st.binary(min_size=16, max_size=16), st.integers(0, 2**32 - 1))
+@given(
+    st.from_regex(r"([a-z0-9][a-z0-9.-]{0,30}|\[[0-9a-f:]{2,39}\]):[0-9]{1,5}", fullmatch=True),
+    st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True),
+    st.binary(min_size=16, max_size=16),
+    st.integers(0, 2**32 - 1),
+)
 def test_a_token_comes_back_as_it_was(address, name, secret, expires):
-    if len(name.encode()) < 256:
-        token = JoinToken(address, name, bytes(32), secret, expires)
-        assert decode_token(token.encode()) == token
+    token = JoinToken(address, name, bytes(32), secret, expires)
+    assert decode_token(token.encode()) == token
+
+
+def forged(name, address):
+    """A token with a good check sum that `fedtune nodes invite` would never print."""
+    token = object.__new__(JoinToken)
+    fields = {"name": name, "address": address, "authority": bytes(32), "secret": SECRET, "expires": 2_000_000_000}
+    token.__dict__.update(fields)
+    return JoinToken.encode(token)
+
+
+@pytest.mark.parametrize(
+    ("name", "address"),
+    [
+        ("../../PLANTED/ok", "host:9092"),
+        ("a\n[Service]\nExecStartPre=/bin/sh", "host:9092"),
+        ("-rf", "host:9092"),
+        ("", "host:9092"),
+        ("alice", "../../PLANTED:9092"),
+        ("alice", "host:9092\nExecStartPre=/bin/sh"),
+        ("alice", "[/x]:9092"),
+        ("alice", "\x1b[2K:9092"),
+    ],
+)
+def test_a_token_whose_name_could_be_a_path_or_a_line_is_refused_by_both_sides(name, address, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path / "home"))
+    data = tmp_path / "notes.jsonl"
+    data.write_text('{"text": "a"}\n')
+    with pytest.raises((LinkError, ProtocolError)):
+        JoinToken(address, name, bytes(32), SECRET, 2_000_000_000)
+    said = CliRunner().invoke(app, ["join", forged(name, address), "--data", str(data), "--yes"])
+    assert said.exit_code in (LinkError.exit_code, ProtocolError.exit_code)
+    assert said.stderr.count("\n") == 1 and said.stderr.strip().isprintable()
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.jsonl"]
 
 
 def test_a_token_cut_or_changed_is_refused_and_never_quoted():

@@ -21,7 +21,11 @@ ALL = ["fedavg", "fedavgm", "fedadam", "fedyogi", "fedmedian", "trimmed-mean", "
 
 def make(aggregation, **changes):
     keys = {"fedkseed.seeds": K, "train.local-steps": TAU, "train.lr": ETA, "strategy.aggregation": aggregation}
-    keys |= {"fedkseed.theta-bits": 24, "fedkseed.clip": 0.0}  # rounding and clipping have tests of their own
+    keys |= {
+        "fedkseed.theta-bits": 24,
+        "fedkseed.clip": 0.0,
+        "fedkseed.outlier": 0.0,
+    }  # rounding and clipping have tests of their own
     return FedKSeed(parse(keys | {name.replace("__", ".").replace("_", "-"): v for name, v in changes.items()}), {})
 
 

@@ -7,13 +7,16 @@ import pytest
 import torch
 
 from fedtune_strategies.config import defaults, parse
+from fedtune_strategies.config.node import NodeConfig
 from fedtune_strategies.errors import ConfigError, FingerprintError, ProtocolError
+from fedtune_strategies.fedkseed.gradient_client import SeedGradientClient
 from fedtune_strategies.fedkseed.gradient_strategy import SeedGradient
 from fedtune_strategies.fedkseed.messages import GradientReply, GradientTask
-from fedtune_strategies.method import register_messages
+from fedtune_strategies.method import NodeContext, register_messages
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.flower import task
 from fedtune_strategies.seed_gradient import encode
+from fedtune_strategies.seed_space import tuned_parameters
 from fedtune_strategies.strategy import arrays_of
 from fedtune_strategies.testing import InMemoryGrid
 from server_app.export import export_round
@@ -21,7 +24,9 @@ from server_app.ledger import Ledger
 from server_app.replay import replay
 from server_app.run import execute
 from tests.federations import assert_resumes_exactly, final_state, make_nodes, run, run_with_restarts
+from tests.models import tiny_model
 
+K = 64
 GRADIENT = {"method.name": "fedkseed", "fedkseed.estimator": "gradient"}
 
 
@@ -88,6 +93,48 @@ def test_a_late_joiner_gets_what_it_lacks_once(settings, data_files):
     assert [one for one in sent if one[0] == 1] == [(1, 1, 0), (1, 2, 1), (1, 3, 1), (1, 4, 1), (1, 5, 1)]
 
 
+def make_client():
+    model = tiny_model()
+    base = {name: parameter.detach().clone() for name, parameter in tuned_parameters(model).items()}
+    return SeedGradientClient(NodeContext(parse(GRADIENT | {"fedkseed.seeds": K}), "a", model, base, [], NodeConfig()))
+
+
+def test_a_node_adds_only_the_points_that_it_lacks():
+    """The reply that would have told the server what the node holds may be lost."""
+    node, points = make_client(), np.random.default_rng(2).normal(size=(3, K))
+    coded = [encode(np.float32(point), 4) for point in points]
+
+    def task(round, since):
+        levels = torch.stack([levels for levels, _ in coded[since : round - 1]])
+        return GradientTask(round, since, levels, torch.tensor([unit for _, unit in coded[since : round - 1]]), 0.01)
+
+    assert node.take(task(3, 0)) and node._moved.rounds == 2
+    before = {name: value.clone() for name, value in node._moved.weights.items()}
+    assert node.take(task(3, 1)) and node._moved.rounds == 2
+    assert all(torch.equal(before[name], value) for name, value in node._moved.weights.items())
+    assert node.take(task(4, 1)) and node._moved.rounds == 3
+    again = make_client()
+    assert not again.take(task(4, 1)) and again.take(task(4, 0))
+    assert all(torch.equal(again._moved.weights[name], value) for name, value in node._moved.weights.items())
+
+
+def test_a_node_with_spoilt_weights_is_refused_and_starts_afresh_with_its_next_task(settings, data_files, monkeypatch):
+    settings |= {"num-server-rounds": 4, "strategy.min-replies": 2, "eval.data": ""}
+    take = SeedGradientClient.take
+
+    def spoiling(client, task):
+        done = take(client, task)
+        if (client._name, task.round) == ("node-1", 3):
+            client._moved.weights[next(iter(client._moved.weights))].add_(1)
+        return done
+
+    monkeypatch.setattr(SeedGradientClient, "take", spoiling)
+    ledger = run(settings, data_files)
+    refused = [(record.round, record.node) for record in ledger.records("refused")]
+    assert refused == [(3, "node-1")]
+    assert [record.round for record in ledger.records("reply") if record.node == "node-1"] == [1, 2, 4]
+
+
 def test_it_learns_more_than_scalars_in_as_many_rounds(settings, data_files, tmp_path):
     settings |= {"num-server-rounds": 6, "eval.answers": 0, "fedkseed.seeds": 1024, "train.local-steps": 10}
     zeroth = {key: value for key, value in settings.items() if key in defaults("fedkseed")} | {
@@ -116,9 +163,6 @@ def test_part_of_a_model_is_tuned_where_asked(settings, data_files, tmp_path):
     tuned = AutoModelForCausalLM.from_pretrained(Path(settings["run.dir"]) / "model").state_dict()
     changed = {name for name in base if not torch.equal(base[name], tuned[name])}
     assert changed and all("layers" in name for name in changed)
-
-
-K = 64
 
 
 @pytest.fixture

@@ -20,7 +20,13 @@ K, TAU, ETA = 32, 8, 0.25
 
 
 def make(cls=FedKSeed, **changes):
-    keys = {"fedkseed.seeds": K, "train.local-steps": TAU, "train.lr": ETA, "fedkseed.clip": 0.0}
+    keys = {
+        "fedkseed.seeds": K,
+        "train.local-steps": TAU,
+        "train.lr": ETA,
+        "fedkseed.clip": 0.0,
+        "fedkseed.outlier": 0.0,
+    }
     InMemoryGrid({})  # sets Flower's identity, without which no message can be made
     keys |= {"method.name": "fedkseed-pro"} if cls is FedKSeedPro else {}
     return cls(parse(keys | {name.replace("__", ".").replace("_", "-"): value for name, value in changes.items()}), {})

@@ -23,8 +23,9 @@ from fedtune_strategies.config import Config, keys, parse
 from fedtune_strategies.config.node import parse_node
 from fedtune_strategies.errors import ConfigError, DataError, FedTuneError, LedgerError, ProtocolError
 from fedtune_strategies.fedkseed.packing import unpack
-from fedtune_strategies.language import data as language_data
-from fedtune_strategies.language.data import READERS, read_rows
+from fedtune_strategies.language import data_files
+from fedtune_strategies.language.data import read_rows
+from fedtune_strategies.language.data_files import READERS
 from fedtune_strategies.method import own_methods
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.records import from_record
@@ -112,7 +113,7 @@ def test_a_small_file_that_unpacks_to_more_than_memory_is_refused(tmp_path, monk
     table = pyarrow.table({"text": ["x" * 2**20] * 64})
     pyarrow.parquet.write_table(table, path, compression="zstd", use_dictionary=False)
     assert path.stat().st_size < 2**20
-    monkeypatch.setattr(language_data, "_free_memory", lambda: 2**20)
+    monkeypatch.setattr(data_files, "_free_memory", lambda: 2**20)
     with pytest.raises(DataError, match=r"unpacks to .* GB, more than the .* free"):
         read_rows(path)
 

@@ -4,10 +4,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import models, processors
 
 from fedtune_strategies.errors import DataError
 from fedtune_strategies.language.data import Row
-from fedtune_strategies.language.examples import CHUNK, IGNORE, Examples, _fit, batches, collate, tokenise
+from fedtune_strategies.language.examples import (
+    CHUNK,
+    IGNORE,
+    Examples,
+    _fit,
+    batches,
+    collate,
+    tokenise,
+    tokenise_prompts,
+)
 from tests.models import make_tokenizer
 
 CHAT_TEMPLATE = (
@@ -62,14 +72,32 @@ def test_template_that_opens_answers_differently_when_generating():
 
 def test_conversation_that_the_template_refuses():
     tokenizer = make_tokenizer(pad_token="<unk>")
-    tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}|"
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = refusal + CHAT_TEMPLATE
     refused = [{"role": "system", "content": "be brief"}, *MESSAGES]
     with pytest.raises(DataError, match="row 2: the model's chat template refuses the conversation: no system"):
         tokenise([Row(MESSAGES, "ada"), Row(refused, "ada")], tokenizer, 100)
 
 
+def test_tool_calls_and_descriptions_of_tools_reach_the_template():
+    tokenizer = make_tokenizer(pad_token="<unk>")
+    calls = "{% for c in m['tool_calls'] or [] %}#{{ c.function.name }}{% endfor %}"
+    tokenizer.chat_template = "{% for t in tools or [] %}#{{ t.function.name }}#{% endfor %}" + CHAT_TEMPLATE.replace(
+        "</s>", calls + "</s>"
+    )
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    asked = [*MESSAGES, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}]
+    examples = tokenise([Row(asked, "ada", ("ada",), [tool])], tokenizer, 100)
+    assert parts(examples, tokenizer) == ("#f#|user:who is it?</s>|assistant:#f</s>|assistant:", "ada</s>")
+
+
+def test_tool_calls_without_a_chat_template_are_refused(tokenizer):
+    with pytest.raises(DataError, match="row 1: calls tools, but the model has no chat template"):
+        tokenise([Row(MESSAGES, "ada", tools=[{"type": "function"}])], tokenizer, 100)
+
+
 def test_token_across_the_boundary_belongs_to_the_response():
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE({"<unk>": 0, "a": 1, "b": 2, "ab": 3}, [("a", "b")], unk_token="<unk>"))
@@ -88,7 +116,7 @@ def test_long_prompt_loses_its_beginning(tokenizer):
 def test_long_response_loses_its_end_and_is_counted(tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
         examples = tokenise([Row("abcdefgh", "uvwxyz0123"), Row("a", "b")], tokenizer, 8)
-    assert parts(examples, tokenizer) == ("<s>fgh", "uvwx")
+    assert parts(examples, tokenizer) == ("<s>h", "uvwxyz")
     assert examples.truncated == 1
     assert "1 of 2 responses lost their end: longer than 8 tokens" in caplog.text
 
@@ -122,11 +150,77 @@ def test_fit_keeps_the_response_where_it_can(prompt_length, response_length, seq
     fitted, start = _fit(ids, prompt_length, seq_length, 0 if has_bos else None)
     prompt, response = fitted[:start], fitted[start:]
     assert len(fitted) == min(len(ids), seq_length)
+    assert start == min(prompt_length, max(seq_length - response_length, seq_length // 4))
     assert response == ids[prompt_length:][: len(response)]
-    assert len(response) == response_length or response_length >= seq_length
     tail = prompt[1:] if has_bos and start > 1 else prompt
     assert tail == ids[prompt_length - len(tail) : prompt_length]
     assert prompt == tail or prompt[0] == 0
+
+
+@given(st.integers(0, 60), st.integers(1, 60), st.integers(2, 40))
+def test_one_response_token_more_moves_the_split_by_one_at_most(prompt_length, response_length, seq_length):
+    starts = [_fit(list(range(prompt_length + n)), prompt_length, seq_length, None)[1] for n in (0, 1)]
+    longer = [
+        _fit(list(range(prompt_length + n)), prompt_length, seq_length, None)[1]
+        for n in (response_length, response_length + 1)
+    ]
+    assert 0 <= starts[0] - starts[1] <= 1 and 0 <= longer[0] - longer[1] <= 1
+
+
+def test_prompts_are_tokenised_alone_and_whole(tokenizer):
+    rows = [Row("abcdefgh" * 9, "x" * 99, ("x",)), Row("a", "b", ("b", "c"))]
+    prompts = tokenise_prompts(rows, tokenizer)
+    assert [tokenizer.decode(ids) for ids in prompts.tokens] == ["<s>" + "abcdefgh" * 9, "<s>a"]
+    assert prompts.references == [("x",), ("b", "c")]
+
+
+def test_prompt_is_left_open_by_a_tokenizer_that_closes_every_text():
+    tokenizer = make_tokenizer(pad_token="<unk>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    assert [tokenizer.decode(ids) for ids in tokenise_prompts([Row("a", "b")], tokenizer).tokens] == ["<s>a"]
+
+
+def thinking_tokenizer(opening=""):
+    """Its template drops the thoughts of answers, and may open one when asked to generate."""
+    tokenizer = make_tokenizer(pad_token="<unk>")
+    tokenizer.backend_tokenizer.model = models.WordLevel(
+        {token: i for i, token in enumerate([*tokenizer.convert_ids_to_tokens(range(64)), "<", ">", "/"]) if token},
+        unk_token="<unk>",
+    )
+    content = "{{ m['content'].split('</think>')[-1] }}"
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("{{ m['content'] }}", content).replace(
+        "|assistant:{% endif", f"|assistant:{opening}{{% endif"
+    )
+    return tokenizer
+
+
+THOUGHT = "<think>2 and 2</think>four"
+
+
+@pytest.mark.parametrize(
+    ("opening", "answer", "expected"),
+    [
+        ("", THOUGHT, ("|assistant:", THOUGHT)),
+        ("", "four", ("|assistant:", "four")),
+        ("<think>\n", THOUGHT, ("|assistant:<think>\n", "2 and 2</think>four")),
+        ("<think>\n", "four", ("|assistant:<think>\n\n</think>\n\n", "four")),
+    ],
+)
+def test_reasoning_is_learnt_as_written_and_opened_once(opening, answer, expected):
+    tokenizer = thinking_tokenizer(opening)
+    examples = tokenise([Row("who", answer)], tokenizer, 100)
+    assert parts(examples, tokenizer) == ("|user:who</s>" + expected[0], expected[1] + "</s>")
+
+
+def test_template_that_loses_the_text_is_refused():
+    tokenizer = make_tokenizer(pad_token="<unk>")
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(
+        "{{ m['content'] }}", "{% for p in m['content'] %}{{ p['text'] }}{% endfor %}"
+    )
+    with pytest.raises(DataError, match="row 1: the model's chat template loses the prompt's text"):
+        tokenise([Row(MESSAGES, "ada")], tokenizer, 100)
 
 
 def make_examples(count):

@@ -9,12 +9,20 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    SiglipVisionConfig,
+)
 
+from deploy.plan import structure
 from fedtune_strategies.errors import ConfigError, ModelError, ResourceError
 from fedtune_strategies.language import model as model_module
 from fedtune_strategies.language.evaluation import generate_answers
-from fedtune_strategies.language.model import base_tensors, check_context, load_model, save_model
+from fedtune_strategies.language.model import base_tensors, check_context, check_model, load_model, save_model
+from fedtune_strategies.seed_space import tuned_parameters
 from fedtune_strategies.tiny import MODEL_FOLDER
 from tests.models import CONFIGS, CONTEXT, make_model, make_tokenizer
 
@@ -159,6 +167,153 @@ def test_bad_folder_gives_one_line(folder, message):
     with pytest.raises(ModelError, match=message) as caught:
         load_model(str(folder))
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def add_tokens(folder, *tokens, **special):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"<{i}>" for i in range(len(tokenizer), 64)] + list(tokens))
+    tokenizer.add_special_tokens(special)
+    tokenizer.save_pretrained(folder)
+
+
+def shard(folder, name):
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+
+
+def name_templates(folder):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"rag": "a", "tool_use": "b"}
+    tokenizer.save_pretrained(folder)
+
+
+def store_as_float8(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def leave_an_adapter(folder):
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def leave_only_an_adapter(folder):
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+
+
+QUANTISED = {
+    "gptq": {"quant_method": "gptq", "bits": 4},
+    "awq": {"quant_method": "awq", "bits": 4},
+    "bitsandbytes": {"load_in_4bit": True},
+    "compressed-tensors": {"quant_method": "compressed-tensors"},
+    "fp8": {"quant_method": "fp8"},
+}
+
+REFUSED = {
+    r"is quantised \(fp8\), .*take the original model": store_as_float8,
+    "an adapter are beside .*; move adapter_config.json": lambda folder: (folder / "adapter_config.json").write_text(
+        "{}"
+    ),
+    "is an adapter of owner/base; merge it into": leave_only_an_adapter,
+    "holds a GGUF file; give the folder of the original": lambda folder: (folder / "model.safetensors").rename(
+        folder / "q4.gguf"
+    ),
+    "index of the weight files is missing; download model.safetensors.index.json": lambda folder: (
+        folder / "model.safetensors"
+    ).rename(folder / "model-00001-of-00002.safetensors"),
+    "names a file outside its folder, '../other.safetensors'": lambda folder: shard(folder, "../other.safetensors"),
+    "names a file outside its folder, '/etc/passwd'": lambda folder: shard(folder, "/etc/passwd"),
+    "has 65 tokens but the model embeds 64, none for '<new>'": lambda folder: add_tokens(folder, "<new>"),
+    "padding token '<pad>' has id 64, .* such as '</s>'": lambda folder: add_tokens(folder, pad_token="<pad>"),
+    "chat templates 'rag', 'tool_use', but none is named 'default'": name_templates,
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_model_that_cannot_be_tuned_is_refused_before_its_weights_are_loaded(folder, message, monkeypatch):
+    REFUSED[message](folder)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    for admit in (check_model, load_model):
+        with pytest.raises(ModelError, match=message) as caught:
+            admit(str(folder))
+        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("method", QUANTISED)
+def test_quantised_checkpoints_are_refused(folder, method, nested):
+    found = {"quantization_config": QUANTISED[method]}
+    rewrite_config(folder, **({"text_config": found} if nested else found))
+    with pytest.raises(ModelError, match=rf"is quantised \({method}\), which cannot be tuned; take the original model"):
+        check_model(str(folder))
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"GGUF\3", "is a GGUF file: give"), (b"a", "is a file: give")])
+def test_file_given_as_a_model(tmp_path, content, message):
+    (tmp_path / "q4").write_bytes(content)
+    with pytest.raises(ModelError, match=message):
+        check_model(str(tmp_path / "q4"))
+
+
+def test_token_for_images_may_be_beyond_the_embedding_of_a_text_model(folder):
+    add_tokens(folder, "<image>")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_token": "<image>"}))
+    load_model(str(folder))
+
+
+def test_every_known_family_is_admitted(folders):
+    for folder in folders.values():
+        found, tokenizer = check_model(str(folder))
+        assert found == folder and tokenizer.pad_token_id is not None
+
+
+@pytest.fixture(scope="module")
+def seeing_folder(tmp_path_factory):
+    """A model with a vision tower and a projector, of the architecture of Gemma 3 from 4B on."""
+    folder = tmp_path_factory.mktemp("seeing")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = Gemma3TextConfig(
+        **sizes, vocab_size=64, num_key_value_heads=1, head_dim=8, max_position_embeddings=CONTEXT, sliding_window=32
+    )
+    vision = SiglipVisionConfig(**sizes, image_size=28, patch_size=14)
+    tokens = {"image_token_index": 62, "boi_token_index": 60, "eoi_token_index": 61}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens)
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_of_a_model_that_also_sees_the_language_model_alone_is_tuned(seeing_folder, tmp_path):
+    language = load_model(str(seeing_folder))
+    tuned = tuned_parameters(language.model)
+    frozen = dict(language.model.named_parameters()).keys() - tuned.keys()
+    assert all(name.startswith("model.language_model.") for name in tuned)
+    assert {name.split(".")[1] for name in frozen} == {"vision_tower", "multi_modal_projector"}
+    assert tuned.keys() == tuned_parameters(structure(seeing_folder)).keys()
+
+    loss = language.model(input_ids=torch.arange(3, 20)[None], labels=torch.arange(3, 20)[None]).loss
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, list(tuned.values())))
+    save_model(language.model, language.tokenizer, tmp_path / "tuned")
+    assert load_model(str(tmp_path / "tuned")).model.state_dict().keys() == language.model.state_dict().keys()
+
+
+def test_context_of_a_model_that_also_sees(seeing_folder):
+    with pytest.raises(ConfigError, match=f"reads at most {CONTEXT}; lower it"):
+        check_context(load_model(str(seeing_folder)), CONTEXT + 1)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_for_text_is_tuned_whole(folders, name):
+    model = load_model(str(folders[name])).model
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_model_whose_language_model_cannot_be_told_from_its_vision_is_refused(folder):
+    rewrite_config(folder, model_type="git", architectures=["GitForCausalLM"])
+    with pytest.raises(ModelError, match=r"a git model also sees or hears .*; choose one for text"):
+        check_model(str(folder))
 
 
 def test_broken_index(folder):

@@ -4,7 +4,7 @@ import pytest
 
 from fedtune_strategies.language.data import read_rows
 from fedtune_strategies.language.evaluation import evaluate_generation, evaluate_loss
-from fedtune_strategies.language.examples import batches, tokenise
+from fedtune_strategies.language.examples import batches, tokenise, tokenise_prompts
 from fedtune_strategies.language.loss import response_loss
 from fedtune_strategies.language.model import base_tensors, load_model
 
@@ -46,6 +46,6 @@ def test_stories260k_starts_near_four_nats_on_held_out_dolly(stories, dolly):
 
 
 def test_stories260k_answers(stories, dolly):
-    result = evaluate_generation(stories.model, stories.tokenizer, tokenise(dolly[-4:], stories.tokenizer, 256), 16)
+    result = evaluate_generation(stories.model, stories.tokenizer, tokenise_prompts(dolly[-4:], stories.tokenizer), 16)
     assert all(answer.isascii() and " " in answer for answer in result.answers)
     assert 0.0 <= result.rouge_l < 0.3

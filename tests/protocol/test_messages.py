@@ -20,7 +20,7 @@ EXAMPLES = [
     protocol.HelloReply("node-0", 1, 5, "abcd", 10),
     SeedTask(3, 1, BYTES, 2.0**-20, BYTES.clone(), torch.arange(1, 17, dtype=torch.int16), 1e-4, 1e-3, math.inf),
     SeedTask(3, 0, BYTES, 2.0**-20, BYTES[:0], torch.empty(0, dtype=torch.int16), 1e-4, 1e-3, math.inf),
-    SeedReply("node-ä", 3, torch.tensor([1.0, math.nan]), 1.0, 2.5, "abcd", 5, 1.5, 10, 1e-4, 1e-3, 0.5),
+    SeedReply("node_0.a-b", 3, torch.tensor([1.0, math.nan]), 1.0, 2.5, "abcd", 5, 1.5, 10, 1e-4, 1e-3, 0.5),
     BlockTask(
         round=2,
         block=1,

@@ -49,10 +49,23 @@ def test_projections_on_the_cpu_are_the_reference_ones(n, bits, wider, key, rows
     columns, block, delta = 1 << bits, 1 << bits + wider, torch.randn(n)
     start = max(128, columns) * rows
     expected = reference.walsh_project(delta, key, "w", columns, block, start)
-    found = cpu.walsh_project(delta, key, "w", columns, block, start)
+    found = cpu.walsh_project(delta, key, "w", columns, block, start).double()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
     expected = reference.gaussian_project(delta, 3, key, "w", start)
     torch.testing.assert_close(cpu.gaussian_project(delta, 3, key, "w", start), expected, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [15, 17])
+def test_a_transform_in_two_stages_is_the_reference(bits):
+    columns, theta, weight = 1 << bits, torch.randn(1 << bits), torch.randn(3 << bits)
+    expected, found = torch.empty_like(weight), torch.empty_like(weight)
+    reference.walsh_rebuild(expected, weight, theta, 9, "w", columns, 2 * columns)
+    cpu.walsh_rebuild(found, weight, theta, 9, "w", columns, 2 * columns)
+    assert torch.equal(expected, found)
+    for n in (1, columns // 4 + 1, 3 * columns):
+        expected = reference.walsh_project(weight[:n], 9, "w", columns, 2 * columns)
+        found = cpu.walsh_project(weight[:n], 9, "w", columns, 2 * columns).double()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["walsh", "gaussian"])
@@ -63,7 +76,8 @@ def test_threads_do_not_reach_the_bits(kind, dtype, monkeypatch):
     pool, theta = make_pool(kind, 4, 32), torch.randn(32)
     base, results = torch.randn(200_001).to(dtype), []
     for threads in (1, 2, 3):
-        monkeypatch.setattr("fedtune_strategies.seed_space.pool.thread_count", lambda device, t=threads: t)
+        for module in ("pool", "kernels"):
+            monkeypatch.setattr(f"fedtune_strategies.seed_space.{module}.thread_count", lambda device, t=threads: t)
         results.append(pool.rebuild("w", base, theta))
         results.append(pool.perturb("w", base, 7, 0.5, out=base.clone()))
         results.append(pool.project("w", base))
@@ -71,9 +85,19 @@ def test_threads_do_not_reach_the_bits(kind, dtype, monkeypatch):
         assert torch.equal(one, two) and torch.equal(one, three)
 
 
+def test_a_part_that_fails_does_not_hold_up_the_others(monkeypatch):
+    monkeypatch.setattr("fedtune_strategies.seed_space.pool.PART", 1 << 10)
+    monkeypatch.setattr("fedtune_strategies.seed_space.kernels.thread_count", lambda device: 2)
+    pool = make_pool("walsh", 4, 64)
+    monkeypatch.setattr(type(pool), "_project", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pool.project("w", torch.randn(1 << 14))
+
+
 def test_sweep_covers_every_element_once(monkeypatch):
     monkeypatch.setattr("fedtune_strategies.seed_space.pool.SHARE", 64)
     monkeypatch.setattr("fedtune_strategies.seed_space.pool.thread_count", lambda device: 3)
+    monkeypatch.setattr("fedtune_strategies.seed_space.kernels.thread_count", lambda device: 3)
     for n in (1, 63, 64, 65, 1000):
         seen = _sweep(lambda out, source, start: out.copy_(source + start), torch.zeros(n).half(), None, 64)
         assert torch.equal(seen, (torch.arange(n) // 64 * 64).half())

@@ -50,6 +50,17 @@ def test_project_is_the_transpose_of_rebuild(kind, transform, n, size, key):
     assert left.item() == pytest.approx(right.item(), rel=1e-4, abs=1e-3)
 
 
+@kinds
+@given(n=st.integers(1, 700), low=st.integers(0, 700), size=st.integers(1, 130), scale=st.sampled_from([1.0, -0.3]))
+@settings(max_examples=20, deadline=None)
+def test_projected_slices_add_up_to_the_whole(kind, transform, n, low, size, scale):
+    pool, delta, low = make_pool(kind, 8, size, transform), torch.randn(n), min(low, n)
+    found = torch.ones(size)
+    pool.project("w", delta[:low], scale=scale, out=found)
+    assert pool.project("w", delta[low:], start=low, scale=scale, out=found) is found
+    torch.testing.assert_close(found.double(), 1 + scale * pool.project("w", delta), rtol=1e-4, atol=1e-3)
+
+
 def test_walsh_projection_recovers_theta_exactly_on_whole_blocks():
     pool, theta = make_pool("walsh", 5, 64), torch.randn(64)
     deltas = {
@@ -106,6 +117,8 @@ def test_seed_and_theta_outside_the_pool_are_refused():
         pool.direction("w", (3,), 4)
     with pytest.raises(ConfigError, match="theta"):
         pool.rebuild("w", torch.zeros(3), torch.zeros(5))
+    with pytest.raises(ConfigError, match="sums"):
+        pool.project("w", torch.zeros(3), out=torch.zeros(5))
 
 
 @pytest.mark.parametrize("out", DTYPES)

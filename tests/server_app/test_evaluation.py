@@ -1,8 +1,11 @@
 import json
 
+import pytest
+
 from fedtune_strategies.config import parse
+from fedtune_strategies.language.data import Row
 from fedtune_strategies.language.model import load_model
-from server_app.evaluation import evaluate, load_held_out
+from server_app.evaluation import _spread, evaluate, load_held_out
 from tests.conftest import write_rows
 
 
@@ -15,3 +18,19 @@ def test_without_answers_no_row_is_read_for_them(settings, tmp_path):
     held_out = load_held_out(config, language)
     assert held_out.answers is None and len(held_out.loss) == 13
     assert "eval/rougeL" not in evaluate(language, held_out, config, with_answers=True)
+
+
+def test_prompts_are_whole_where_the_reference_fills_the_sequence(settings, tmp_path):
+    path = tmp_path / "held.jsonl"
+    path.write_text(json.dumps({"prompt": "the cat sat on the mat ", "completion": "and the dog " * 20}) + "\n")
+    path.write_text(path.read_text() + json.dumps({"prompt": "a ", "completion": "b"}) + "\n")
+    config = parse(settings | {"eval.data": str(path), "eval.answers": 2, "eval.max-new-tokens": 2})
+    language = load_model(config.model.name, config.model.dtype)
+    facts = evaluate(language, load_held_out(config, language), config, with_answers=True)
+    assert "the cat sat on the mat" in facts["answers"][0]["prompt"]
+    assert facts["cut_prompts"] == 0 and 0 <= facts["eval/rougeL"] <= 1
+
+
+@pytest.mark.parametrize(("rows", "count", "expected"), [(10, 5, [1, 3, 5, 7, 9]), (7, 2, [1, 5]), (3, 9, [0, 1, 2])])
+def test_held_out_rows_are_spread_over_the_whole_file(rows, count, expected):
+    assert [int(row.response) for row in _spread([Row("", str(i)) for i in range(rows)], count)] == expected

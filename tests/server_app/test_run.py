@@ -134,7 +134,7 @@ def forge(node, change):
         (lambda reply: replace(reply, scalars=reply.scalars[:-1]), "scalars"),
         (lambda reply: replace(reply, scalars=reply.scalars.double()), "float64"),
         (lambda reply: replace(reply, scalars=reply.scalars * torch.nan), "finite"),
-        (lambda reply: replace(reply, num_examples=-5), "-5 examples"),
+        (lambda reply: replace(reply, num_examples=-5), "num_examples is not within"),
         (lambda reply: protocol.Ack(reply.node, reply.round), "ack"),
         (lambda reply: protocol.Failure(13, "no memory left"), "no memory left"),
     ],
@@ -238,6 +238,19 @@ def test_a_run_goes_on_with_more_rounds_but_not_with_other_settings(settings, da
         run(settings | {"train.lr": 0.5}, data_files)
     ledger = run(settings | {"num-server-rounds": 4}, data_files)
     assert [record.round for record in ledger.records("round")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("schedule", [{"train.lr-schedule": "linear"}, {"train.warmup": 0.5}])
+def test_the_number_of_rounds_is_fixed_where_a_schedule_runs_over_them(settings, data_files, schedule):
+    run(settings | schedule, data_files)
+    with pytest.raises(LedgerError, match="num-server-rounds"):
+        run(settings | schedule | {"num-server-rounds": 4}, data_files)
+
+
+def test_a_start_that_asked_nobody_does_not_lock_the_folder(settings, data_files):
+    with pytest.raises(ModelError):
+        execute(make_grid({}), settings | {"model.name": "/no/such/model"}, run_id=1)
+    assert run(settings, data_files).last("finished") is not None
 
 
 def test_resume_never_and_always(settings, data_files):

@@ -33,7 +33,7 @@ def loss(model, batch):
 
 
 def weights(model):
-    return {name: value.detach().clone() for name, value in tuned_parameters(model).items()}
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
 @pytest.mark.parametrize("estimator", ["two-sided", "one-sided", "forward"])
@@ -41,7 +41,7 @@ def test_slopes_are_derivatives_along_the_adapter_alone(estimator):
     model, pool = adapted(), make_pool("walsh", 3, K)
     loss(model, IDS).backward()
     tuned = tuned_parameters(model, ADAPTER)
-    assert 0 < len(tuned) < len(tuned_parameters(model))
+    assert 0 < len(tuned) < len(weights(model))
     expected = [
         sum(float((p.grad * pool.direction(name, p.shape, k)).sum()) for name, p in tuned.items()) for k in (3, 8)
     ]

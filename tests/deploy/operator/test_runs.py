@@ -124,6 +124,18 @@ def shown(renderable):
     return console.export_text()
 
 
+def test_brackets_in_a_path_a_name_or_a_reason_are_shown_as_they_are(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.append("start", body={"config": {"method.name": "mine[/m]", "model.name": "/models/[/x]"}})
+    ledger.append("joined", node="[/n]", body={"reason": "joined with 10 examples"})
+    ledger.append("refused", round=1, node="[/n]", body={"reason": "cannot read [/r]"})
+    ledger.close()
+    view = RunView(tmp_path)
+    view.update()
+    text = shown(Screen(view))
+    assert all(part in text for part in ("mine[/m]", "/models/[/x]", "[/n]", "[/r]"))
+
+
 def test_a_run_is_shown_as_screen_lines_and_json(settings, data_files, tmp_path, monkeypatch):
     run_in_memory(settings, data_files).close()
     view, news = RunView(tmp_path / "run"), Lines()

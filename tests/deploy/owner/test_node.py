@@ -19,7 +19,7 @@ from deploy.owner.doctor import examine
 from deploy.owner.join import Membership
 from deploy.owner.node import meanings, run_node, supernode_command
 from deploy.owner.service import install, remove, unit_file, unit_text
-from fedtune_strategies.errors import ConfigError, DataError, LinkError, ResourceError
+from fedtune_strategies.errors import ConfigError, DataError, LinkError, ProtocolError, ResourceError
 from fedtune_strategies.method import installed_methods
 
 
@@ -171,6 +171,45 @@ def test_the_service_is_a_valid_unit(membership, tmp_path, monkeypatch):
     verify = ["systemd-analyze", "verify", "--user", "--man=no", str(unit_file(membership))]
     done = subprocess.run(verify, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "address"),
+    [
+        ("a\nExecStartPre=/bin/sh", "b:1"),
+        ("../../PLANTED/ok", "b:1"),
+        ("a", "b:1\nExecStartPre=/bin/sh"),
+        ("a", "/x:1"),
+    ],
+)
+def test_no_unit_is_written_for_a_membership_that_could_write_lines_into_it(name, address, tmp_path):
+    with pytest.raises((ProtocolError, LinkError)):
+        install(Membership(name, address, "/data"))
+    assert not list(tmp_path.rglob("*.service"))
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
+def test_a_home_of_odd_characters_stays_one_path_in_the_unit(membership, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path / 'ho"me\\ %h'))
+    monkeypatch.setattr("deploy.owner.service._systemctl", lambda *_: False)
+    install(membership)
+    assert 'ho\\"me\\\\ %%h' in unit_file(membership).read_text()
+    verify = ["systemd-analyze", "verify", "--user", "--man=no", str(unit_file(membership))]
+    done = subprocess.run(verify, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path / "a\nExecStartPre=x"))
+    with pytest.raises(ConfigError, match="printable"):
+        install(membership)
+
+
+def test_an_offer_cannot_draw_on_the_owner_s_terminal(membership):
+    evil = "\x1b[2K\x1b[1A[/x]\n" + "y" * 10**6
+    for key in ("method.name", "model.name", "num-server-rounds"):
+        offer = {"settings": {"method.name": "fedkseed", key: evil}}
+        told = [base_model(membership, offer), *leaves(offer)]
+        told += [] if key == "method.name" else [text for _, text in terms(offer)]
+        assert all(line.isprintable() and len(line) < 1000 for line in told)
 
 
 def test_a_membership_is_kept_for_its_owner_alone(membership):

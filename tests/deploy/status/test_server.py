@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from deploy.common import httpd, processes
 from deploy.common.certificates import server_files
 from deploy.status import server as server_module
+from deploy.status.page import write_page
 from deploy.status.server import serve_page
 from fedtune_strategies.errors import ConfigError, PortError
 from tests.deploy.status.runs import begin, finished_run, play
@@ -152,10 +153,17 @@ def test_metrics_are_those_of_the_ledger(tmp_path):
     assert samples["fedtune_node_peak_memory_bytes", "carol"] == 10**8
 
 
-def test_a_ledger_that_cannot_be_read_is_unhealthy(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/ledger.sqlite").write_bytes(b"no database at all" * 100)
+def test_a_ledger_that_cannot_be_read_is_a_row_beside_the_others(tmp_path):
+    finished_run(tmp_path / "good")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/ledger.sqlite").write_bytes(b"no database at all" * 100)
+    allowed = {"Authorization": "Bearer sesame"}
     with serve_page(tmp_path, token="sesame") as url:
         status, _, body = get(url, "healthz")
-        assert status == 503 and str(tmp_path).encode() not in body
-        assert str(tmp_path).encode() in get(url, "report.json", {"Authorization": "Bearer sesame"})[2]
+        assert status == 200 and b"1 runs can be read, 1 not" in body and str(tmp_path).encode() not in body
+        runs = {one["run"]["name"]: one["run"] for one in json.loads(get(url, "report.json", allowed)[2])["runs"]}
+        assert runs["good"]["state"] == "finished" and runs["good"]["round"] == 3
+        assert runs["bad"]["state"] == "unreadable" and "ledger.sqlite" in runs["bad"]["message"]
+        assert get(url, "metrics", allowed)[0] == 200
+    write_page(tmp_path, tmp_path / "page.html")
+    assert "unreadable" in (tmp_path / "page.html").read_text()
