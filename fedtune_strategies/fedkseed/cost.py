@@ -18,6 +18,7 @@ from fedtune_strategies.speed import median_seconds, random_batch
 from fedtune_strategies.zeroth_order import local_steps
 
 KERNELS = 100 * 10**6  # bytes: compiling the seed space's kernels
+TASK_HEADER = 85  # bytes: a task names neither node nor fingerprint
 LEVEL_BITS = 6  # of a seed's level under FedKSeed-Pro
 
 
@@ -38,7 +39,7 @@ def cost(config: FedKSeedRunConfig | GradientRunConfig, shape: Shape, fleet: Fle
         + shape.activations(train.batch_size * train.seq_length),
         disk=shape.stored,
         up=up,
-        down=change_bytes(own.seeds, draws, own.theta_bits) + odds + HEADER,
+        down=change_bytes(own.seeds, draws, own.theta_bits) + odds + TASK_HEADER,
         record=up * max(1, round(fleet.nodes * config.strategy.fraction_train)) + 8 * own.seeds,
     )
 
@@ -47,7 +48,7 @@ def _gradient_cost(config: GradientRunConfig, shape: Shape, fleet: Fleet) -> Cos
     """Inference, hidden states at each layer, and one layer's activations; the moved weights are a mapped file."""
     own, train = config.fedkseed, config.train
     tokens = train.batch_size * train.seq_length
-    up, down = own.seeds * own.up_bits // 8 + HEADER, own.seeds * own.down_bits // 8 + HEADER
+    up, down = own.seeds * own.up_bits // 8 + HEADER, own.seeds * own.down_bits // 8 + TASK_HEADER
     return Cost(
         memory=PROCESS
         + KERNELS
