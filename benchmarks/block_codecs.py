@@ -5,8 +5,8 @@
 Without arguments: the embedded model and its own held-out data. Each decoder layer in turn is the responsible block: it
 stays exact, the rest is coded and decoded. Shown over all these turns: bytes of the whole rest on the wire, bytes a
 node holds of it (in coded form, or decoded to bfloat16), largest error of a weight, mean held-out perplexity, and the
-lowest and mean cosine between the block's gradient under the codec and the exact one. Layer influence and input norms
-are measured on the batches of the gradient, that is, not on the held-out examples.
+lowest and mean cosine between the block's gradient under the codec and the exact one. Layer influence
+is measured on the batches of the gradient, that is, not on the held-out examples.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from fedtune_strategies.blocks.rest import (
     compressed_rest,
     dropped_layers,
     gradient_cosine,
-    input_norms,
     layer_influence,
 )
 from fedtune_strategies.language.data import read_rows
@@ -43,11 +42,7 @@ CODECS = (
     "int8",
     "nf4",
     "prune:0.3",
-    "wanda:0.3",
     "prune:0.5",
-    "wanda:0.5",
-    "wanda:0.3+int8",
-    "wanda:0.5+nf4",
     "drop:1",
     "drop:1+int8",
     "drop:1+nf4",
@@ -73,7 +68,6 @@ def main() -> None:
     train = tokenise(rows[args.held_out : args.held_out + 8 * BATCH * args.batches], language.tokenizer, SEQ_LENGTH)
     chosen = list(batches(train, BATCH, args.batches, ("block codecs",)))
     influence = layer_influence(model, chosen, response_loss)
-    norms = input_norms(model, chosen, response_loss)
     blocks = [block for block in find_blocks(model) if block.kind == "layer"]
     exact = [gradient(model, block, chosen) for block in blocks]
 
@@ -89,9 +83,9 @@ def main() -> None:
         error: list[float] = []
         perplexity, cosine = [], []
         for block, before in zip(blocks, exact, strict=True):
-            for values, value in zip((wire, held, error), sizes(model, block, codec, influence, norms), strict=True):
+            for values, value in zip((wire, held, error), sizes(model, block, codec, influence), strict=True):
                 values.append(value)
-            with compressed_rest(model, block, codec, influence, norms):
+            with compressed_rest(model, block, codec, influence):
                 perplexity.append(evaluate_loss(model, held_out).perplexity)
                 cosine.append(gradient_cosine(before, gradient(model, block, chosen)))
         print(
@@ -111,15 +105,13 @@ def gradient(model: torch.nn.Module, block: Block, chosen: list) -> dict[str, to
         return dict(zip(block.parameters, gradient_of(range(len(chosen))).tensors, strict=True))
 
 
-def sizes(
-    model: torch.nn.Module, block: Block, codec: Codec, influence: list[float], norms: dict[str, torch.Tensor]
-) -> tuple[float, float, float]:
+def sizes(model: torch.nn.Module, block: Block, codec: Codec, influence: list[float]) -> tuple[float, float, float]:
     """Bytes on the wire and held, as shares of the rest in bfloat16, and the largest error of a weight."""
     dropped = dropped_layers(influence, codec.drop, block) if codec.drop else ()
     absent = {name for other in find_blocks(model) if other.layer in dropped for name in other.parameters}
     rest = {name: value.detach() for name, value in model.named_parameters() if name not in block.parameters}
     sent = {name: value for name, value in rest.items() if name not in absent}
-    parts = encode(sent, codec, norms)
+    parts = encode(sent, codec)
     error = max((value - sent[name]).abs().max().item() for name, value in decode(parts).items())
     bf16 = sum(2 * value.numel() for value in rest.values())
     unpacked = sum(2 * value.numel() for value in sent.values())

@@ -153,21 +153,25 @@ def model_card(config: Config, ledger: Ledger, round: int, without: Sequence[str
     str
         Markdown with a YAML header.
     """
-    traffic = [record for kind in TRAFFIC for record in ledger.records(kind) if record.round <= round]
-    replies = [record for record in traffic if record.kind == "reply"]
+    # A path says something about the operator's machine, and nothing to anybody else.
+    name = Path(config.model.name).name if Path(config.model.name).is_absolute() else config.model.name
+    pattern = getattr(config.train, "parameters", "")
+    tuned = f"The parameters with a match of `{pattern}`" if pattern else "The parameters"
+    sent, nodes = 0, set[str]()
+    for record in (record for kind in TRAFFIC for record in ledger.records(kind) if record.round <= round):
+        sent += record.body["bytes_down"] + record.body["bytes_up"]
+        nodes |= {record.node} if record.kind == "reply" and record.node not in without else set()
     evaluations = [record for record in ledger.records("evaluation") if record.round <= round and not without]
-    nodes = {record.node for record in replies} - set(without)
-    sent = sum(record.body["bytes_down"] + record.body["bytes_up"] for record in traffic)
     lines = [
         "---",
         "library_name: transformers",
         "pipeline_tag: text-generation",
-        f"base_model: {config.model.name}",
+        f"base_model: {name}",
         "tags: [federated-learning, fedtune]",
         "---",
         f"# {Path(config.model.name).name}, tuned by {config.method.name}",
         "",
-        f"All parameters of `{config.model.name}` were tuned with FedTune over {round} rounds on the data of "
+        f"{tuned} of `{name}` were tuned with FedTune over {round} rounds on the data of "
         f"{len(nodes)} nodes, which did not leave them. The nodes and the server exchanged {sent:,} bytes of payload.",
         *(["", f"What these nodes contributed was left out afterwards: {', '.join(without)}."] if without else []),
         "",

@@ -24,7 +24,7 @@ from fedtune_strategies.protocol.door import refusing
 from fedtune_strategies.protocol.records import from_record, to_record
 from fedtune_strategies.strategy import TuningStrategy
 from server_app.ledger import Ledger, Record
-from server_app.roster import standings
+from server_app.node_status import node_status
 
 log = logging.getLogger("fedtune")
 
@@ -229,7 +229,7 @@ def _asked(round: int, ledger: Ledger) -> set[str]:
 def _log_missing(round: int, ledger: Ledger) -> None:
     missing = [
         f"{name} since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(one.since))} ({one.reason})"
-        for name, one in standings(ledger).items()
+        for name, one in node_status(ledger).items()
         if not one.present
     ]
     if missing:

@@ -20,8 +20,6 @@ class Codec:
         What is kept of each value. ``"none"`` keeps the tensor's own dtype and bits.
     prune : float
         Share of each row's elements, those with the lowest scores, that is set to zero and not sent.
-    wanda : bool
-        Whether the score of an element is |w|·‖x‖ (Wanda, arXiv 2306.11695, equation 1) or its magnitude |w|.
     drop : int
         Decoder layers that are left out altogether. `encode` does not act on it: whoever chooses the layers
         (`rest.dropped_layers`) leaves their tensors out.
@@ -29,7 +27,6 @@ class Codec:
 
     quantisation: str = "none"
     prune: float = 0.0
-    wanda: bool = False
     drop: int = 0
 
 
@@ -39,7 +36,7 @@ def parse_codec(text: str) -> Codec:
     Parameters
     ----------
     text : str
-        Parts joined by ``+``: at most one of ``none``, ``bf16``, ``int8``, ``nf4``; ``prune:s`` or ``wanda:s`` with
+        Parts joined by ``+``: at most one of ``none``, ``bf16``, ``int8``, ``nf4``; ``prune:s`` with
         0 < s < 1; ``drop:n`` with n ≥ 1.
 
     Returns
@@ -66,13 +63,13 @@ def _parse_part(text: str, part: str) -> dict[str, Any]:
     try:
         if part in QUANTISATIONS:
             return {"quantisation": part}
-        if name in ("prune", "wanda") and 0.0 < float(value) < 1.0:
-            return {"prune": float(value), "wanda": name == "wanda"}
+        if name == "prune" and 0.0 < float(value) < 1.0:
+            return {"prune": float(value)}
         if name == "drop" and int(value) >= 1:
             return {"drop": int(value)}
     except ValueError:
         pass
     raise ConfigError(
-        f"codec {text!r}: {part!r} is not one of {', '.join(QUANTISATIONS)}, prune:S or wanda:S with 0 < S < 1, "
-        "drop:N with N >= 1; join several with +, such as wanda:0.5+int8"
+        f"codec {text!r}: {part!r} is not one of {', '.join(QUANTISATIONS)}, prune:S with 0 < S < 1, "
+        "drop:N with N >= 1; join several with +, such as prune:0.5+int8"
     )

@@ -54,9 +54,7 @@ NF4_VALUES = (
 NF4_ZERO = NF4_VALUES.index(0.0)
 
 
-def encode(
-    tensors: Mapping[str, Tensor], codec: Codec, input_norms: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
+def encode(tensors: Mapping[str, Tensor], codec: Codec) -> dict[str, Tensor]:
     """Code tensors into parts that safetensors can store.
 
     Parameters
@@ -64,10 +62,7 @@ def encode(
     tensors : mapping of str to Tensor
         By canonical name; any float dtype and device. A name holds no colon.
     codec : Codec
-        See `notation.parse_codec`.
-    input_norms : mapping of str to Tensor, optional
-        2-norm of each input feature of a matrix, as `rest.input_norms` gives it: needed where the codec says wanda.
-        A matrix without any, such as an embedding, is pruned by magnitude.
+        See `codec_config.parse_codec`.
 
     Returns
     -------
@@ -78,15 +73,10 @@ def encode(
     ------
     ModelError
         If a tensor that is to be quantised holds a value that is not finite.
-    ValueError
-        If the codec says wanda and there are no norms.
     """
-    if codec.wanda and input_norms is None:
-        raise ValueError("a codec with wanda needs the norms of the inputs")
     parts: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        norm = input_norms.get(name) if codec.wanda and input_norms is not None else None
-        coded = _encode_tensor(tensor.detach().cpu(), codec, norm)
+        coded = _encode_tensor(tensor.detach().cpu(), codec)
         if not torch.isfinite(coded.get("scale", torch.zeros(1))).all():
             raise ModelError(f"tensor {name} holds a value that is not finite; start again from sound weights")
         parts.update({f"{name}:{kind}" if kind else name: part.contiguous() for kind, part in coded.items()})
@@ -187,12 +177,12 @@ def encoded_size(parts: Mapping[str, Tensor]) -> int:
     return sum(part.numel() * part.element_size() for part in parts.values())
 
 
-def _encode_tensor(tensor: Tensor, codec: Codec, norm: Tensor | None) -> dict[str, Tensor]:
+def _encode_tensor(tensor: Tensor, codec: Codec) -> dict[str, Tensor]:
     if tensor.dim() < 2:
         return {"": tensor}
     if not codec.prune:
         return _quantise(tensor, codec.quantisation, None)
-    kept = _kept(tensor, codec.prune, norm)
+    kept = _kept(tensor, codec.prune)
     coded = _quantise(torch.where(kept, tensor, 0), codec.quantisation, kept)
     return {**coded, "kept": _pack_bits(kept), "shape": torch.tensor(tensor.shape)}
 
@@ -228,9 +218,9 @@ def _decode_tensor(coded: Mapping[str, Tensor]) -> Tensor:
     return _scatter(coded["values"], kept, 0).float()
 
 
-def _kept(tensor: Tensor, share: float, norm: Tensor | None) -> Tensor:
+def _kept(tensor: Tensor, share: float) -> Tensor:
     """Mask of what survives pruning: in each row all but the `share` lowest scores; a tie keeps all its elements."""
-    scores = (tensor.abs() if norm is None else tensor.abs() * norm).float()
+    scores = tensor.abs().float()
     pruned = int(share * scores.shape[-1])
     threshold = scores.kthvalue(pruned + 1, dim=-1, keepdim=True).values
     return (scores >= threshold) & (tensor != 0)

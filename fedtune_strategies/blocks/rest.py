@@ -1,14 +1,14 @@
 """What compressing the frozen rest costs: which layers to leave out, which weights to prune, what the gradient loses.
 
-Sources: block influence, ShortGPT (arXiv 2403.03853), equation 1; scores of weights, Wanda (arXiv 2306.11695),
-equation 1. FedCyBGD (arXiv 2406.11187) prunes and drops; here the responsible block itself is never compressed.
+Source of block influence: ShortGPT (arXiv 2403.03853), equation 1. FedCyBGD (arXiv 2406.11187) prunes and drops; here
+the responsible block itself is never compressed.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,17 +32,14 @@ class Calibration:
     ----------
     influence : sequence of float
         As `layer_influence` gives it.
-    norms : mapping of str to Tensor
-        As `input_norms` gives it.
     """
 
     influence: Sequence[float] = ()
-    norms: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def calibrate(model: nn.Module, batches: Sequence[Any], run: Run) -> Calibration:
-    """Measure influence of layers and norms of inputs; see `layer_influence` and `input_norms`."""
-    return Calibration(layer_influence(model, batches, run), input_norms(model, batches, run))
+    """Measure the influence of layers; see `layer_influence`."""
+    return Calibration(layer_influence(model, batches, run))
 
 
 @torch.no_grad()
@@ -149,50 +146,12 @@ def blocks_inside(blocks: Iterable[Block], layers: Collection[int]) -> set[int]:
     }
 
 
-@torch.no_grad()
-def input_norms(model: nn.Module, batches: Iterable[Any], run: Run) -> dict[str, Tensor]:
-    """Measure the 2-norm of every input feature of every linear layer over all tokens, for Wanda's scores.
-
-    Parameters
-    ----------
-    model : nn.Module
-        A causal language model in evaluation mode.
-    batches : iterable
-        Text to measure on: the server's own, or public.
-    run : callable
-        ``run(model, batch)`` makes one forward pass; its result is ignored.
-
-    Returns
-    -------
-    dict of str to Tensor
-        float32 [in features] by the canonical name of the weight. Matrices stored as [in, out] (GPT-2's) are left to
-        their magnitude.
-    """
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    squares: dict[str, Tensor] = {}
-
-    def note(name: str, inputs: Tensor) -> None:
-        square = inputs.float().flatten(0, -2).square().sum(dim=0)
-        squares[name] = squares[name] + square if name in squares else square
-
-    with contextlib.ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                name = names[module.get_parameter("weight")]
-                hook = module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
-                stack.callback(hook.remove)
-        for batch in batches:
-            run(model, batch)
-    return {name: square.sqrt().cpu() for name, square in squares.items()}
-
-
 @contextlib.contextmanager
 def compressed_rest(
     model: nn.Module,
     block: Block,
     codec: Codec,
     influence: Sequence[float] = (),
-    norms: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
     """See the model as the node responsible for a block sees it: that block exact, the rest coded and decoded.
 
@@ -206,8 +165,6 @@ def compressed_rest(
         Coding of the rest.
     influence : sequence of float
         As `layer_influence` gives it; needed where the codec drops layers.
-    norms : mapping of str to Tensor, optional
-        As `input_norms` gives it, for pruning.
     """
     exact = {
         name: (parameter, parameter.data)
@@ -217,7 +174,7 @@ def compressed_rest(
     dropped = dropped_layers(influence, codec.drop, block) if codec.drop else ()
     try:
         for name, (parameter, weights) in exact.items():
-            parameter.data = decode(encode({name: weights}, codec, norms))[name].to(weights)
+            parameter.data = decode(encode({name: weights}, codec))[name].to(weights)
         with without_layers(model, dropped):
             yield
     finally:

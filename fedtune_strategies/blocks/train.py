@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from fedtune_strategies.blocks.find import Block
 from fedtune_strategies.blocks.gradients import LossFn, block_gradients
-from fedtune_strategies.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,6 @@ def train_block(
     autocast: torch.dtype | None = None,
     checkpoint: bool = False,
     cache_bytes: int = 0,
-    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
 ) -> BlockUpdate:
     """Take AdamW steps on one block, leaving the model as it was.
 
@@ -94,9 +92,6 @@ def train_block(
     autocast, checkpoint, cache_bytes
         How gradients are computed; see `gradients.block_gradients`. The cache pays when steps · accumulate >
         len(batches).
-    optimizer : callable
-        Called as ``torch.optim.AdamW(tensors, lr=…, betas=…, weight_decay=…)``; `adamw_8bit` gives one that keeps
-        its state in 8 bits.
 
     Returns
     -------
@@ -106,7 +101,7 @@ def train_block(
     parameters = {name: model.get_parameter(name) for name in block.parameters}
     start = {name: (start or parameters)[name].detach().to(p.device, torch.float32) for name, p in parameters.items()}
     master = [value.clone() for value in start.values()]
-    stepper = optimizer(master, lr=0.0, betas=(beta1, 0.999), weight_decay=weight_decay)
+    stepper = torch.optim.AdamW(master, lr=0.0, betas=(beta1, 0.999), weight_decay=weight_decay)
     losses: list[float] = []
     norms: list[float] = []
     options: dict[str, Any] = {"autocast": autocast, "checkpoint": checkpoint, "cache_bytes": cache_bytes}
@@ -168,21 +163,6 @@ def weighted_mean(blocks: Sequence[Mapping[str, Tensor]], weights: Sequence[floa
     for block, share in zip(blocks, shares, strict=True):
         mean = apply_delta(mean, block, share)
     return mean
-
-
-def adamw_8bit() -> Callable[..., torch.optim.Optimizer]:
-    """Return the AdamW of bitsandbytes, whose moments take 1 byte an element instead of 4.
-
-    Raises
-    ------
-    ConfigError
-        If bitsandbytes is not installed.
-    """
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        raise ConfigError("8-bit optimiser state needs bitsandbytes: install it on the node or use 32 bits") from None
-    return AdamW8bit
 
 
 def _step(stepper: torch.optim.Optimizer, master: list[Tensor], gradient: list[Tensor], lr: float) -> None:

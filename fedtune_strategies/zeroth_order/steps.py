@@ -38,14 +38,6 @@ class LocalSteps:
     loss: np.ndarray
 
 
-def default_eps(dtype: torch.dtype) -> float:
-    """Distance at which losses of a model in this dtype tell their slope from their rounding: 1e-3, 1e-2 in 16 bits.
-
-    In bfloat16 one slope of SmolLM2-135M was 42.9 at 1e-3 and 14.5 at 1e-2, where float32 has 15.8 and 13.9.
-    """
-    return 1e-3 if dtype == torch.float32 else 1e-2
-
-
 @torch.no_grad()
 def local_steps(
     model: nn.Module,

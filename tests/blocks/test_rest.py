@@ -12,7 +12,6 @@ from fedtune_strategies.blocks.rest import (
     compressed_rest,
     dropped_layers,
     gradient_cosine,
-    input_norms,
     layer_influence,
 )
 from fedtune_strategies.errors import ConfigError
@@ -60,14 +59,6 @@ def test_a_block_lies_in_layers_left_out_only_if_all_of_it_does():
     assert blocks_inside(find_blocks(model), (0, 2)) == {1}  # the final norm beside layer 2 is needed
     assert blocks_inside(find_blocks(model, final_norm="own"), (0, 2)) == {1, 3}
     assert blocks_inside(find_blocks(model, layers_per_block=2), (0, 2)) == set()
-
-
-def test_input_norms_are_those_of_the_inputs():
-    model, batches = tiny_model().eval(), tiny_batches(2)
-    norms = input_norms(model, batches, lm_loss)
-    hidden = torch.cat([model.model.layers[0].input_layernorm(model.model.embed_tokens(batch)) for batch in batches])
-    torch.testing.assert_close(norms["model.layers.0.self_attn.q_proj.weight"], hidden.flatten(0, 1).norm(dim=0))
-    assert set(norms) == {n for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n}
 
 
 def test_compressed_rest_keeps_the_block_exact_and_is_undone():

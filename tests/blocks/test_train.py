@@ -1,7 +1,5 @@
 import copy
 import math
-import sys
-import types
 
 import pytest
 import torch
@@ -10,8 +8,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedtune_strategies.blocks.find import find_blocks
-from fedtune_strategies.blocks.train import adamw_8bit, apply_delta, train_block, weighted_mean
-from fedtune_strategies.errors import ConfigError
+from fedtune_strategies.blocks.train import apply_delta, train_block, weighted_mean
 from tests.conftest import quick
 from tests.models import CONFIGS, lm_loss, tiny_batches, tiny_model
 
@@ -139,26 +136,6 @@ def test_a_loss_scale_that_overflows_is_lowered_and_no_step_lost():
         model, block_of(model, "layer 1"), lambda m, b: lm_loss(m, b) * 1000, tiny_batches(1), 12, 1e-3
     )
     assert (update.steps, update.skipped) == (12, 0) and math.isfinite(update.grad_norm)
-
-
-def test_another_optimizer():
-    model, batches = tiny_model(), tiny_batches(1)
-    block = block_of(model, "layer 1")
-    update = train_block(
-        model, block, lm_loss, batches, 1, 0.5, optimizer=lambda p, lr, betas, weight_decay: torch.optim.SGD(p, lr)
-    )
-    assert update.grad_norm * 0.5 == pytest.approx(
-        math.sqrt(sum(change.square().sum().item() for change in update.delta.values())), rel=1e-4
-    )
-
-
-def test_8_bit_state_is_that_of_bitsandbytes_or_a_clear_error(monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(ConfigError, match="needs bitsandbytes"):
-        adamw_8bit()
-    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", types.SimpleNamespace(AdamW8bit=torch.optim.AdamW))
-    assert adamw_8bit() is torch.optim.AdamW
 
 
 def test_a_mean_weighs_by_examples():

@@ -96,7 +96,7 @@ def test_two_demos_do_not_share_a_folder(tmp_path):
 
 def test_an_unknown_method_is_refused_before_anything_starts(tmp_path):
     code, _, error = call("demo", "--methods", "fedkseed,magic", "--out", str(tmp_path / "out"))
-    assert code == ConfigError.exit_code and "unknown method 'magic': choose from fedkseed" in error
+    assert code == ConfigError.exit_code and "unknown method 'magic': choose from gradient, fedkseed" in error
     assert not (tmp_path / "out").exists()
 
 

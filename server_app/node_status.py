@@ -8,7 +8,7 @@ from server_app.ledger import Ledger
 
 
 @dataclass(frozen=True)
-class Standing:
+class NodeStatus:
     """What was last heard of a node.
 
     Attributes
@@ -26,8 +26,8 @@ class Standing:
     reason: str
 
 
-def standings(ledger: Ledger) -> dict[str, Standing]:
-    """Return the standing of every node that ever took part, by name.
+def node_status(ledger: Ledger) -> dict[str, NodeStatus]:
+    """Return the status of every node that ever took part, by name.
 
     Parameters
     ----------
@@ -36,17 +36,19 @@ def standings(ledger: Ledger) -> dict[str, Standing]:
 
     Returns
     -------
-    dict of str to Standing
+    dict of str to NodeStatus
         In the order of their names.
     """
-    found: dict[str, Standing] = {}
-    for record in ledger.records():
+    found: dict[str, NodeStatus] = {}
+    # These kinds alone: a long run has many more replies, and this is asked in every attempt of every round.
+    events = [record for kind in ("start", "joined", "lost") for record in ledger.records(kind)]
+    for record in sorted(events, key=lambda one: one.seq):
         match record.kind:
             case "joined":
-                found[record.node] = Standing(True, record.time, record.body["reason"])
+                found[record.node] = NodeStatus(True, record.time, record.body["reason"])
             case "lost":
-                found[record.node] = Standing(False, record.time, record.body["reason"])
+                found[record.node] = NodeStatus(False, record.time, record.body["reason"])
             case "start":
-                waiting = Standing(False, record.time, "not back since the server was started again")
+                waiting = NodeStatus(False, record.time, "not back since the server was started again")
                 found |= {name: waiting for name, one in found.items() if one.present}
     return dict(sorted(found.items()))
