@@ -17,7 +17,6 @@ from torch import nn
 from fedtune_strategies.errors import ConfigError, ModelError
 
 Kind = Literal["embedding", "layer", "norm", "head"]
-FINAL_NORMS = ("last-layer", "own")
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Block:
     index : int
         Position in the tuple that `find_blocks` returns; ordered from the input to the output of the model.
     name : str
-        For people: ``"layer 3"``, ``"layer 3 mlp"``, ``"layers 2-3"``, ``"embedding"``, ``"layer 3 and norm"``.
+        For people: ``"layer 3"``, ``"layers 2-3"``, ``"embedding"``, ``"layer 3 and norm"``.
     kind : {"embedding", "layer", "norm", "head"}
         What the block is, or most of it.
     parameters : tuple of str
@@ -89,9 +88,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def find_blocks(
     model: nn.Module,
     layers_per_block: int = 1,
-    split: str = "none",
     train_embeddings: bool = True,
-    final_norm: str = "last-layer",
     only: Callable[[str], bool] | None = None,
 ) -> tuple[Block, ...]:
     """Partition the parameters of a model into blocks.
@@ -102,14 +99,8 @@ def find_blocks(
         A causal language model of transformers, or a PEFT model around one.
     layers_per_block : int
         Consecutive decoder layers in one block.
-    split : {"none", "attention-mlp"}
-        ``"attention-mlp"`` cuts each layer in two: its attention with all of the layer's norms, and its MLP (the
-        other matrices). Norms go with the attention, so that backward in the upper half stops at the MLP's input.
     train_embeddings : bool
         False freezes embedding, final norm and head: what the published code does.
-    final_norm : {"last-layer", "own"}
-        ``"last-layer"`` puts the final norm into the block of the last layer: a turn of its own would train a few
-        vectors. Frozen or with matrices among its parameters (OPT's projections) it stays a block of its own.
     only : callable, optional
         Keeps the parameters whose name it accepts, such as ``lambda name: "lora_" in name`` for the adapters of a
         PEFT model. By default all.
@@ -117,18 +108,20 @@ def find_blocks(
     Returns
     -------
     tuple of Block
-        From input to output: embedding, layers, norm, head. Every (accepted) parameter that a gradient can
-        train is in exactly one block; a
-        head tied to the embedding is part of the embedding. Blocks without parameters do not exist.
+        From input to output: embedding, layers, norm, head. Every (accepted) parameter that a gradient can train is
+        in exactly one block; a head tied to the embedding is part of the embedding. The final norm is part of the last
+        layer's block: a turn of its own would train a few vectors. Frozen or with matrices among its parameters (OPT's
+        projections) it is a block of its own. Blocks without parameters do not exist.
 
     Raises
     ------
     ConfigError
-        If the options are out of range or do not go together.
+        If `layers_per_block` is below 1.
     ModelError
-        If the model has no list of decoder layers, or a layer to be split has no attention.
+        If the model has no list of decoder layers.
     """
-    _check_options(layers_per_block, split, final_norm)
+    if layers_per_block < 1:
+        raise ConfigError(f"layers per block must be 1 or more, not {layers_per_block}")
     path, layers = decoder_layers(model)
     names = [name for name, p in model.named_parameters() if _trainable(p) and (only is None or only(name))]
     in_layer = re.compile(rf"{re.escape(path)}\.(\d+)\.")
@@ -146,15 +139,10 @@ def find_blocks(
         last = min(first + layers_per_block, len(layers)) - 1
         members = [name for layer in range(first, last + 1) for name in inside.get(layer, [])]
         label = f"layer {first}" if first == last else f"layers {first}-{last}"
-        if split == "none":
-            blocks.append(Block(0, label, "layer", tuple(members), first, last + 1 - first))
-        else:
-            mlp = _mlp_parameters(layers[first], f"{path}.{first}")
-            blocks.append(Block(0, f"{label} attention", "layer", tuple(n for n in members if n not in mlp), first, 1))
-            blocks.append(Block(0, f"{label} mlp", "layer", tuple(n for n in members if n in mlp), first, 1))
+        blocks.append(Block(0, label, "layer", tuple(members), first, last + 1 - first))
     norm = outside["norm"]
     vectors = all(model.get_parameter(name).dim() == 1 for name in norm)
-    if final_norm == "last-layer" and train_embeddings and norm and vectors and blocks[-1].parameters:
+    if train_embeddings and norm and vectors and blocks[-1].parameters:
         blocks[-1] = _with_norm(blocks[-1], norm)
         outside["norm"] = []
     blocks += [_outside_block(kind, outside, train_embeddings) for kind in ("norm", "head")]
@@ -208,17 +196,6 @@ def block_sizes(model: nn.Module, blocks: Sequence[Block]) -> list[tuple[int, in
     return [(block.index, sum(numel[name] for name in block.parameters)) for block in blocks]
 
 
-def _check_options(layers_per_block: int, split: str, final_norm: str) -> None:
-    if layers_per_block < 1:
-        raise ConfigError(f"layers per block must be 1 or more, not {layers_per_block}")
-    if split not in ("none", "attention-mlp"):
-        raise ConfigError(f"unknown block split {split!r}; use none or attention-mlp")
-    if final_norm not in FINAL_NORMS:
-        raise ConfigError(f"unknown place of the final norm {final_norm!r}; use {' or '.join(FINAL_NORMS)}")
-    if split != "none" and layers_per_block != 1:
-        raise ConfigError("block split attention-mlp needs layers per block = 1")
-
-
 def _trainable(parameter: nn.Parameter) -> bool:
     """Not a routing bias that its model keeps out of gradients, nor codes in 8 bits or fewer."""
     return parameter.requires_grad and parameter.is_floating_point() and parameter.element_size() > 1
@@ -238,18 +215,3 @@ def _outside_block(kind: Kind, outside: dict[str, list[str]], trained: bool) -> 
 
 def _with_norm(block: Block, norm: list[str]) -> Block:
     return replace(block, name=f"{block.name} and norm", parameters=(*block.parameters, *norm), with_norm=True)
-
-
-def _mlp_parameters(layer: nn.Module, path: str) -> set[str]:
-    """Names of a layer's parameters outside its attention and its norms."""
-    children = list(layer.named_children())
-    if not any("attention" in type(child).__name__.lower() for _, child in children):
-        raise ModelError(
-            f"{type(layer).__name__} has no attention module, so it cannot be split; use block split = none"
-        )
-    return {
-        f"{path}.{child_name}.{name}"
-        for child_name, child in children
-        if "attention" not in type(child).__name__.lower() and any(p.dim() > 1 for p in child.parameters())
-        for name, _ in child.named_parameters()
-    }

@@ -1,5 +1,3 @@
-import re
-
 import pytest
 import torch
 from torch import nn
@@ -12,7 +10,7 @@ from tests.models import CONFIGS, tiny_model
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"final_norm": "own"}, {"layers_per_block": 2}, {"split": "attention-mlp"}, {"train_embeddings": False}],
+    [{}, {"layers_per_block": 2}, {"train_embeddings": False}],
 )
 def test_every_parameter_is_in_exactly_one_block(name, options):
     model = tiny_model(name)
@@ -25,16 +23,16 @@ def test_every_parameter_is_in_exactly_one_block(name, options):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_layers_become_blocks_in_order(name):
-    blocks = [block for block in find_blocks(tiny_model(name), final_norm="own") if block.kind == "layer"]
+    blocks = [block for block in find_blocks(tiny_model(name), train_embeddings=False) if block.kind == "layer"]
     assert [block.layer for block in blocks] == [0, 1, 2]
     assert len({len(block.parameters) for block in blocks}) == 1
 
 
 def test_kinds_follow_from_the_structure():
-    untied = find_blocks(tiny_model("gpt-neox"), final_norm="own")
-    assert [block.kind for block in untied] == ["embedding", "layer", "layer", "layer", "norm", "head"]
-    tied = find_blocks(tiny_model("gpt2"), final_norm="own")
-    assert [block.kind for block in tied] == ["embedding", "layer", "layer", "layer", "norm"]
+    untied = find_blocks(tiny_model("gpt-neox"))
+    assert [block.kind for block in untied] == ["embedding", "layer", "layer", "layer", "head"]
+    tied = find_blocks(tiny_model("gpt2"))
+    assert [block.kind for block in tied] == ["embedding", "layer", "layer", "layer"]
     assert tied[0].parameters == ("transformer.wte.weight", "transformer.wpe.weight")
 
 
@@ -44,10 +42,10 @@ def test_last_group_of_layers_may_be_short():
 
 
 def test_the_final_norm_goes_with_the_last_layer():
-    names = [find_blocks(tiny_model("gpt2"), final_norm=place) for place in ("last-layer", "own")]
-    joined, own = ([(block.name, block.parameters) for block in blocks] for blocks in names)
-    assert joined[:-1] == own[:-2]
-    assert joined[-1] == ("layer 2 and norm", own[-2][1] + own[-1][1])
+    joined = find_blocks(tiny_model("gpt2"))[-1]
+    *_, layer, norm = find_blocks(tiny_model("gpt2"), train_embeddings=False)
+    assert (joined.name, joined.with_norm) == ("layer 2 and norm", True)
+    assert joined.parameters == layer.parameters + norm.parameters
 
 
 def test_a_final_norm_that_is_frozen_or_not_of_vectors_alone_has_a_block_of_its_own():
@@ -55,16 +53,6 @@ def test_a_final_norm_that_is_frozen_or_not_of_vectors_alone_has_a_block_of_its_
     assert [(block.name, block.frozen) for block in frozen][-2:] == [("norm", True), ("head", True)]
     projected = find_blocks(tiny_model("opt"))
     assert projected[-1].name == "norm" and not projected[-1].with_norm
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_split_layers_hold_matrices_only_in_the_mlp_half(name):
-    model = tiny_model(name)
-    halves = [block for block in find_blocks(model, split="attention-mlp", final_norm="own") if block.kind == "layer"]
-    assert [block.name.split()[-1] for block in halves] == ["attention", "mlp"] * 3
-    for attention, mlp in zip(halves[::2], halves[1::2], strict=True):
-        assert all(re.search(r"\.(mlp|fc\d)\.", parameter) for parameter in mlp.parameters)
-        assert all(re.search(r"attn|attention|norm|ln_", parameter) for parameter in attention.parameters)
 
 
 def test_layers_are_found_whatever_their_name_and_never_inside_one_another():
@@ -101,12 +89,6 @@ def test_table_names_every_block_and_the_total():
 def test_bad_options_and_models_give_clear_errors():
     with pytest.raises(ConfigError, match="1 or more"):
         find_blocks(tiny_model(), layers_per_block=0)
-    with pytest.raises(ConfigError, match="unknown block split 'half'"):
-        find_blocks(tiny_model(), split="half")
-    with pytest.raises(ConfigError, match="unknown place of the final norm 'first-layer'"):
-        find_blocks(tiny_model(), final_norm="first-layer")
-    with pytest.raises(ConfigError, match="needs layers per block = 1"):
-        find_blocks(tiny_model(), layers_per_block=2, split="attention-mlp")
     with pytest.raises(ModelError, match="no list of decoder layers"):
         find_blocks(torch.nn.Linear(2, 2))
 

@@ -57,7 +57,7 @@ def test_dropped_layers_are_the_least_influential_away_from_the_block():
 def test_a_block_lies_in_layers_left_out_only_if_all_of_it_does():
     model = tiny_model()
     assert blocks_inside(find_blocks(model), (0, 2)) == {1}  # the final norm beside layer 2 is needed
-    assert blocks_inside(find_blocks(model, final_norm="own"), (0, 2)) == {1, 3}
+    assert blocks_inside(find_blocks(model, train_embeddings=False), (0, 2)) == {1, 3}
     assert blocks_inside(find_blocks(model, layers_per_block=2), (0, 2)) == set()
 
 
