@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from deploy.commands.output import Format, FormatOption, agree, console, log, show, words
+from deploy.commands.output import Format, FormatOption, NodeSetOption, agree, console, log, setting, show, words
 from fedtune_strategies.errors import ConfigError
 
 NameOption = Annotated[str | None, typer.Option("--name", help="Which federation, where this machine joined several.")]
@@ -37,6 +37,7 @@ def join(
         typer.Option(help="Folder of the base model, or `server` to get it from there."),
     ] = "",
     device: Annotated[str, typer.Option(help="Where the model runs: `cpu`, `cuda`, `cuda:1`. Default: `cpu`.")] = "",
+    changes: NodeSetOption = None,
     name: NameOption = None,
     yes: YesOption = False,
     metrics: Annotated[
@@ -60,12 +61,17 @@ def join(
 
     if not token:
         membership = find_membership(name)
+        if data or model or device or changes or data_format != "auto":
+            raise ConfigError(
+                f"{membership.name} starts as it joined: leave out --data, --data-format, --model, --device and --set, "
+                "or `fedtune leave` and join anew"
+            )
     else:
         if data is None:
             raise ConfigError("--data is missing: name the file with your examples, such as --data ~/notes.jsonl")
         word = sys.stdin.readline() if token == "-" else token
         node = {"data": str(data.expanduser().resolve()), "format": data_format, "model": model, "device": device}
-        membership = _join(word, node, yes, form)
+        membership = _join(word, {**node, "settings": dict(map(setting, changes or []))}, yes, form)
     show(_facts(membership), form, lambda: None)
     if install_service:
         from deploy.owner.service import install
@@ -104,7 +110,7 @@ def _facts(membership: Any) -> dict[str, Any]:
     return {**asdict(membership), "folder": membership.folder}
 
 
-def _join(word: str, node: dict[str, str], yes: bool, form: Format) -> Any:
+def _join(word: str, node: dict[str, Any], yes: bool, form: Format) -> Any:
     from deploy.common.join_token import decode_token
     from deploy.owner.join import Membership, fetch_server_info, register
 
@@ -132,9 +138,11 @@ def _tell(membership: Any, offer: dict[str, Any], out: Console) -> None:
     from deploy.owner.consent import NEVER, base_model, leaves, terms
     from fedtune_strategies.language.data import read_rows
 
-    rows = read_rows(Path(membership.data), membership.format)
+    own = membership.node_config()
+    rows = read_rows(own.data, own.format, own.columns, own.skip_bad)
     out.print(f"[bold]You are invited[/bold] to {escape(membership.address)} as [bold]{membership.name}[/bold].\n")
-    told = [("your data", f"{membership.data}: {len(rows)} examples, all readable")]
+    usable = "bad rows left out" if own.skip_bad else "all readable"
+    told = [("your data", f"{own.data}: {len(rows)} examples, {usable}")]
     told += [("model", base_model(membership, offer)), *terms(offer)]
     for label, text in told:
         out.print(f"  {label:12}{text}", markup=False)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from deploy.commands.output import Format, FormatOption, SetOption, console, setting, show
+from deploy.commands.output import Format, FormatOption, NodeSetOption, SetOption, console, setting, show
 
 ModelOption = Annotated[str, typer.Option(help="Base model: folder, Hub id, or `fedtune-tiny`.")]
 EXAMPLES = 1000  # of a node, where nobody says
@@ -36,6 +36,7 @@ def doctor(
     data_format: Annotated[str, typer.Option("--data-format", help="Format of the data.")] = "auto",
     model: ModelOption = "",
     device: DeviceOption = "cpu",
+    changes: NodeSetOption = None,
     form: FormatOption = Format.text,
 ) -> None:
     """Look at everything that could be wrong here, with a tick or a cross, and what to do about each cross.
@@ -45,23 +46,25 @@ def doctor(
     from deploy.common.checks import show_checks
     from deploy.common.join_token import decode_token
     from deploy.owner.doctor import examine, examine_membership
-    from deploy.owner.join import fetch_server_info, memberships
+    from deploy.owner.join import Membership, fetch_server_info, memberships
     from fedtune_strategies.errors import FedTuneError
 
     joined = memberships()
+    given = dict(map(setting, changes or []))
+    own = Membership("", "", str(data or ""), data_format, model, device, given).node_config()
     if token:
         known = decode_token(token)
         try:
             authority: str | None = fetch_server_info(known)[0]
         except FedTuneError:
             authority = None
-        checks = examine(known.address, authority, data, data_format, model, device)
+        checks = examine(known.address, authority, own)
     elif joined and not data:
         checks = (one for membership in joined for one in examine_membership(membership))
     else:
         server = joined[0] if joined else None
         authority = server.authority.read_text() if server else None
-        checks = examine(server.address if server else "", authority, data, data_format, model, device)
+        checks = examine(server.address if server else "", authority, own)
     if form is Format.json:
         found = list(checks)
         show([asdict(one) for one in found], form, lambda: None)

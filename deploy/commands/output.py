@@ -71,3 +71,9 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change a key that `fedtune config` lists, as `key=value`; repeat for several."),
 ]
+NodeSetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="Change another key of the node, such as `skip-bad=true`; repeat for several. See docs/data.md."
+    ),
+]

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import psutil
 
@@ -19,6 +18,7 @@ from deploy.common.checks import Check, check
 from deploy.common.paths import home
 from deploy.common.units import size
 from deploy.owner.join import Membership, ask
+from fedtune_strategies.config.node import NodeConfig
 from fedtune_strategies.errors import ConfigError, LinkError, ResourceError
 
 PACKAGES = {"flwr": "1.39", "torch": "", "transformers": "", "grpcio": "", "numba": ""}
@@ -27,9 +27,7 @@ CLOCK = 60.0  # seconds by which clocks may differ
 LEAST_DISK, LEAST_MEMORY = 2 * 10**9, 10**9
 
 
-def examine(
-    address: str, authority: str | None, data: Path | None, data_format: str, model: str, device: str
-) -> Iterator[Check]:
+def examine(address: str, authority: str | None, own: NodeConfig) -> Iterator[Check]:
     """Look at everything, the cheapest first.
 
     Parameters
@@ -38,10 +36,8 @@ def examine(
         ``host:port`` of the server; empty for none.
     authority : str or None
         PEM certificate that the server's must descend from; None where it is not known yet.
-    data : Path or None
-        The owner's data.
-    data_format, model, device : str
-        As in the node's configuration.
+    own : NodeConfig
+        The node's configuration; without data or model, these are not looked at.
 
     Yields
     ------
@@ -51,12 +47,12 @@ def examine(
     yield check("python", _python)
     yield check("packages", _packages)
     yield check("memory", _memory)
-    yield check("gpu", lambda: _gpu(device))
+    yield check("gpu", lambda: _gpu(own.device))
     yield check("disk", _disk)
-    if data:
-        yield check("data", lambda: _data(data, data_format))
-    if model:
-        yield check("model", lambda: _model(model))
+    if own.data:
+        yield check("data", lambda: _data(own))
+    if own.model:
+        yield check("model", lambda: _model(own.model))
     if not address:
         return
     reached = check("address", lambda: _reach(address))
@@ -72,9 +68,7 @@ def examine(
 def examine_membership(membership: Membership) -> Iterator[Check]:
     """Look at a federation that this machine joined."""
     authority = membership.authority.read_text() if membership.authority.exists() else None
-    yield from examine(
-        membership.address, authority, Path(membership.data), membership.format, membership.model, membership.device
-    )
+    yield from examine(membership.address, authority, membership.node_config())
 
 
 def _python() -> str:
@@ -127,10 +121,11 @@ def _disk() -> str:
     return f"{size(free)} free in {there}"
 
 
-def _data(data: Path, data_format: str) -> str:
+def _data(own: NodeConfig) -> str:
     from fedtune_strategies.language.data import read_rows
 
-    return f"{data}: {len(read_rows(data, data_format))} examples, all readable"
+    rows = read_rows(own.data, own.format, own.columns, own.skip_bad)
+    return f"{own.data}: {len(rows)} examples, {'bad rows left out' if own.skip_bad else 'all readable'}"
 
 
 def _model(model: str) -> str:

@@ -9,7 +9,7 @@ import secrets
 import socket
 import ssl
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from deploy.common.address import split_address
 from deploy.common.certificates import node_key
 from deploy.common.join_token import JOIN, LONGEST, JoinToken, authority_hash, leaving
 from deploy.common.paths import nodes_folder, private_folder, write_json, write_private
+from fedtune_strategies.config.node import NodeConfig
+from fedtune_strategies.config.options import Scalar, section
 from fedtune_strategies.errors import ConfigError, LinkError, ProtocolError, error_from_code
 from fedtune_strategies.folders import remove_folder
 from fedtune_strategies.protocol.door import clean
@@ -44,6 +46,8 @@ class Membership:
         The node's name; ``host:port`` of the server.
     data, format, model, device : str
         The node's configuration, see `fedtune_strategies.config.node.NodeConfig`; empty for the default.
+    settings : dict of str to str, int, float or bool
+        Its other keys.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Membership:
     format: str = "auto"
     model: str = ""
     device: str = ""
+    settings: dict[str, Scalar] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -67,6 +72,14 @@ class Membership:
     def key(self) -> Path:
         """The node's private key."""
         return self.folder / "key"
+
+    def node_config(self) -> NodeConfig:
+        """What the node is started with; `ConfigError` for a key that there is not, or a value that it cannot have."""
+        own = {"name": self.name, "data": self.data, "format": self.format, "model": self.model, "device": self.device}
+        if twice := own.keys() & self.settings.keys():
+            raise ConfigError(f"--set {min(twice)}: this key has an option of its own, or comes with the token")
+        given = {key: value for key, value in own.items() if value}
+        return section(NodeConfig, "", {**self.settings, **given}, where="node config")
 
     def save(self) -> None:
         """Keep the membership for the next start."""

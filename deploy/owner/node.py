@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from deploy.common import processes
 from deploy.common.flower_cli import flower_environment
 from deploy.owner.join import Membership
+from fedtune_strategies.config.node import node_settings
 from fedtune_strategies.errors import ConfigError, LinkError
 
 LOOK_EVERY = 0.5
@@ -70,15 +71,15 @@ def run_node(membership: Membership, on_event: Callable[[str], None]) -> None:
 
 def supernode_command(membership: Membership, port: int) -> list[str]:
     """The command of Flower's SuperNode for a membership; ``port`` is its own, on loopback."""
-    settings = {"name": membership.name, "data": membership.data, "format": membership.format}
-    settings |= {"model": membership.model, "device": membership.device}
+    given = node_settings(membership.node_config())
+    settings = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in given.items()}
     if quoted := [value for value in settings.values() if '"' in value]:
         raise ConfigError(f"{quoted[0]}: Flower takes no path with a quote in it: move it")
     return [
         "flower-supernode",
         *("--grpc-rere", "--superlink", membership.address),
         *("--root-certificates", str(membership.authority), "--auth-supernode-private-key", str(membership.key)),
-        *("--node-config", " ".join(f'{key}="{value}"' for key, value in settings.items() if value)),
+        *("--node-config", " ".join(f'{key}="{value}"' for key, value in settings.items())),
         *("--host", "127.0.0.1", "--port", str(port)),
     ]
 

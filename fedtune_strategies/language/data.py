@@ -185,9 +185,9 @@ def parse_columns(columns: str) -> dict[str, str]:
 
 def _refusal(source: str, bad: list[str], count: int, total: int) -> str:
     if count == 1:
-        return f"{source}, {bad[0]}"
+        return f"{source}, {bad[0]}" + ("; correct it, or leave it out with 'skip-bad=true'" if total > 1 else "")
     more = f"; and {count - len(bad)} more" if count > len(bad) else ""
-    advice = "correct them, or leave them out with 'skip-bad'" if count < total else "correct them"
+    advice = "correct them, or leave them out with 'skip-bad=true'" if count < total else "correct them"
     return f"{source}: {count} of {total} rows are bad, {'; '.join(bad)}{more}; {advice}"
 
 

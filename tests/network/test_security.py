@@ -13,6 +13,7 @@ from deploy.common.certificates import node_key, server_files
 from deploy.operator.serve import serving
 from deploy.owner.doctor import examine
 from deploy.owner.node import meanings
+from fedtune_strategies.config.node import NodeConfig
 from fedtune_strategies.folders import MARK
 
 UTC = datetime.UTC
@@ -124,6 +125,6 @@ def test_an_expired_certificate_is_one_line_for_operator_and_owner(tmp_path):
 
         threading.Thread(target=serve, daemon=True).start()
         address = f"localhost:{listener.getsockname()[1]}"
-        checks = {one.label: one for one in examine(address, expired.authority.read_text(), None, "auto", "", "cpu")}
+        checks = {one.label: one for one in examine(address, expired.authority.read_text(), NodeConfig())}
     assert checks["certificate"].ok is False
     assert "expired" in checks["certificate"].detail and "\n" not in checks["certificate"].detail

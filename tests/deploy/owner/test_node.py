@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from flwr.common.config import parse_config_args
 from typer.testing import CliRunner
 
 from deploy.cli import app
@@ -16,9 +17,10 @@ from deploy.common import processes
 from deploy.common.join_token import JoinToken
 from deploy.owner.consent import ALWAYS, base_model, leaves, terms
 from deploy.owner.doctor import examine
-from deploy.owner.join import Membership
+from deploy.owner.join import Membership, memberships
 from deploy.owner.node import meanings, run_node, supernode_command
 from deploy.owner.service import install, remove, unit_file, unit_text
+from fedtune_strategies.config.node import NodeConfig, parse_node
 from fedtune_strategies.errors import ConfigError, DataError, LinkError, ProtocolError, ResourceError
 from fedtune_strategies.method import installed_methods
 
@@ -55,17 +57,17 @@ def test_doctor_names_the_first_bad_line_and_exits_with_its_code(tmp_path):
 
 
 def test_doctor_tells_a_silent_port_from_a_wrong_name():
-    found = {one.label: one for one in examine(f"127.0.0.1:{processes.free_port()}", None, None, "auto", "", "cpu")}
+    found = {one.label: one for one in examine(f"127.0.0.1:{processes.free_port()}", None, NodeConfig())}
     assert found["address"].ok is False and "is the server running" in found["address"].detail
     assert "certificate" not in found
-    found = {one.label: one for one in examine("no-such-host.invalid:9092", None, None, "auto", "", "cpu")}
+    found = {one.label: one for one in examine("no-such-host.invalid:9092", None, NodeConfig())}
     assert "no machine is called no-such-host.invalid" in found["address"].detail
 
 
 @pytest.mark.parametrize(("what", "label"), [("memory", "memory"), ("disk", "disk")])
 def test_doctor_sees_what_is_scarce(monkeypatch, what, label):
     monkeypatch.setattr(f"deploy.owner.doctor.LEAST_{what.upper()}", 1 << 62)
-    found = {one.label: one for one in examine("", None, None, "auto", "", "cpu")}
+    found = {one.label: one for one in examine("", None, NodeConfig())}
     assert found[label].ok is False and found[label].exit_code == ResourceError.exit_code
 
 
@@ -103,7 +105,7 @@ def test_the_model_is_found_here_or_comes_from_the_server(membership):
     assert not any('model="' in word for word in supernode_command(membership, 1))
     assert base_model(Membership("a", "b:1", "c", model="/mine"), {}) == "/mine"
     assert "comes from the server" in base_model(Membership("a", "b:1", "c", model="server"), {})
-    found = {one.label: one for one in examine("", None, None, "auto", "server", "cpu")}
+    found = {one.label: one for one in examine("", None, NodeConfig(model="server"))}
     assert found["model"].ok and "comes from the server" in found["model"].detail
 
 
@@ -118,6 +120,40 @@ def test_the_log_of_a_supernode_is_told_in_plain_words():
         "connected again",
         "answered a task",
     ]
+
+
+def test_a_node_s_other_keys_reach_flower_and_are_checked_before_joining(tmp_path):
+    settings = {"columns": "prompt=question,completion=answer", "skip-bad": True, "micro-batch": 4}
+    mine = Membership("alice", "b:1", str(tmp_path / "my notes.csv"), settings=settings)
+    mine.save()
+    assert memberships() == [mine]
+    command = supernode_command(mine, 1)
+    given = parse_config_args([command[command.index("--node-config") + 1]])
+    assert parse_node(given) == mine.node_config()
+    assert mine.node_config().columns == settings["columns"] and mine.node_config().skip_bad is True
+    for wrong, line in [
+        ({"skip-bda": 1}, "skip-bad"),
+        ({"micro-batch": -1}, "micro-batch"),
+        ({"data": "x"}, "--set data"),
+    ]:
+        with pytest.raises(ConfigError, match=line):
+            Membership("alice", "b:1", "/data", settings=wrong).node_config()
+
+
+def test_a_start_without_a_token_takes_no_other_settings(membership):
+    for option, value in [("--data", "/other.jsonl"), ("--set", "micro-batch=4"), ("--device", "cuda")]:
+        code, _, error = call("join", option, value)
+        assert code == ConfigError.exit_code and "alice starts as it joined" in error
+
+
+def test_doctor_reads_data_as_the_node_would(tmp_path):
+    data = tmp_path / "notes.jsonl"
+    data.write_text('{"question": "a", "answer": "b"}\n{"question": "a", "answer": 3}\n')
+    columns = ("--set", "columns=prompt=question,completion=answer")
+    code, out, _ = call("doctor", "--data", str(data), *columns)
+    assert code == DataError.exit_code and "line 2" in out and "skip-bad=true" in out
+    code, out, _ = call("doctor", "--data", str(data), *columns, "--set", "skip-bad=true")
+    assert code == 0 and "1 examples, bad rows left out" in " ".join(out.split())
 
 
 def test_a_path_that_flower_cannot_take_is_refused():
