@@ -31,7 +31,7 @@ def main() -> None:
     print("| upload | bytes | of the block in this coding |\n|---|---|---|")
     for name, codec in UPLOADS.items():
         parts, _ = encode_with_feedback(block, {}, codec)
-        reply = BlockReply("node-1", 20, 3, 4, parts, 1.0, 50, 0, "0" * 16, 100, 1.0, 10**9)
+        reply = BlockReply("node-1", 20, 1.0, "0" * 16, 100, 1.0, 10**9, 3, 4, parts, 50, 0)
         size = len(protocol.encode(reply))
         print(f"| {name} | {size:,} | {size / (WIDTHS[name] * elements):.4f} |")
     print("\n| rest | nodes | bytes | of the model in bfloat16 |\n|---|---|---|---|")

@@ -8,16 +8,19 @@ import statistics
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedtune_strategies.errors import FingerprintError, ProtocolError
+from fedtune_strategies.lr_schedule import learning_rate
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.protocol.messages import TrainReply
+from fedtune_strategies.shared_random import sample
 
 log = logging.getLogger("fedtune")
 
@@ -166,27 +169,42 @@ class TuningStrategy(Strategy):
         return None
 
 
-class Reply(Protocol):
-    """What a reply says about where it comes from."""
+def sampled(config: Any, nodes: Sequence[str], round: int) -> list[str]:
+    """Return the nodes that a round asks.
 
-    @property
-    def node(self) -> str: ...  # noqa: D102
-    @property
-    def round(self) -> int: ...  # noqa: D102
-    @property
-    def fingerprint(self) -> str: ...  # noqa: D102
-    @property
-    def num_examples(self) -> int: ...  # noqa: D102
-    @property
-    def loss(self) -> float: ...  # noqa: D102
+    Parameters
+    ----------
+    config : Config
+        The run configuration; its ``strategy`` is a `SamplingConfig`.
+    nodes : sequence of str
+        Names of the nodes that are there.
+    round : int
+        The round, from 1.
+
+    Returns
+    -------
+    list of str
+        ``strategy.fraction-train`` of the nodes, at least ``strategy.min-replies`` where there are as many; the same
+        for the same seed, round and nodes.
+    """
+    settings = config.strategy
+    count = max(settings.min_replies, int(np.rint(settings.fraction_train * len(nodes))))
+    return sample((config.train.seed, round), list(nodes), min(count, len(nodes)))
 
 
-def check_origin(reply: Reply, round: int, fingerprint: str) -> None:
+def step_size(config: Any, round: int, peak: float | None = None) -> float:
+    """Return the step size of a round: ``train.lr``, or another peak, by the run's schedule."""
+    train = config.train
+    peak = train.lr if peak is None else peak
+    return learning_rate(peak, round, config.num_server_rounds, train.lr_schedule, train.warmup)
+
+
+def check_origin(reply: TrainReply, round: int, fingerprint: str) -> None:
     """Refuse a reply that belongs to another round or was computed on other weights.
 
     Parameters
     ----------
-    reply : Reply
+    reply : TrainReply
         The reply.
     round : int
         The current round.
@@ -209,12 +227,12 @@ def check_origin(reply: Reply, round: int, fingerprint: str) -> None:
         )
 
 
-def shares(replies: Sequence[Reply], weighting: str) -> list[int]:
+def shares(replies: Sequence[TrainReply], weighting: str) -> list[int]:
     """Return what each reply weighs in a round's mean.
 
     Parameters
     ----------
-    replies : sequence of Reply
+    replies : sequence of TrainReply
         The round's replies.
     weighting : str
         ``strategy.weighting``; all replies weigh the same unless it is "examples".
@@ -231,7 +249,7 @@ def shares(replies: Sequence[Reply], weighting: str) -> list[int]:
     return [min(reply.num_examples, limit) for reply in replies]
 
 
-def mean_loss(replies: Sequence[Reply], weights: Sequence[float]) -> dict[str, float]:
+def mean_loss(replies: Sequence[TrainReply], weights: Sequence[float]) -> dict[str, float]:
     """Return ``train/loss`` as a metric: the weighted mean of the losses that are numbers, nothing where none is."""
     known = [(weight, reply.loss) for reply, weight in zip(replies, weights, strict=True) if math.isfinite(reply.loss)]
     total = sum(weight for weight, _ in known)
@@ -241,3 +259,19 @@ def mean_loss(replies: Sequence[Reply], weights: Sequence[float]) -> dict[str, f
 def arrays_of(**tensors: Tensor) -> ArrayRecord:
     """Put named tensors into an ArrayRecord."""
     return ArrayRecord({name: Array(np.ascontiguousarray(tensor.numpy())) for name, tensor in tensors.items()})
+
+
+def for_aggregation(arrays: ArrayRecord, weight: float, skipped: int) -> Message:
+    """Return a reply as Flower's strategies aggregate it.
+
+    Parameters
+    ----------
+    arrays : ArrayRecord
+        What the node's reply stands for.
+    weight : float
+        What it weighs in the mean.
+    skipped : int
+        Steps that the node left out.
+    """
+    metrics = MetricRecord({"num-examples": weight, "train/skipped": skipped})
+    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), dst_node_id=0, message_type="train")

@@ -52,7 +52,7 @@ class SignVote(ArraysStrategy):
 
     def accept(self, round, reply):
         """Take one byte a parameter, cast on the weights of this round."""
-        check_origin(reply, round, fingerprint(self.current))
+        check_origin(reply, round, self.fingerprint)
         if {name: (vote.dtype, vote.shape) for name, vote in reply.arrays.items()} != {
             name: (torch.int8, value.shape) for name, value in self.current.items()
         }:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +15,7 @@ from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.fedavg.messages import ArraysReply, ArraysTask
 from fedtune_strategies.language.adapters import add_adapters
 from fedtune_strategies.language.examples import Batch, batches
-from fedtune_strategies.language.loss import response_loss
+from fedtune_strategies.language.loss import finite_mean, response_loss
 from fedtune_strategies.memory import peak_memory
 from fedtune_strategies.method import NodeContext
 from fedtune_strategies.protocol import messages as protocol
@@ -51,13 +49,13 @@ class FedAvgClient:
             raise ProtocolError("a task does not fit this node's model: give all nodes the same base model and PEFT.")
         start = time.monotonic()
         arrays, losses = self._train(task)
-        finite = [loss for loss in losses if math.isfinite(loss)]
+        loss, counted = finite_mean(losses)
         return ArraysReply(
             node=self._name,
             round=task.round,
             arrays=arrays,
-            loss=float(np.mean(finite)) if finite else math.nan,
-            skipped=self._config.train.local_steps - len(finite),
+            loss=loss,
+            skipped=self._config.train.local_steps - counted,
             fingerprint=fingerprint(task.arrays),
             num_examples=len(self._examples),
             seconds=time.monotonic() - start,

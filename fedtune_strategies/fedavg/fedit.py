@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedtune_strategies.fedavg.config import FedITRunConfig
 from fedtune_strategies.fedavg.strategy import ArraysStrategy
-from fedtune_strategies.language.adapters import add_adapters, sharing_weights, weight_changes
+from fedtune_strategies.language.adapters import add_adapters, merge_adapters, sharing_weights
 from fedtune_strategies.seed_space import fingerprint
 
 
@@ -35,10 +35,9 @@ class FedIT(ArraysStrategy):
         super().__init__(config, {name: parameter.detach().clone() for name, parameter in self.adapters.items()})
 
     def materialise(self, arrays: ArrayRecord, parameters: Mapping[str, Tensor]) -> str:
-        """Write W_0 + (alpha / rank) B A, summed in float32 and rounded once."""
+        """Write W_0 plus what the adapters add."""
         with torch.no_grad():
             for name, adapter in self.adapters.items():
                 adapter.copy_(self.current[name])
-            for name, change in weight_changes(self.adapted):
-                parameters[name].copy_(self.base[name].float() + change.float())
+        merge_adapters(self.adapted, self.base, parameters)
         return fingerprint(parameters)

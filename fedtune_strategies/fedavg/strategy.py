@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
@@ -15,12 +15,21 @@ from fedtune_strategies.aggregators import robust_aggregator
 from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.fedavg.messages import ArraysReply, ArraysTask
 from fedtune_strategies.fleet import Fleet
-from fedtune_strategies.lr_schedule import learning_rate
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.flower import address, decoded
 from fedtune_strategies.seed_space import fingerprint
-from fedtune_strategies.shared_random import sample
-from fedtune_strategies.strategy import State, TuningStrategy, arrays_of, check_origin, log, mean_loss, shares
+from fedtune_strategies.strategy import (
+    State,
+    TuningStrategy,
+    arrays_of,
+    check_origin,
+    for_aggregation,
+    log,
+    mean_loss,
+    sampled,
+    shares,
+    step_size,
+)
 
 _MODEL = "model"
 
@@ -47,6 +56,7 @@ class ArraysStrategy(TuningStrategy):
         self.config = config
         self.inner = inner or robust_aggregator(config.strategy)
         self.current = {name: tensor.to(torch.float32) for name, tensor in sorted(initial.items())}
+        self.fingerprint = ""  # of the tensors on which the round's nodes start
 
     def summary(self) -> None:
         """Log what will be tuned and how."""
@@ -65,22 +75,22 @@ class ArraysStrategy(TuningStrategy):
     ) -> Iterable[Message]:
         """Send the tensors to the sampled nodes."""
         assert isinstance(grid, Fleet)
-        settings = self.config.strategy
-        count = max(settings.min_replies, round(settings.fraction_train * len(grid.nodes)))
-        chosen = sample((self.config.train.seed, server_round), list(grid.nodes), min(count, len(grid.nodes)))
+        self.fingerprint = fingerprint(self.current)
         payload = protocol.encode(ArraysTask(server_round, self.current, self.step_size(server_round)))
-        return [address(grid.nodes[name].id, ArraysTask.kind, payload, server_round) for name in chosen]
+        return [
+            address(grid.nodes[name].id, ArraysTask.kind, payload, server_round)
+            for name in sampled(self.config, list(grid.nodes), server_round)
+        ]
 
     def step_size(self, round: int) -> float:
         """Return the step size of a round's local steps."""
-        train = self.config.train
-        return learning_rate(train.lr, round, self.config.num_server_rounds, train.lr_schedule, train.warmup)
+        return step_size(self.config, round)
 
     def accept(self, round: int, reply: protocol.Message) -> bool:
         """Check type, round, starting weights, names, shapes and finiteness of a reply."""
         if not isinstance(reply, ArraysReply):
             raise ProtocolError(f"a node answered an arrays task with a '{reply.kind}'.")
-        check_origin(reply, round, fingerprint(self.current))
+        check_origin(reply, round, self.fingerprint)
         if shapes(reply.arrays) != shapes(self.current):
             raise ProtocolError(f"{reply.node} sent other tensors than it was given: the reply is left out.")
         if not all(value.is_floating_point() and value.isfinite().all() for value in reply.arrays.values()):
@@ -93,7 +103,10 @@ class ArraysStrategy(TuningStrategy):
         """Let the inner strategy average the replies, in the order of the nodes' names."""
         answers = sorted((decoded(reply.content, ArraysReply) for reply in replies), key=lambda a: a.node)
         weights = shares(answers, self.config.strategy.weighting)
-        replies = [self._as_flower(answer, weight) for answer, weight in zip(answers, weights, strict=True)]
+        replies = [
+            for_aggregation(self._arrays(answer), weight, answer.skipped)
+            for answer, weight in zip(answers, weights, strict=True)
+        ]
         arrays, metrics = self.inner.aggregate_train(server_round, replies)
         if arrays is not None:
             self._take(arrays)
@@ -120,10 +133,8 @@ class ArraysStrategy(TuningStrategy):
     def _take(self, arrays: ArrayRecord) -> None:
         self.current = {name: torch.from_numpy(arrays[name].numpy()).to(torch.float32) for name in self.current}
 
-    def _as_flower(self, answer: ArraysReply, weight: int) -> Message:
-        metrics = MetricRecord({"num-examples": weight, "train/skipped": answer.skipped})
-        arrays = arrays_of(**{name: answer.arrays[name].to(torch.float32) for name in self.current})
-        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), dst_node_id=0, message_type="train")
+    def _arrays(self, answer: ArraysReply) -> ArrayRecord:
+        return arrays_of(**{name: answer.arrays[name].to(torch.float32) for name in self.current})
 
 
 def shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:

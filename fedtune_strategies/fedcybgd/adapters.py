@@ -12,7 +12,7 @@ from fedtune_strategies.blocks.rest import Calibration
 from fedtune_strategies.fedcybgd.config import FedCyBGDRunConfig
 from fedtune_strategies.fedcybgd.partition import cut_model
 from fedtune_strategies.fedcybgd.strategy import FedCyBGD
-from fedtune_strategies.language.adapters import sharing_weights, weight_changes
+from fedtune_strategies.language.adapters import merge_adapters, sharing_weights
 from fedtune_strategies.seed_space import fingerprint
 
 
@@ -45,11 +45,10 @@ class AdapterBlocks(FedCyBGD):
         super().__init__(config, {n: self.adapted.get_parameter(n).detach().clone() for n in names}, blocks, measure)
 
     def materialise(self, arrays: ArrayRecord, parameters: Mapping[str, Tensor]) -> str:
-        """Write W_0 + (alpha / rank) B A, summed in float32 and rounded once."""
+        """Write W_0 plus what the adapters add."""
         with torch.no_grad():
             for weights in self.store.weights:
                 for name, value in weights.items():
                     self.adapted.get_parameter(name).copy_(value)
-            for name, change in weight_changes(self.adapted):
-                parameters[name].copy_(self.base[name].float() + change.float())
+        merge_adapters(self.adapted, self.base, parameters)
         return fingerprint(parameters)

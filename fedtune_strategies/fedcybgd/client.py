@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from fedtune_strategies.fedcybgd.partition import cut_model
 from fedtune_strategies.fedcybgd.residuals import Residuals
 from fedtune_strategies.fedcybgd.schedule import local_steps_rule
 from fedtune_strategies.language.examples import batches
-from fedtune_strategies.language.loss import response_loss
+from fedtune_strategies.language.loss import finite_mean, response_loss
 from fedtune_strategies.memory import peak_memory, prefer_memory
 from fedtune_strategies.method import NodeContext
 from fedtune_strategies.protocol import messages as protocol
@@ -96,7 +95,7 @@ class FedCyBGDClient:
             block=task.block,
             base_version=int(task.versions[task.block]),
             delta=parts,
-            loss=_mean(update.losses),
+            loss=finite_mean(update.losses)[0],
             steps=update.steps,
             skipped=update.skipped,
             fingerprint=starting_print,
@@ -261,7 +260,3 @@ class FedCyBGDClient:
     def _version(self, block: int, version: int) -> None:
         assert self._versions is not None
         self._versions[block] = version
-
-
-def _mean(values: Sequence[float]) -> float:
-    return statistics.fmean(values) if values else float("nan")

@@ -7,6 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from fedtune_strategies.protocol.reply import TrainReply
+
 
 @dataclass(frozen=True)
 class BlockTask:
@@ -47,47 +49,26 @@ class BlockTask:
 
 
 @dataclass(frozen=True)
-class BlockReply:
+class BlockReply(TrainReply):
     """What a node answers to a `BlockTask`: the change of one block.
 
     Attributes
     ----------
-    node : str
-        Name of the node.
-    round : int
-        Turn of the task.
     block : int
         Index of the trained block.
     base_version : int
         Version of the block from which the node started.
     delta : dict of str to Tensor
         Change of each parameter of the block, coded as ``fedcybgd.upload`` says.
-    loss : float
-        Mean training loss over the finite steps, nats a token.
     steps : int
         Optimiser steps that counted.
     skipped : int
         Steps left out because their loss was not finite.
-    fingerprint : str
-        Fingerprint of all weights on which the node started the turn.
-    num_examples : int
-        Training examples that the node holds.
-    seconds : float
-        Wall-clock time of the task on the node.
-    peak_memory : int
-        Peak resident memory of the worker so far, in bytes.
     """
 
     kind: ClassVar[str] = "block-reply"
-    node: str
-    round: int
     block: int
     base_version: int
     delta: dict[str, Tensor]
-    loss: float
     steps: int
     skipped: int
-    fingerprint: str
-    num_examples: int
-    seconds: float
-    peak_memory: int

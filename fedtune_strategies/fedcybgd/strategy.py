@@ -36,11 +36,19 @@ from fedtune_strategies.fedcybgd.screening import (
 )
 from fedtune_strategies.fedcybgd.staleness import rebased
 from fedtune_strategies.fleet import Fleet
-from fedtune_strategies.lr_schedule import learning_rate
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.flower import decoded, task
 from fedtune_strategies.seed_space import fingerprint
-from fedtune_strategies.strategy import State, TuningStrategy, arrays_of, check_origin, log, mean_loss, shares
+from fedtune_strategies.strategy import (
+    State,
+    TuningStrategy,
+    arrays_of,
+    check_origin,
+    log,
+    mean_loss,
+    shares,
+    step_size,
+)
 
 # A task is cut into several above this: Flower holds a message several times over in memory.
 PART_BYTES = 64 * 2**20
@@ -272,10 +280,9 @@ class FedCyBGD(TuningStrategy):
         parts = self._parts(node, block, {block})
         last = parts.pop()
         yield from self._offer(round, node, parts)
-        train = self.config.train
-        lr = learning_rate(train.lr, round, self.config.num_server_rounds, train.lr_schedule, train.warmup)
         yield BlockTask(
-            round, block, self.store.versions, exact, self._coded(last), lr, train.local_steps,
+            round, block, self.store.versions, exact, self._coded(last), step_size(self.config, round),
+            self.config.train.local_steps,
             torch.tensor(self.store.absent_layers(block), dtype=torch.int64), self.node_states.of(node).committed,
         )  # fmt: skip
 

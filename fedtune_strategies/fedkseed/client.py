@@ -17,7 +17,7 @@ from fedtune_strategies.fedkseed.packing import round_scalars, unpack
 from fedtune_strategies.fedkseed.pools import nth_pool, pool_number, rebuild
 from fedtune_strategies.fedkseed.seed_draws import draw_seeds, seed_key
 from fedtune_strategies.language.examples import Batch, batches, collate
-from fedtune_strategies.language.loss import example_losses, loss_in_parts
+from fedtune_strategies.language.loss import example_losses, finite_mean, loss_in_parts
 from fedtune_strategies.memory import peak_memory
 from fedtune_strategies.method import NodeContext
 from fedtune_strategies.protocol import messages as protocol
@@ -60,13 +60,13 @@ class FedKSeedClient:
         found = self.calibrate(task)
         steps, starting_print = self.train(task, found)
         scalars, unit = round_scalars(steps.g, self._config.fedkseed.scalar_bits)
-        finite = steps.loss[np.isfinite(steps.loss)]
+        loss, _ = finite_mean(steps.loss)
         return SeedReply(
             node=self._name,
             round=task.round,
             scalars=scalars,
             unit=unit,
-            loss=float(finite.mean()) if finite.size and not self._config.privacy.clip else float("nan"),
+            loss=math.nan if self._config.privacy.clip else loss,  # a loss tells something about the data
             fingerprint=starting_print,
             num_examples=len(self._examples),
             seconds=time.monotonic() - start,

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from typing import Any
 
-import numpy as np
 import torch
 
 from fedtune_strategies.errors import ProtocolError
@@ -14,11 +11,11 @@ from fedtune_strategies.fedkseed.config import GradientRunConfig
 from fedtune_strategies.fedkseed.messages import GradientReply, GradientTask
 from fedtune_strategies.fedkseed.moved import Moved
 from fedtune_strategies.language.examples import Batch, batches
-from fedtune_strategies.language.loss import response_loss
+from fedtune_strategies.language.loss import finite_mean, micro_batches, response_loss, response_tokens
 from fedtune_strategies.memory import peak_memory
 from fedtune_strategies.method import NodeContext
 from fedtune_strategies.protocol import messages as protocol
-from fedtune_strategies.seed_gradient import LocalWalk, decode, encode, local_walk, slopes
+from fedtune_strategies.seed_gradient import LocalWalk, decode, encode, local_walk, packed_bytes, slopes
 from fedtune_strategies.seed_gradient.slopes import Slopes
 from fedtune_strategies.seed_space import fingerprint, tuned_parameters
 
@@ -51,14 +48,14 @@ class SeedGradientClient:
         starting_print = fingerprint(self._parameters)
         walk = self.walk(task)
         levels, unit = encode(walk.theta.numpy(), self._config.fedkseed.up_bits)
-        finite = walk.loss[np.isfinite(walk.loss)]
+        loss, counted = finite_mean(walk.loss)
         return GradientReply(
             node=self._name,
             round=task.round,
             levels=levels,
             unit=unit,
-            loss=float(finite.mean()) if finite.size else float("nan"),
-            skipped=int(walk.loss.size - finite.size),
+            loss=loss,
+            skipped=walk.loss.size - counted,
             fingerprint=starting_print,
             num_examples=len(self._examples),
             seconds=time.monotonic() - start,
@@ -74,7 +71,7 @@ class SeedGradientClient:
             The points do not fit the run.
         """
         own = self._config.fedkseed
-        width = -(-own.seeds * own.down_bits // 8)
+        width = packed_bytes(own.seeds, own.down_bits)
         if task.levels.shape != (task.round - 1 - task.since, width) or task.units.shape != task.levels.shape[:1]:
             raise ProtocolError("a gradient task's points do not fit the run: run the same FedTune version everywhere.")
         points = [
@@ -97,8 +94,9 @@ class SeedGradientClient:
         data = batches(self._examples, train.batch_size, train.local_steps, (train.seed, task.round, self._name))
 
         def find(batch: Batch) -> Slopes:
-            parts = [slopes(self._model, self._parameters, response_loss, part, pool) for part in self._parts(batch)]
-            weights = [_answer_tokens(part) for part in self._parts(batch)]
+            cut = list(micro_batches(batch, self._micro_batch))
+            parts = [slopes(self._model, self._parameters, response_loss, part, pool) for part in cut]
+            weights = [int(response_tokens(part).sum()) for part in cut]
             total = max(1, sum(weights))
             return Slopes(
                 sum(one.loss * weight for one, weight in zip(parts, weights, strict=True)) / total,
@@ -106,13 +104,3 @@ class SeedGradientClient:
             )
 
         return local_walk(self._parameters, self._moved.weights, pool, find, data, step=task.lr, beta1=train.beta1)
-
-    def _parts(self, batch: Batch) -> Iterator[dict[str, Any]]:
-        """Cut a batch into micro-batches."""
-        size = self._micro_batch or len(batch["input_ids"])
-        for low in range(0, len(batch["input_ids"]), size):
-            yield {name: tensor[low : low + size] for name, tensor in batch.items()}
-
-
-def _answer_tokens(batch: dict[str, Any]) -> int:
-    return int((batch["labels"][:, 1:] != -100).sum())

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 from torch import Tensor
@@ -27,13 +27,22 @@ from fedtune_strategies.fedkseed.messages import GradientReply, GradientTask
 from fedtune_strategies.fedkseed.moved import Moved
 from fedtune_strategies.fedkseed.screening import running_amplitude
 from fedtune_strategies.fleet import Fleet
-from fedtune_strategies.lr_schedule import learning_rate
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.flower import address, decoded
-from fedtune_strategies.seed_gradient import decode, default_step, encode
+from fedtune_strategies.seed_gradient import decode, default_step, encode, packed_bytes
 from fedtune_strategies.seed_space import fingerprint
-from fedtune_strategies.shared_random import sample
-from fedtune_strategies.strategy import State, TuningStrategy, arrays_of, check_origin, log, mean_loss, shares
+from fedtune_strategies.strategy import (
+    State,
+    TuningStrategy,
+    arrays_of,
+    check_origin,
+    for_aggregation,
+    log,
+    mean_loss,
+    sampled,
+    shares,
+    step_size,
+)
 
 Point = tuple[Tensor, float]
 """The packed levels of a round's theta, and their unit."""
@@ -80,17 +89,15 @@ class SeedGradient(TuningStrategy):
 
     def lr(self, round: int) -> float:
         """Return the step size of a round."""
-        train = self.config.train
-        return learning_rate(self.eta, round, self.config.num_server_rounds, train.lr_schedule, train.warmup)
+        return step_size(self.config, round, self.eta)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Send the sampled nodes the points that they lack."""
         assert isinstance(grid, Fleet)
-        nodes, settings = grid.nodes, self.config.strategy
-        count = max(settings.min_replies, round(settings.fraction_train * len(nodes)))
-        chosen = sample((self.config.train.seed, server_round), list(nodes), min(count, len(nodes)))
+        nodes = grid.nodes
+        chosen = sampled(self.config, list(nodes), server_round)
         since = {name: 0 if name in self.forgot else self.held.get(name, 0) for name in chosen}
         # Most nodes lack the same points: what they are sent is encoded once.
         payloads = {held: protocol.encode(self._task(server_round, held)) for held in set(since.values())}
@@ -125,7 +132,10 @@ class SeedGradient(TuningStrategy):
         # No node moves a coordinate by more than the median node does: a large unit would outweigh all others.
         self.unit = running_amplitude(self.unit, [answer.unit for answer in answers])
         weights = shares(answers, self.config.strategy.weighting)
-        replies = [self._as_flower(answer, weight) for answer, weight in zip(answers, weights, strict=True)]
+        replies = [
+            for_aggregation(self._arrays(answer), weight, answer.skipped)
+            for answer, weight in zip(answers, weights, strict=True)
+        ]
         arrays, metrics = self.inner.aggregate_train(server_round, replies)
         if arrays is None:
             return None, metrics
@@ -171,7 +181,7 @@ class SeedGradient(TuningStrategy):
 
     def _task(self, round: int, held: int) -> GradientTask:
         new = self.points[held:]
-        width = -(-self.config.fedkseed.seeds * self.config.fedkseed.down_bits // 8)
+        width = packed_bytes(self.config.fedkseed.seeds, self.config.fedkseed.down_bits)
         levels = torch.stack([levels for levels, _ in new]) if new else torch.empty(0, width, dtype=torch.uint8)
         units = torch.tensor([unit for _, unit in new], dtype=torch.float32)
         return GradientTask(round, held, levels, units, self.lr(round))
@@ -186,7 +196,5 @@ class SeedGradient(TuningStrategy):
             raise ProtocolError(f"{reply.node} made no step with a finite loss: the reply is left out.")
         return decode(reply.levels, min(reply.unit, self.unit or reply.unit), own.up_bits, own.seeds)
 
-    def _as_flower(self, answer: GradientReply, weight: int) -> Message:
-        metrics = MetricRecord({"num-examples": weight, "train/skipped": answer.skipped})
-        arrays = arrays_of(theta=torch.from_numpy(self._theta(answer).astype(np.float64)))
-        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), dst_node_id=0, message_type="train")
+    def _arrays(self, answer: GradientReply) -> ArrayRecord:
+        return arrays_of(theta=torch.from_numpy(self._theta(answer).astype(np.float64)))

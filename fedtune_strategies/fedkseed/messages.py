@@ -7,6 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from fedtune_strategies.protocol.reply import TrainReply
+
 
 @dataclass(frozen=True)
 class SeedTask:
@@ -48,32 +50,18 @@ class SeedTask:
 
 
 @dataclass(frozen=True)
-class SeedReply:
+class SeedReply(TrainReply):
     """What a node answers to a `SeedTask`: scalars alone.
 
     The seeds need not travel: `fedtune_strategies.shared_random.draw_seeds` gives them to both sides.
 
     Attributes
     ----------
-    node : str
-        Name of the node.
-    round : int
-        Round of the task.
     scalars : Tensor
         float32, float16 or int8 [tau], projected gradients in the order of the draws, not a number where the loss was
         not finite; see `protocol.packing.read_scalars`.
     unit : float
         Unit of the scalars.
-    loss : float
-        Mean training loss over the finite steps, nats a token.
-    fingerprint : str
-        Fingerprint of the rebuilt W(theta) on which the node worked.
-    num_examples : int
-        Training examples that the node holds.
-    seconds : float
-        Wall-clock time of the task on the node.
-    peak_memory : int
-        Peak resident memory of the worker so far, in bytes.
     lr, eps : float
         Step size and distance that the node took: its own where the task left them open.
     noise : float
@@ -81,15 +69,8 @@ class SeedReply:
     """
 
     kind: ClassVar[str] = "seed-reply"
-    node: str
-    round: int
     scalars: Tensor
     unit: float
-    loss: float
-    fingerprint: str
-    num_examples: int
-    seconds: float
-    peak_memory: int
     lr: float
     eps: float
     noise: float
@@ -123,41 +104,20 @@ class GradientTask:
 
 
 @dataclass(frozen=True)
-class GradientReply:
+class GradientReply(TrainReply):
     """What a node answers to a `GradientTask`: the point of the round's pool that its steps reached.
 
     Attributes
     ----------
-    node : str
-        Name of the node.
-    round : int
-        Round of the task.
     levels : Tensor
         uint8, the packed point.
     unit : float
         Its unit.
-    loss : float
-        Mean training loss over the finite steps, nats a token.
     skipped : int
         Steps left out because their loss was not finite.
-    fingerprint : str
-        Fingerprint of the weights on which the node started.
-    num_examples : int
-        Training examples that the node holds.
-    seconds : float
-        Wall-clock time of the task on the node.
-    peak_memory : int
-        Peak resident memory of the worker so far, in bytes.
     """
 
     kind: ClassVar[str] = "gradient-reply"
-    node: str
-    round: int
     levels: Tensor
     unit: float
-    loss: float
     skipped: int
-    fingerprint: str
-    num_examples: int
-    seconds: float
-    peak_memory: int

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
@@ -42,12 +42,21 @@ from fedtune_strategies.fedkseed.screening import amplitude, clipped, in_line, r
 from fedtune_strategies.fedkseed.seed_draws import draw_seeds, odds_of_levels, seed_key
 from fedtune_strategies.fedkseed.versions import LARGEST, Versions, round_move, unit_of
 from fedtune_strategies.fleet import Fleet
-from fedtune_strategies.lr_schedule import learning_rate
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.flower import address, decoded
 from fedtune_strategies.seed_space import fingerprint
-from fedtune_strategies.shared_random import sample
-from fedtune_strategies.strategy import State, TuningStrategy, arrays_of, check_origin, log, mean_loss, shares
+from fedtune_strategies.strategy import (
+    State,
+    TuningStrategy,
+    arrays_of,
+    check_origin,
+    for_aggregation,
+    log,
+    mean_loss,
+    sampled,
+    shares,
+    step_size,
+)
 
 # Share of error in a node's slopes above which less than half of their mean square is signal.
 NOISE_LIMIT = 0.7
@@ -103,15 +112,14 @@ class FedKSeed(TuningStrategy):
     ) -> Iterable[Message]:
         """Send the sampled nodes what changed in theta since their last task, and the odds of the seeds."""
         assert isinstance(grid, Fleet)
-        nodes, settings = grid.nodes, self.config.strategy
+        nodes = grid.nodes
         self.theta = arrays["theta"].numpy()
         prepare(self.inner)
         self.inner.configure_train(server_round, arrays, config, grid)
         self.versions.add(
             server_round - 1, [np.rint(row / self.unit).astype(np.int32) for row in (*self.closed, self.theta)]
         )
-        count = max(settings.min_replies, round(settings.fraction_train * len(nodes)))
-        chosen = sample((self.config.train.seed, server_round), list(nodes), min(count, len(nodes)))
+        chosen = sampled(self.config, list(nodes), server_round)
         since = {name: self.versions.since(name) for name in chosen}
         payloads = {version: protocol.encode(self._task(server_round, version)) for version in set(since.values())}
         kind = SeedTask.kind
@@ -235,8 +243,7 @@ class FedKSeed(TuningStrategy):
 
     def lr(self, round: int) -> float:
         """Return the step size of a round: eta times its schedule."""
-        train = self.config.train
-        return learning_rate(self.eta, round, self.config.num_server_rounds, train.lr_schedule, train.warmup)
+        return step_size(self.config, round, self.eta)
 
     @property
     def unit(self) -> float:
@@ -330,6 +337,4 @@ class FedKSeed(TuningStrategy):
         """Turn a reply into the theta that its node reached, as a reply to a Flower strategy."""
         seeds, theta = self.draws(answer.node, answer.round, odds), self.theta.astype(np.float64)
         np.subtract.at(theta, seeds, self.lr(answer.round) * np.nan_to_num(scalars.astype(np.float64)))
-        metrics = MetricRecord({"num-examples": weight, "train/skipped": int(np.isnan(scalars).sum())})
-        content = RecordDict({"arrays": arrays_of(theta=torch.from_numpy(theta)), "metrics": metrics})
-        return Message(content, dst_node_id=0, message_type="train")
+        return for_aggregation(arrays_of(theta=torch.from_numpy(theta)), weight, int(np.isnan(scalars).sum()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,6 +54,21 @@ def add_adapters(model: nn.Module, rank: int, alpha: int, targets: str, seed: in
 def sharing_weights(model: nn.Module) -> nn.Module:
     """Copy the modules of a model but not its weights, so that adapters can be put into the copy."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def merge_adapters(model: nn.Module, base: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Write W_0 + (alpha / rank) B A into the adapted weights, summed in float32 and rounded once.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With adapters from `add_adapters`.
+    base, parameters : mapping of str to Tensor
+        W_0, and where to write, by the weights' names without adapters.
+    """
+    with torch.no_grad():
+        for name, change in weight_changes(model):
+            parameters[name].copy_(base[name].float() + change.float())
 
 
 def weight_changes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from fedtune_strategies.language.examples import IGNORE, Batch
 
@@ -44,21 +47,36 @@ def loss_in_parts(rows: int) -> Callable[[torch.nn.Module, Batch], torch.Tensor]
     """
 
     def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        parts = [
-            {name: value[first : first + rows] for name, value in batch.items()}
-            for first in range(0, len(batch["labels"]), rows)
-        ]
-        return torch.cat([token_losses(model, part) for part in parts]).mean()
+        return torch.cat([token_losses(model, part) for part in micro_batches(batch, rows)]).mean()
 
     return loss if rows else response_loss
 
 
+def micro_batches(batch: Batch, rows: int) -> Iterator[Batch]:
+    """Cut a batch into parts of so many rows; 0 leaves it whole."""
+    size = rows or len(batch["labels"])
+    for first in range(0, len(batch["labels"]), size):
+        yield {name: value[first : first + size] for name, value in batch.items()}
+
+
+def response_tokens(batch: Batch) -> torch.Tensor:
+    """Return how many response tokens each row has, int64 [rows]."""
+    return (batch["labels"][:, 1:] != IGNORE).sum(dim=1)
+
+
+def finite_mean(losses: Sequence[float] | NDArray[np.floating]) -> tuple[float, int]:
+    """Return the mean of the finite losses, not a number where there is none, and how many there are."""
+    values = np.asarray(losses)
+    finite = values[np.isfinite(values)]
+    return (float(finite.mean()) if finite.size else math.nan), finite.size
+
+
 def example_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Mean cross-entropy of each example's response tokens, in nats: shape [rows], float32; not for gradients."""
-    rows = (batch["labels"][:, 1:] != IGNORE).sum(dim=1)
-    if not len(rows):
+    tokens = response_tokens(batch)
+    if not len(tokens):
         return torch.empty(0)
-    return torch.stack([part.mean() for part in token_losses(model, batch).split(rows.tolist())])
+    return torch.stack([part.mean() for part in token_losses(model, batch).split(tokens.tolist())])
 
 
 def token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:

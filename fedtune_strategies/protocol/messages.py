@@ -8,6 +8,7 @@ from fedtune_strategies.protocol.handshake import (
     ModelManifest,
     ModelRequest,
 )
+from fedtune_strategies.protocol.reply import TrainReply
 from fedtune_strategies.protocol.status import Ack, Failure, StateMissing
 from fedtune_strategies.protocol.wire import Message, decode, encode, register
 
@@ -22,6 +23,7 @@ __all__ = [
     "ModelManifest",
     "ModelRequest",
     "StateMissing",
+    "TrainReply",
     "decode",
     "encode",
     "register",

@@ -47,6 +47,11 @@ def encode(theta: NDArray[np.float32], bits: int) -> tuple[Tensor, float]:
     return _pack(_levels(x, unit, bits), bits), unit
 
 
+def packed_bytes(size: int, bits: int) -> int:
+    """Return how many bytes so many coefficients take."""
+    return -(-size * bits // 8)
+
+
 def decode(packed: Tensor, unit: float, bits: int, size: int) -> NDArray[np.float32]:
     """Undo `encode`, up to its rounding; every holder gets the same bits.
 
@@ -71,7 +76,7 @@ def decode(packed: Tensor, unit: float, bits: int, size: int) -> NDArray[np.floa
     ProtocolError
         There is another number of bytes, or the unit is no length.
     """
-    if packed.dtype != torch.uint8 or packed.shape != (-(-size * bits // 8),):
+    if packed.dtype != torch.uint8 or packed.shape != (packed_bytes(size, bits),):
         raise ProtocolError(f"received {tuple(packed.shape)} of {packed.dtype}, not {size} levels of {bits} bits.")
     if not 0 <= unit < np.inf:
         raise ProtocolError(f"received levels with the unit {unit}.")

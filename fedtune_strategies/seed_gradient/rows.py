@@ -132,4 +132,4 @@ def _alignment(pool: Pool) -> int:
 
 
 def _project(pool: Pool, name: str, values: Tensor, start: int) -> Tensor:
-    return pool._project(name, values.float(), start)[: pool.size]
+    return pool.project_part(name, values.float(), start)[: pool.size]

@@ -62,7 +62,8 @@ class Pool(ABC):
     def _rebuild(self, name: str, out: Tensor, base: Tensor, theta: Tensor, start: int) -> None: ...
 
     @abstractmethod
-    def _project(self, name: str, delta: Tensor, start: int) -> Tensor: ...
+    def project_part(self, name: str, delta: Tensor, start: int) -> Tensor:
+        """Project the elements of one parameter from `start` on, float32 [n]: slopes, float32 [K or more]."""
 
     def direction(
         self, name: str, shape: tuple[int, ...] | torch.Size, k: int, device: torch.device | str = "cpu"
@@ -258,7 +259,7 @@ class Pool(ABC):
                 values = flat[max(low - start, 0) : high - start].to(torch.float32)
                 if low < start:
                     values = torch.nn.functional.pad(values, (lead, 0))
-                found = self._project(name, values, low)[: self.size]
+                found = self.project_part(name, values, low)[: self.size]
             finally:  # a part that fails must not hold up the others
                 with order.turn(number):
                     if found is not None:
@@ -332,7 +333,8 @@ class WalshPool(Pool):
     def _rebuild(self, name: str, out: Tensor, base: Tensor, theta: Tensor, start: int) -> None:
         kernels(out.device).walsh_rebuild(out, base, theta, self.key, name, self.columns, self.block, start)
 
-    def _project(self, name: str, delta: Tensor, start: int) -> Tensor:
+    def project_part(self, name: str, delta: Tensor, start: int) -> Tensor:
+        """See `Pool.project_part`."""
         return kernels(delta.device).walsh_project(delta, self.key, name, self.columns, self.block, start)
 
     def _point(self, theta: Tensor, device: torch.device) -> Tensor:
@@ -354,7 +356,8 @@ class GaussianPool(Pool):
         seeds = torch.nonzero(theta).flatten()
         kernels(out.device).gaussian_rebuild(out, base, seeds, theta[seeds], self.key, name, start)
 
-    def _project(self, name: str, delta: Tensor, start: int) -> Tensor:
+    def project_part(self, name: str, delta: Tensor, start: int) -> Tensor:
+        """See `Pool.project_part`."""
         return kernels(delta.device).gaussian_project(delta, self.size, self.key, name, start)
 
 

@@ -53,8 +53,9 @@ class ScaledPool(Pool):
     def _rebuild(self, name: str, out: Tensor, base: Tensor, theta: Tensor, start: int) -> None:
         self.pool._rebuild(name, out, base, theta * self.scales[name], start)
 
-    def _project(self, name: str, delta: Tensor, start: int) -> Tensor:
-        return self.pool._project(name, delta, start) * self.scales[name]
+    def project_part(self, name: str, delta: Tensor, start: int) -> Tensor:
+        """See `Pool.project_part`."""
+        return self.pool.project_part(name, delta, start) * self.scales[name]
 
 
 def scaled(pool: Pool, scales: Mapping[str, float]) -> ScaledPool:

@@ -176,7 +176,7 @@ def strategy():
 
 def reply(name, theta, *, round=1, print_="", unit=None, bits=1, loss=2.0, examples=10):
     levels, own = encode(np.float32(theta), bits)
-    return GradientReply(name, round, levels, own if unit is None else unit, loss, 0, print_, examples, 1.0, 10)
+    return GradientReply(name, round, loss, print_, examples, 1.0, 10, levels, own if unit is None else unit, 0)
 
 
 def fold(strategy, round, replies):

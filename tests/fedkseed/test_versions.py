@@ -87,7 +87,7 @@ def long_reply(node, round, scalars, fingerprint=""):
     """Make a reply whose numbers take many digits."""
     facts = {"loss": 2.123456789, "num_examples": 999, "seconds": 12.345678, "peak_memory": 10**10}
     found = {"lr": 1.23456789e-4, "eps": 1.23456789e-3, "noise": 0.123456789}
-    return SeedReply(node, round, scalars, 1.0, fingerprint=fingerprint, **facts, **found)
+    return SeedReply(node, round, scalars=scalars, unit=1.0, fingerprint=fingerprint, **facts, **found)
 
 
 def rounds(cls, nodes, count, **changes):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.fedavg.messages import ArraysReply, ArraysTask
 from fedtune_strategies.fedcybgd.messages import BlockReply, BlockTask
-from fedtune_strategies.fedkseed.messages import SeedReply, SeedTask
+from fedtune_strategies.fedkseed.messages import GradientReply, GradientTask, SeedReply, SeedTask
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.records import INLINE_BYTES, from_record, to_record
 
@@ -20,7 +20,9 @@ EXAMPLES = [
     protocol.HelloReply("node-0", 1, 5, "abcd", 10),
     SeedTask(3, 1, BYTES, 2.0**-20, BYTES.clone(), torch.arange(1, 17, dtype=torch.int16), 1e-4, 1e-3, math.inf),
     SeedTask(3, 0, BYTES, 2.0**-20, BYTES[:0], torch.empty(0, dtype=torch.int16), 1e-4, 1e-3, math.inf),
-    SeedReply("node_0.a-b", 3, torch.tensor([1.0, math.nan]), 1.0, 2.5, "abcd", 5, 1.5, 10, 1e-4, 1e-3, 0.5),
+    SeedReply("node_0.a-b", 3, 2.5, "abcd", 5, 1.5, 10, torch.tensor([1.0, math.nan]), 1.0, 1e-4, 1e-3, 0.5),
+    GradientTask(3, 1, torch.ones(1, 8, dtype=torch.uint8), torch.ones(1), 1e-2),
+    GradientReply("n", 3, 2.0, "f", 5, 1.0, 10, torch.ones(2, dtype=torch.uint8), 0.5, 1),
     BlockTask(
         round=2,
         block=1,
@@ -32,9 +34,9 @@ EXAMPLES = [
         dropped=torch.tensor([2]),
         committed=1,
     ),
-    BlockReply("n", 2, 1, 3, {"a": torch.ones(2, dtype=torch.bfloat16)}, 2.0, 5, 1, "f", 5, 1.0, 10),
+    BlockReply("n", 2, 2.0, "f", 5, 1.0, 10, 1, 3, {"a": torch.ones(2, dtype=torch.bfloat16)}, 5, 1),
     ArraysTask(1, {"a.weight": torch.randn(2, 3)}, 1e-3),
-    ArraysReply("n", 1, {"a.weight": torch.randn(2, 3)}, 2.0, 1, "f", 5, 1.0, 10),
+    ArraysReply("n", 1, 2.0, "f", 5, 1.0, 10, {"a.weight": torch.randn(2, 3)}, 1),
     protocol.ModelRequest("n", -1),
     protocol.ModelManifest("[]"),
     protocol.ModelChunk(3, torch.ones(4, dtype=torch.uint8)),
@@ -44,7 +46,7 @@ EXAMPLES = [
 ]
 
 
-protocol.register(SeedTask, SeedReply, BlockTask, BlockReply, ArraysTask, ArraysReply)
+protocol.register(SeedTask, SeedReply, GradientTask, GradientReply, BlockTask, BlockReply, ArraysTask, ArraysReply)
 
 
 def same(left, right):

@@ -89,7 +89,7 @@ def test_a_part_that_fails_does_not_hold_up_the_others(monkeypatch):
     monkeypatch.setattr("fedtune_strategies.seed_space.pool.PART", 1 << 10)
     monkeypatch.setattr("fedtune_strategies.seed_space.kernels.thread_count", lambda device: 2)
     pool = make_pool("walsh", 4, 64)
-    monkeypatch.setattr(type(pool), "_project", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(type(pool), "project_part", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         pool.project("w", torch.randn(1 << 14))
 
