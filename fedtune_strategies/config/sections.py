@@ -160,6 +160,6 @@ class RunDirConfig:
     )
     report_to: str = option(
         "none",
-        "Experiment tracker on the server, by transformers' name for it.",
+        "Experiment tracker on the server, by accelerate's name for it.",
         choices=("none", "tensorboard", "wandb", "mlflow", "trackio"),
     )
