@@ -45,7 +45,7 @@ def main() -> None:
 def turn(block: dict[str, Tensor], others: dict[str, Tensor]) -> BlockTask:
     """Make a node's task: its block exactly, and others coded."""
     versions, none = torch.zeros(LAYERS + 2, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
-    return BlockTask(20, 0, versions, block, others, 1e-3, 50, dropped=none, committed=16)
+    return BlockTask(20, 0, versions, block, others, 1e-3, dropped=none, committed=16)
 
 
 def layer(index: int) -> dict[str, Tensor]:

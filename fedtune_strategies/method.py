@@ -6,7 +6,7 @@ run can only name what the owners of the machines have installed: nothing execut
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # the configuration is read where no torch is
     from fedtune_strategies.config import Config
     from fedtune_strategies.config.node import NodeConfig
     from fedtune_strategies.cost import Cost, Fleet, Shape
-    from fedtune_strategies.language.examples import Examples
+    from fedtune_strategies.language.examples import Batch, Examples
     from fedtune_strategies.language.model import LanguageModel
     from fedtune_strategies.protocol.messages import Message
     from fedtune_strategies.strategy import TuningStrategy
@@ -54,6 +54,27 @@ class NodeContext:
     base: Mapping[str, Tensor]
     examples: Examples
     node: NodeConfig
+
+    def batches(self, round: int, steps: int) -> Iterator[Batch]:
+        """Draw a round's batches, ``train.batch-size`` examples each; see `language.examples.batches`.
+
+        Parameters
+        ----------
+        round : int
+            The round.
+        steps : int
+            How many.
+
+        Returns
+        -------
+        iterator of dicts of tensors
+            The same ones each time that the node is asked for the round.
+        """
+        from fedtune_strategies.language.examples import batches
+
+        train = self.config.train
+        key = (train.seed, round, self.name)
+        return batches(self.examples, train.batch_size, steps, key)
 
 
 @dataclass(frozen=True)

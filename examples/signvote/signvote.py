@@ -15,7 +15,6 @@ from fedtune_strategies.cost import HEADER, PROCESS, Cost
 from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.fedavg.messages import ArraysReply, ArraysTask
 from fedtune_strategies.fedavg.strategy import ArraysStrategy
-from fedtune_strategies.language.examples import batches
 from fedtune_strategies.language.loss import response_loss
 from fedtune_strategies.memory import peak_memory
 from fedtune_strategies.method import Method
@@ -81,7 +80,7 @@ class Voter:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(task.arrays[name])
-        (batch,) = batches(node.examples, node.config.train.batch_size, 1, (task.round, node.name))
+        (batch,) = node.batches(task.round, 1)
         loss = response_loss(node.model, batch)
         slopes = torch.autograd.grad(loss, list(self.parameters.values()))
         votes = {name: slope.sign().to(torch.int8) for name, slope in zip(self.parameters, slopes, strict=True)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from fedtune_strategies.blocks.train import apply_delta, train_block
 from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.fedavg.messages import ArraysReply, ArraysTask
 from fedtune_strategies.language.adapters import add_adapters
-from fedtune_strategies.language.examples import Batch, batches
 from fedtune_strategies.language.loss import finite_mean, response_loss
 from fedtune_strategies.memory import peak_memory
 from fedtune_strategies.method import NodeContext
@@ -37,7 +36,7 @@ class FedAvgClient:
         self._config: Any = context.config
         self._model = context.model
         self._name, self._examples = context.name, context.examples
-        self._checkpoint = context.node.checkpoint
+        self._checkpoint, self._batches = context.node.checkpoint, context.batches
         self._parameters = self._trained()
 
     def __call__(self, task: protocol.Message) -> protocol.Message:
@@ -72,7 +71,7 @@ class FedAvgClient:
             self._model,
             Block(0, "all", "embedding", tuple(self._parameters)),
             response_loss,
-            list(self._batches(task)),
+            list(self._batches(task.round, train.local_steps)),
             train.local_steps,
             task.lr,
             weight_decay=train.weight_decay,
@@ -81,13 +80,6 @@ class FedAvgClient:
             checkpoint=self._checkpoint,
         )
         return apply_delta(task.arrays, update.delta), update.losses
-
-    def _batches(self, task: ArraysTask) -> Iterator[Batch]:
-        train = self._config.train
-        return batches(self._examples, train.batch_size, train.local_steps, self._key(task))
-
-    def _key(self, task: ArraysTask) -> tuple[int, int, str]:
-        return (self._config.train.seed, task.round, self._name)
 
 
 class AdapterClient(FedAvgClient):
@@ -103,15 +95,15 @@ class FedZOClient(FedAvgClient):
 
     def _train(self, task: ArraysTask) -> tuple[dict[str, Tensor], list[float]]:
         """MeZO's steps (arXiv 2305.17333), each along a Gaussian direction that no other step or node has."""
-        steps = self._config.train.local_steps
+        steps, key = self._config.train.local_steps, (self._config.train.seed, task.round, self._name)
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(task.arrays[name])
         taken = local_steps(
             self._model,
-            make_pool("gaussian", key=int(stream("fedzo", *self._key(task)).random_raw()), size=steps),
+            make_pool("gaussian", key=int(stream("fedzo", *key).random_raw()), size=steps),
             response_loss,
-            self._batches(task),
+            self._batches(task.round, steps),
             range(steps),
             eps=self._config.fedzo.eps,
             lr=task.lr,

@@ -23,7 +23,6 @@ from fedtune_strategies.fedcybgd.messages import BlockReply, BlockTask
 from fedtune_strategies.fedcybgd.partition import cut_model
 from fedtune_strategies.fedcybgd.residuals import Residuals
 from fedtune_strategies.fedcybgd.schedule import local_steps_rule
-from fedtune_strategies.language.examples import batches
 from fedtune_strategies.language.loss import finite_mean, response_loss
 from fedtune_strategies.memory import peak_memory, prefer_memory
 from fedtune_strategies.method import NodeContext
@@ -63,6 +62,7 @@ class FedCyBGDClient:
         self._config: FedCyBGDRunConfig = context.config
         self._model, self._node = context.model, context.node
         self._name, self._examples = context.name, context.examples
+        self._batches = context.batches
         settings = self._config.fedcybgd
         self._codec = parse_codec(settings.rest)
         self._upload = UPLOADS[settings.upload]
@@ -154,7 +154,7 @@ class FedCyBGDClient:
         absent = task.dropped.tolist()
         starting_print = self._fingerprint(start, absent)
         trained = sum(not block.frozen for block in self._blocks)
-        steps = task.steps or local_steps_rule(len(examples), size, trained)
+        steps = train.local_steps or local_steps_rule(len(examples), size, trained)
         # Within a turn every pass over the data has the same batches, so that what lies below the block can be kept.
         count = min(steps * settings.accumulate, -(-len(examples) // size))
         with self._frozen.in_use(block.parameters), without_layers(self._model, absent):
@@ -162,7 +162,7 @@ class FedCyBGDClient:
                 self._model,
                 block,
                 response_loss,
-                list(batches(examples, size, count, (train.seed, task.round, self._name))),
+                list(self._batches(task.round, count)),
                 steps,
                 task.lr,
                 weight_decay=train.weight_decay,

@@ -28,8 +28,6 @@ class BlockTask:
         Coded parameters of frozen blocks that the node lacks.
     lr : float
         Learning rate of this turn.
-    steps : int
-        Local steps, 0 for the node's own rule.
     dropped : Tensor
         int64, decoder layers that are left out in this turn.
     committed : int
@@ -43,7 +41,6 @@ class BlockTask:
     exact: dict[str, Tensor]
     frozen: dict[str, Tensor]
     lr: float
-    steps: int
     dropped: Tensor
     committed: int
 

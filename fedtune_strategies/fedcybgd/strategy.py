@@ -282,7 +282,6 @@ class FedCyBGD(TuningStrategy):
         yield from self._offer(round, node, parts)
         yield BlockTask(
             round, block, self.store.versions, exact, self._coded(last), step_size(self.config, round),
-            self.config.train.local_steps,
             torch.tensor(self.store.absent_layers(block), dtype=torch.int64), self.node_states.of(node).committed,
         )  # fmt: skip
 
@@ -305,7 +304,7 @@ class FedCyBGD(TuningStrategy):
             held.offered.append(([(block, int(self.store.versions[block])) for block in part], pair))
             weights = {} if pair is None else self.store.weights[pair[0]]
             yield BlockTask(
-                round, -1, self.store.versions, weights, self._coded(part), 0.0, 0,
+                round, -1, self.store.versions, weights, self._coded(part), 0.0,
                 torch.empty(0, dtype=torch.int64), held.committed,
             )  # fmt: skip
 

@@ -16,7 +16,7 @@ from fedtune_strategies.fedkseed.messages import SeedReply, SeedTask
 from fedtune_strategies.fedkseed.packing import round_scalars, unpack
 from fedtune_strategies.fedkseed.pools import nth_pool, pool_number, rebuild
 from fedtune_strategies.fedkseed.seed_draws import draw_seeds, seed_key
-from fedtune_strategies.language.examples import Batch, batches, collate
+from fedtune_strategies.language.examples import Batch, collate
 from fedtune_strategies.language.loss import example_losses, finite_mean, loss_in_parts
 from fedtune_strategies.memory import peak_memory
 from fedtune_strategies.method import NodeContext
@@ -44,6 +44,7 @@ class FedKSeedClient:
         self._config: FedKSeedRunConfig = context.config
         self._model, self._base = context.model, context.base
         self._name, self._examples = context.name, context.examples
+        self._batches = context.batches
         self._micro_batch = context.node.micro_batch
         self._pattern = self._config.train.parameters or None
         self._parameters = tuned_parameters(self._model, self._pattern)
@@ -117,7 +118,7 @@ class FedKSeedClient:
         Calibration
             Step size, distance and noise; no noise where it was not measured.
         """
-        settings, seed = self._config.fedkseed, self._config.train.seed
+        settings = self._config.fedkseed
         if task.round > 1 or self._config.privacy.clip:  # what is found here tells something about the data
             return Calibration(task.lr, task.eps, math.nan)
         self._rebuild(task)
@@ -125,7 +126,7 @@ class FedKSeedClient:
             self._model,
             self._pool(),
             loss_in_parts(self._micro_batch),
-            next(batches(self._examples, self._config.train.batch_size, 1, (seed, 0, self._name))),
+            next(self._batches(0, 1)),
             range(min(DIRECTIONS, settings.seeds)),
             lr=task.lr,
             eps=task.eps,
@@ -189,8 +190,7 @@ class FedKSeedClient:
         settings, privacy, size = self._config.fedkseed, self._config.privacy, self._config.train.batch_size
         count = -(-self._config.train.local_steps // settings.directions)
         if not privacy.clip:
-            key = (self._config.train.seed, task.round, self._name)
-            return settings.estimator, loss_in_parts(self._micro_batch), batches(examples, size, count, key)
+            return settings.estimator, loss_in_parts(self._micro_batch), self._batches(task.round, count)
         size = min(size, len(examples))
         drawn = poisson_sample(len(examples), size / len(examples), count)
         data = (collate(examples, indices) if indices else EMPTY for indices in drawn)

@@ -10,7 +10,7 @@ from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.fedkseed.config import GradientRunConfig
 from fedtune_strategies.fedkseed.messages import GradientReply, GradientTask
 from fedtune_strategies.fedkseed.moved import Moved
-from fedtune_strategies.language.examples import Batch, batches
+from fedtune_strategies.language.examples import Batch
 from fedtune_strategies.language.loss import finite_mean, micro_batches, response_loss, response_tokens
 from fedtune_strategies.memory import peak_memory
 from fedtune_strategies.method import NodeContext
@@ -32,7 +32,7 @@ class SeedGradientClient:
     def __init__(self, context: NodeContext) -> None:
         self._config: GradientRunConfig = context.config
         self._model, self._name, self._examples = context.model, context.name, context.examples
-        self._micro_batch = context.node.micro_batch
+        self._micro_batch, self._batches = context.node.micro_batch, context.batches
         self._parameters = tuned_parameters(self._model, self._config.train.parameters or None)
         self._moved = Moved(self._config, {name: context.base[name] for name in self._parameters})
 
@@ -91,7 +91,7 @@ class SeedGradientClient:
     def walk(self, task: GradientTask) -> LocalWalk:
         """Take the round's steps; `take` said that the weights are there."""
         train, pool = self._config.train, self._moved.pool(task.round)
-        data = batches(self._examples, train.batch_size, train.local_steps, (train.seed, task.round, self._name))
+        data = self._batches(task.round, train.local_steps)
 
         def find(batch: Batch) -> Slopes:
             cut = list(micro_batches(batch, self._micro_batch))

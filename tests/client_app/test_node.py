@@ -100,16 +100,16 @@ def test_a_task_that_does_not_fit_is_refused_and_the_node_stays(node, task):
 @pytest.mark.parametrize(
     "task",
     [
-        block_task(1, 0, torch.zeros(2, dtype=torch.int64), {}, {}, 1e-3, 1),
-        block_task(1, 99, torch.zeros(BLOCKS, dtype=torch.int64), {}, {}, 1e-3, 1),
-        block_task(1, 0, torch.zeros(BLOCKS, dtype=torch.int64), {"foreign": torch.zeros(2)}, {}, 1e-3, 1),
-        block_task(1, 0, torch.zeros(BLOCKS, dtype=torch.int64), {}, {"foreign:int8": torch.zeros(2)}, 1e-3, 1),
+        block_task(1, 0, torch.zeros(2, dtype=torch.int64), {}, {}, 1e-3),
+        block_task(1, 99, torch.zeros(BLOCKS, dtype=torch.int64), {}, {}, 1e-3),
+        block_task(1, 0, torch.zeros(BLOCKS, dtype=torch.int64), {"foreign": torch.zeros(2)}, {}, 1e-3),
+        block_task(1, 0, torch.zeros(BLOCKS, dtype=torch.int64), {}, {"foreign:int8": torch.zeros(2)}, 1e-3),
     ],
 )
 def test_a_turn_that_does_not_fit_is_refused_and_the_node_stays(block_node, task):
     failure = ask(block_node, task)
     assert isinstance(failure, protocol.Failure) and failure.exit_code == ProtocolError.exit_code, failure
-    right = block_task(1, 0, torch.zeros(BLOCKS, dtype=torch.int64), {}, {}, 1e-3, 1)
+    right = block_task(1, 0, torch.zeros(BLOCKS, dtype=torch.int64), {}, {}, 1e-3)
     assert isinstance(ask(block_node, right), BlockReply)
 
 
@@ -117,7 +117,7 @@ def test_a_turn_that_does_not_fit_is_refused_and_the_node_stays(block_node, task
 def test_a_turn_is_adamw_on_one_block(settings, data_files, beta1):
     settings |= {"method.name": "fedcybgd", "fedcybgd.rest": "none", "train.beta1": beta1}
     node = Node(settings, {"name": "node-0", "data": str(data_files["node-0"])}, 1)
-    reply = ask(node, block_task(1, 1, torch.zeros(BLOCKS, dtype=torch.int64), {}, {}, 1e-3, 3))
+    reply = ask(node, block_task(1, 1, torch.zeros(BLOCKS, dtype=torch.int64), {}, {}, 1e-3))
     model = node.language.model
     names = find_blocks(model)[1].parameters
     parameters = [model.get_parameter(name).requires_grad_() for name in names]
@@ -133,22 +133,22 @@ def test_a_turn_is_adamw_on_one_block(settings, data_files, beta1):
 
 def test_a_block_of_wrong_shape_is_a_failure_not_a_crash(block_node):
     name = find_blocks(block_node.language.model)[0].parameters[0]
-    task = block_task(1, 0, torch.ones(BLOCKS, dtype=torch.int64), {name: torch.zeros(2)}, {}, 1e-3, 1)
+    task = block_task(1, 0, torch.ones(BLOCKS, dtype=torch.int64), {name: torch.zeros(2)}, {}, 1e-3)
     assert isinstance(ask(block_node, task), protocol.Failure)
-    right = block_task(1, 0, torch.zeros(BLOCKS, dtype=torch.int64), {}, {}, 1e-3, 1)
+    right = block_task(1, 0, torch.zeros(BLOCKS, dtype=torch.int64), {}, {}, 1e-3)
     assert isinstance(ask(block_node, right), BlockReply)
 
 
 def test_a_node_without_the_versions_that_a_turn_counts_on_says_so(block_node):
-    task = block_task(3, 0, torch.tensor([0, 1, 0, 0]), {}, {}, 1e-3, 1)
+    task = block_task(3, 0, torch.tensor([0, 1, 0, 0]), {}, {}, 1e-3)
     assert isinstance(ask(block_node, task), protocol.StateMissing)
 
 
 def test_a_node_whose_exact_block_was_replaced_in_a_turn_that_was_lost_says_so(block_node):
     zero, one = torch.zeros(BLOCKS, dtype=torch.int64), torch.tensor([1, 0, 0, 0])
-    assert isinstance(ask(block_node, block_task(1, 0, zero, {}, {}, 1e-3, 1)), BlockReply)
-    assert isinstance(ask(block_node, block_task(2, 1, one, {}, {}, 1e-3, 1, committed=1)), BlockReply)
-    assert isinstance(ask(block_node, block_task(3, 0, one, {}, {}, 1e-3, 1, committed=1)), protocol.StateMissing)
+    assert isinstance(ask(block_node, block_task(1, 0, zero, {}, {}, 1e-3)), BlockReply)
+    assert isinstance(ask(block_node, block_task(2, 1, one, {}, {}, 1e-3, committed=1)), BlockReply)
+    assert isinstance(ask(block_node, block_task(3, 0, one, {}, {}, 1e-3, committed=1)), protocol.StateMissing)
 
 
 def test_a_task_of_another_method_is_refused(node, block_node):

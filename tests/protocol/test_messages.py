@@ -30,7 +30,6 @@ EXAMPLES = [
         exact={"a.weight": torch.randn(2, 3)},
         frozen={"b:int8": torch.ones(2, dtype=torch.int8)},
         lr=0.1,
-        steps=0,
         dropped=torch.tensor([2]),
         committed=1,
     ),
