@@ -11,10 +11,8 @@ import contextlib
 import hashlib
 import json
 import os
-import stat
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -26,7 +24,7 @@ import psutil
 from filelock import FileLock
 
 from fedtune_strategies.errors import LinkError, ResourceError
-from fedtune_strategies.folders import make_folder, remove_folder
+from fedtune_strategies.folders import private_runtime_folder, remove_folder
 
 METHOD = "/fedtune.Worker/Do"
 GRPC_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
@@ -115,21 +113,7 @@ def runtime_folder(host: psutil.Process) -> Path:
     ResourceError
         The folder cannot be made, or belongs to somebody else.
     """
-    root = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"fedtune-{os.getuid()}"
-    folder = root / f"{host.pid}-{int(host.create_time())}"
-    try:
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        found = root.lstat()
-        # In a folder that all may write to, another account may have made it first, or put a link in its place.
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-            raise ResourceError(f"{root} belongs to another user: set XDG_RUNTIME_DIR to a folder of yours.")
-        root.chmod(0o700)
-        make_folder(folder, mode=0o700)
-    except OSError as error:
-        raise ResourceError(
-            f"cannot use {folder}: {error.strerror}; set XDG_RUNTIME_DIR to a folder of yours."
-        ) from None
-    return folder
+    return private_runtime_folder(f"{host.pid}-{int(host.create_time())}")
 
 
 def running_worker(folder: Path) -> tuple[psutil.Process, str] | None:

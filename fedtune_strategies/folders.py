@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
+import tempfile
 from pathlib import Path
 
 from fedtune_strategies.errors import ResourceError
@@ -25,6 +27,29 @@ def make_folder(folder: Path, mode: int = 0o777) -> Path:
     folder.mkdir(parents=True, exist_ok=True, mode=mode)
     (folder / MARK).touch(0o600)
     return folder
+
+
+def private_runtime_folder(name: str) -> Path:
+    """Return a folder for sockets, which this user alone can enter; its path is short, as a socket's must be.
+
+    Raises
+    ------
+    ResourceError
+        It cannot be made, or belongs to somebody else.
+    """
+    root = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"fedtune-{os.getuid()}"
+    try:
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = root.lstat()
+        # In a folder that all may write to, another account may have made it first, or put a link in its place.
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            raise ResourceError(f"{root} belongs to another user: set XDG_RUNTIME_DIR to a folder of yours.")
+        root.chmod(0o700)
+        return make_folder(root / name, mode=0o700)
+    except OSError as error:
+        raise ResourceError(
+            f"cannot use {root / name}: {error.strerror}; set XDG_RUNTIME_DIR to a folder of yours."
+        ) from None
 
 
 def is_ours(folder: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -29,6 +30,8 @@ from deploy.operator.announcement import read_announcement
 from deploy.operator.members import Members
 from deploy.operator.registration import RegistrationServer
 from fedtune_strategies.errors import LinkError, PortError
+from fedtune_strategies.folders import private_runtime_folder
+from fedtune_strategies.stream.offer import STREAM_ADDRESS, STREAM_FOLDER
 
 START_TIMEOUT = 180.0  # seconds; a SuperLink needs about 5, on a busy machine many times that
 
@@ -146,7 +149,9 @@ def serving(
         _take(stack, folder)
         processes.check_port(listen, port)
         files = server_files(folder / "keys", [host])
-        environment = {**flower_environment(folder), processes.TOKEN: token}
+        streams = private_runtime_folder(f"streams-{hashlib.sha256(bytes(folder)).hexdigest()[:16]}")
+        place = {STREAM_FOLDER: str(streams), STREAM_ADDRESS: address}
+        environment = {**flower_environment(folder), **place, processes.TOKEN: token}
         control = Control(folder, environment)
         members = Members(folder)
         stack.enter_context(processes.termination_as_exit())
@@ -162,7 +167,7 @@ def serving(
         desk = RegistrationServer(
             files, members, control, offer=lambda: read_announcement(folder), approval=approval, on_event=on_event
         )
-        front = stack.enter_context(_open(desk, fleet_port, listen, port, on_event))
+        front = stack.enter_context(_open(desk, fleet_port, streams, listen, port, on_event))
         write_json(folder / "serve.json", {"address": address, "pid": os.getpid(), "control": control_port})
         stack.callback((folder / "serve.json").unlink, missing_ok=True)
         yield Server(address, control, members, files.authority, services, front, on_event)
@@ -254,7 +259,7 @@ def _wait(service: Service, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _open(
-    desk: RegistrationServer, fleet: int, listen: str, port: int, on_event: Callable[[str], None]
+    desk: RegistrationServer, fleet: int, streams: Path, listen: str, port: int, on_event: Callable[[str], None]
 ) -> Iterator[Front]:
     """Run desk and front in an event loop in a thread of its own."""
     loop = asyncio.new_event_loop()
@@ -264,7 +269,7 @@ def _open(
     def call(work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, loop).result(30.0)
 
-    front = Front(fleet, call(desk.open()), on_event)
+    front = Front(fleet, call(desk.open()), streams, on_event)
     try:
         try:
             call(front.open(listen, port))

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import os
 import socket
 import ssl
 import threading
@@ -19,12 +20,15 @@ from deploy.cli import app
 from deploy.common.certificates import node_key, server_files
 from deploy.common.flower_cli import Control
 from deploy.common.join_token import JOIN, JoinToken, authority_hash, decode_token
-from deploy.operator.alpn_router import Front, protocols
+from deploy.common.tls_hello import protocols, server_name
+from deploy.operator.alpn_router import Front
 from deploy.operator.members import Members
 from deploy.operator.registration import RegistrationServer
 from deploy.owner import join as joining
 from deploy.owner.join import Membership, fetch_server_info, find_membership, memberships, register, unregister
 from fedtune_strategies.errors import ConfigError, LinkError, NodesError, ProtocolError
+from fedtune_strategies.folders import private_runtime_folder, remove_folder
+from fedtune_strategies.stream.offer import new_name, socket_of
 
 SECRET = bytes(range(16))
 
@@ -64,15 +68,17 @@ def desk(tmp_path, monkeypatch):
         return asyncio.run_coroutine_threadsafe(work, loop).result(10)
 
     fleet = socket.create_server(("127.0.0.1", 0))
-    front = Front(fleet.getsockname()[1], call(desk.open()), said.append)
+    streams = private_runtime_folder(f"test-{os.getpid()}")
+    front = Front(fleet.getsockname()[1], call(desk.open()), streams, said.append)
     call(front.open("127.0.0.1", 0))
-    desk.said, desk.members, desk.files, desk.fleet = said, members, files, fleet
+    desk.said, desk.members, desk.files, desk.fleet, desk.streams = said, members, files, fleet, streams
     desk.port = front._server.sockets[0].getsockname()[1]
     yield desk
     call(front.close())
     call(desk.close())
     loop.call_soon_threadsafe(loop.stop)
     fleet.close()
+    remove_folder(streams)
 
 
 def token_for(desk, name, lifetime=60.0):
@@ -271,13 +277,13 @@ def test_an_old_leave_cannot_be_played_again(desk):
     assert "clocks" in desk.answer(json.dumps(old).encode())["message"]
 
 
-def hello_of(alpn):
+def hello_of(alpn, name="localhost"):
     """The first bytes of a TLS client."""
     context = ssl.create_default_context()
     if alpn:
         context.set_alpn_protocols(alpn)
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    client = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
+    client = context.wrap_bio(incoming, outgoing, server_hostname=name)
     with contextlib.suppress(ssl.SSLWantReadError):
         client.do_handshake()
     return outgoing.read()
@@ -286,7 +292,7 @@ def hello_of(alpn):
 @pytest.mark.parametrize("alpn", [[], ["h2"], [JOIN], ["http/1.1", JOIN, "h2"]])
 def test_the_protocols_of_a_client_are_read(alpn):
     hello = hello_of(alpn)
-    assert protocols(hello) == alpn
+    assert protocols(hello) == alpn and server_name(hello) == "localhost"
     with pytest.raises(ValueError, match="no client hello"):
         protocols(b"\x16\x03\x01\x00\x05\x02\x00\x00\x01\x00")
 
@@ -294,7 +300,26 @@ def test_the_protocols_of_a_client_are_read(alpn):
 @given(st.binary(max_size=300))
 def test_no_bytes_break_the_reader(noise):
     with contextlib.suppress(ValueError):
-        assert isinstance(protocols(noise), list)
+        assert isinstance(protocols(noise), list) and isinstance(server_name(noise), str)
+
+
+def test_a_stream_is_found_by_its_name_and_by_no_other(desk):
+    name = new_name()
+    with socket.socket(socket.AF_UNIX) as stream:
+        stream.bind(str(socket_of(desk.streams, name)))
+        stream.listen()
+        stream.settimeout(5)
+        for asked, found in [(name, True), (new_name(), False)]:
+            with socket.create_connection(("127.0.0.1", desk.port)) as node:
+                node.settimeout(5)
+                node.sendall(hello_of(["h2"], asked))
+                if found:
+                    arrived, _ = stream.accept()
+                    with arrived:
+                        assert server_name(arrived.recv(4096)) == name
+                else:
+                    assert node.recv(100) == b""
+    assert socket_of(desk.streams, "../../etc/passwd") is socket_of(desk.streams, "localhost") is None
 
 
 def test_the_port_shows_nodes_to_the_fleet_and_nobody_else(desk):
