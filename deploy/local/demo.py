@@ -12,11 +12,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from deploy.common.app_folder import write_app
-from deploy.common.flower_cli import CONNECTION
 from deploy.common.units import clock
 from deploy.local.federation import Federation, federation
-from deploy.local.progress import Progress, follow
 from deploy.local.proxy import Traffic
 from deploy.local.report import Result, as_facts, markdown, samples, summarise, table
 from deploy.status import write_page
@@ -96,7 +93,7 @@ def run_demo(
         console.print(
             f"[bold]FedTune demo[/bold]: {nodes} nodes, {', '.join(methods)}; all that is written goes to {out}"
         )
-        console.print("Starting a SuperLink and the nodes: TLS, node keys, gRPC, free loopback ports …")
+        console.print("Starting `fedtune serve` and a `fedtune join` for each node …")
         with federation(out / "federation", {f"node-{i}": file for i, file in enumerate(node_files)}) as running:
             console.print(
                 f"All {nodes} nodes are online after {clock(time.monotonic() - started)}; logs: {out}/federation/logs"
@@ -108,7 +105,7 @@ def run_demo(
                 on_results(results)
                 console.print(f"The whole demo took {clock(time.monotonic() - started)}.")
                 if keep:
-                    _wait(running, out, console)
+                    _wait(running, console)
             finally:
                 console.print("Stopping the federation …")
 
@@ -143,18 +140,9 @@ def _config(method: str, model: str, nodes: int, out: Path, changes: Mapping[str
 def _tune(running: Federation, config: Mapping[str, Scalar], console: Console) -> Result:
     folder = Path(str(config["run.dir"]))
     method = folder.name
-    app = write_app(folder.parent / "app", config)
     remove_folder(folder)
-    before = running.traffic()
-    started = time.time()
-    run_id = running.submit(app, config)
-    follow(
-        running,
-        run_id,
-        folder,
-        Progress(method, int(config["num-server-rounds"]), len(running.nodes), started),
-        console,
-    )
+    before, started = running.traffic(), time.time()
+    running.tune(config, to_stderr=console.stderr)
     after = running.traffic()
     traffic = sum((after[node] - before[node] for node in after), Traffic())
     result = summarise(folder, method, len(running.nodes), traffic, time.time() - started)
@@ -212,11 +200,9 @@ def show_results(results: Sequence[Result], out: Path, console: Console) -> None
     console.print(f"To look at: {out / 'status.html'}", highlight=False)
 
 
-def _wait(running: Federation, app: Path, console: Console) -> None:
-    home = running.environment["FLWR_HOME"]
-    console.print(
-        f"The federation goes on until Ctrl-C. In another terminal: FLWR_HOME={home} flwr run {app} {CONNECTION}"
-    )
+def _wait(running: Federation, console: Console) -> None:
+    home = running.environment["FEDTUNE_HOME"]
+    console.print(f"The federation runs until Ctrl-C. In another terminal: FEDTUNE_HOME={home} fedtune run")
     while True:
         running.check()
         time.sleep(1.0)

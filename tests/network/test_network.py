@@ -40,7 +40,8 @@ def submit(running, settings):
 
 def workers(running):
     """Workers of a federation's nodes: the last word of their command is their SuperNode's process id."""
-    hosts = {str(process.pid) for process in running.nodes.values()}
+    joined = [psutil.Process(process.pid) for process in running.nodes.values() if process.poll() is None]
+    hosts = {str(child.pid) for process in joined for child in process.children()}
     found = []
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or [""]

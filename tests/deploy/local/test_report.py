@@ -1,20 +1,13 @@
 import io
-import re
-import threading
-import time
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from deploy.common.flower_cli import RunStatus
 from deploy.common.units import clock, size
-from deploy.local import progress
 from deploy.local.demo import _deal, _write, show_results
-from deploy.local.progress import Progress, follow
 from deploy.local.proxy import Traffic
 from deploy.local.report import markdown, samples, summarise
-from fedtune_strategies.errors import DataError, FingerprintError, NodesError, RunError
+from fedtune_strategies.errors import DataError, RunError
 from server_app.ledger import Ledger
 
 
@@ -23,7 +16,7 @@ def evaluation(loss, answer):
     return {"eval/loss": loss, "eval/perplexity": 2.0**loss, "eval/rougeL": 1 / loss, "answers": answers}
 
 
-def write_run(folder, pause=0.0, ending="finished"):
+def write_run(folder, finished=True):
     """Write what a run of two rounds with two nodes writes."""
     ledger = Ledger(folder)
     ledger.append("start")
@@ -32,13 +25,10 @@ def write_run(folder, pause=0.0, ending="finished"):
         ledger.append("asked", round=number, body={"nodes": ["node-0", "node-1"]})
         for node in ("node-0", "node-1"):
             ledger.append("reply", round=number, node=node, body={"peak_memory": 100_000_000 * number, "loss": 3.0})
-        time.sleep(pause)
         ledger.append("round", round=number, body={"metrics": {"train/loss": 3.5 / number}, "files": {}})
         ledger.append("evaluation", round=number, body=evaluation(4.0 - number, "after"))
-    if ending == "finished":
+    if finished:
         ledger.append("finished", round=2, body={"model": str(folder / "model")})
-    elif ending == "failed":
-        ledger.append("failed", body={"exit_code": FingerprintError.exit_code, "message": "another base model"})
     ledger.close()
 
 
@@ -48,43 +38,6 @@ def results(tmp_path):
         write_run(tmp_path / method)
     traffic = {"fedkseed": Traffic(7_200, 72_000), "fedcybgd": Traffic(4_000_000, 40_000_000)}
     return [summarise(tmp_path / name, name, 2, traffic[name], 61.0) for name in traffic]
-
-
-class Running:
-    """A federation whose run writes its ledger in a thread."""
-
-    def __init__(self, folder, state="finished:completed", **kwargs):
-        self.thread = threading.Thread(target=write_run, args=(folder,), kwargs=kwargs)
-        self.thread.start()
-        self.state = state
-        self.bytes = 0
-
-    def check(self):
-        pass
-
-    def alive(self):
-        return ["node-0", "node-1"]
-
-    def traffic(self):
-        self.bytes += 500
-        return {"node-0": Traffic(self.bytes, 2 * self.bytes), "node-1": Traffic(self.bytes, 2 * self.bytes)}
-
-    def status(self, run_id):
-        return RunStatus("running" if self.thread.is_alive() else self.state, "some details")
-
-    def run_log(self, run_id):
-        return "first\n\nsecond\nthird\nfourth\n"
-
-
-def followed(running, folder, monkeypatch, terminal=False):
-    monkeypatch.setattr(progress, "LOOK_EVERY", 0.02)
-    monkeypatch.setattr(progress, "ASK_EVERY", 0.2)
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=100, color_system=None)
-    try:
-        follow(running, 7, folder, Progress("fedkseed", 2, 2, time.time()), console)
-    finally:
-        running.thread.join()
-    return console.file.getvalue()
 
 
 def test_figures_are_those_of_the_ledger_and_the_connections(results):
@@ -130,51 +83,9 @@ def test_the_demo_ends_with_table_samples_and_the_path_of_every_model(results, t
 
 
 def test_an_unfinished_run_has_no_result(tmp_path):
-    write_run(tmp_path, ending="")
+    write_run(tmp_path, finished=False)
     with pytest.raises(RunError, match="no result yet"):
         summarise(tmp_path, "fedkseed", 2, Traffic(), 1.0)
-
-
-def test_following_prints_a_line_for_each_evaluation(tmp_path, monkeypatch):
-    lines = followed(Running(tmp_path, pause=0.2), tmp_path, monkeypatch).splitlines()
-    assert len(lines) == 3
-    assert re.search(
-        r"^fedkseed +round 2/2, 0:00 left, loss 1.750, held-out 2.000, 2/2 nodes, up .* kB, down", lines[-1]
-    )
-
-
-def test_following_on_a_terminal_shows_one_live_line(tmp_path, monkeypatch):
-    text = followed(Running(tmp_path, pause=0.5), tmp_path, monkeypatch, terminal=True)
-    assert "round 1/2" in text and "held-out 3.000" in text
-
-
-def test_the_error_that_the_server_recorded_is_raised_again(tmp_path, monkeypatch):
-    running = Running(tmp_path, state="finished:failed", ending="failed")
-    with pytest.raises(FingerprintError, match=r"^another base model$"):
-        followed(running, tmp_path, monkeypatch)
-
-
-def test_a_run_that_died_without_a_word_is_quoted_from_its_log(tmp_path, monkeypatch):
-    running = Running(tmp_path, state="finished:failed", ending="")
-    with pytest.raises(RunError, match=r"run 7 ended as finished:failed \(some details\).*second / third / fourth"):
-        followed(running, tmp_path, monkeypatch)
-
-
-def test_a_federation_that_breaks_ends_the_following(tmp_path, monkeypatch):
-    running = Running(tmp_path)
-    running.check = lambda: (_ for _ in ()).throw(NodesError("no node is left"))
-    with pytest.raises(NodesError):
-        followed(running, tmp_path, monkeypatch)
-
-
-def test_time_left_follows_the_pace_of_the_rounds():
-    shown = Progress("fedkseed", 10, 4, started=time.time() - 30)
-    record = SimpleNamespace(kind="round", body={"metrics": {}})
-    assert shown.seconds_left() is None
-    for number in (1, 2, 3):
-        shown.take(SimpleNamespace(**vars(record), round=number, time=time.time() - 15 + 5 * number))
-    assert shown.seconds_left() == pytest.approx(35, abs=1)
-    assert "0:3" in shown.line()
 
 
 def test_sizes_and_times_are_for_people():
