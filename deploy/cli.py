@@ -6,7 +6,7 @@ The commands themselves stand in `deploy.commands`, a module per group; here the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import click
 import typer
@@ -18,10 +18,10 @@ from deploy.commands.configuration import config
 from deploy.commands.demo import demo
 from deploy.commands.join import join, leave
 from deploy.commands.keys import keys
-from deploy.commands.machine import bench, doctor, plan, version
+from deploy.commands.machine import bench, doctor, plan, show_version, version
 from deploy.commands.models import evaluate, export
 from deploy.commands.parts import parts
-from deploy.commands.runs import resume, run, status, stop
+from deploy.commands.runs import resume, run, runs, status, stop
 from deploy.commands.serve import nodes_app, serve
 from fedtune_strategies.errors import FedTuneError, ResourceError
 
@@ -42,8 +42,8 @@ class _Commands(TyperGroup):
                 raise
             typer.echo(f"fedtune: {error.filename}: {error.strerror}; choose another folder, or free space", err=True)
             raise SystemExit(ResourceError.exit_code) from None
-        except KeyboardInterrupt:
-            typer.echo("fedtune: stopped", err=True)
+        except KeyboardInterrupt as interrupt:
+            typer.echo(f"fedtune: {str(interrupt) or 'stopped'}", err=True)
             raise SystemExit(INTERRUPTED) from None
 
 
@@ -61,7 +61,7 @@ app = typer.Typer(
 # The panels of `fedtune --help`, in the order in which they are shown.
 PANELS: dict[str, list[Callable[..., None]]] = {
     "Try it": [demo],
-    "Operators": [serve, run, status, stop, resume, plan, export, evaluate, compare, parts, keys],
+    "Operators": [serve, run, status, runs, stop, resume, plan, export, evaluate, compare, parts, keys],
     "Device owners": [join, leave, doctor],
     "Everybody": [config, bench, version],
 }
@@ -71,6 +71,15 @@ for panel, commands in PANELS.items():
         app.command(NAMES.get(command), rich_help_panel=panel)(command)
 app.add_typer(nodes_app, name="nodes", rich_help_panel="Operators")
 app.add_typer(ledger.app, name="ledger", rich_help_panel="Operators")
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of ``fedtune`` itself."""
 
 
 def main() -> None:

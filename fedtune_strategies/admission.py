@@ -19,6 +19,7 @@ from fedtune_strategies.errors import FedTuneError, FingerprintError, NodesError
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.door import refusing
 from fedtune_strategies.protocol.flower import answer, query
+from fedtune_strategies.words import counted
 
 log = logging.getLogger("fedtune")
 
@@ -148,9 +149,9 @@ class Admission:
         )
         kind = type(errors[0]) if errors and len({type(error) for error in errors}) == 1 else NodesError
         if reasons:
-            return kind(f"{found} of {count} nodes can take part. Refused: {reasons}")
+            return kind(f"{found} of {counted(count, 'node')} can take part. Refused: {reasons}")
         return NodesError(
-            f"{found} of {count} nodes joined within {wait:.0f} s: "
+            f"{found} of {counted(count, 'node')} joined within {wait:.0f} s: "
             "start more nodes, lower 'strategy.min-nodes' or raise 'round.node-wait'."
         )
 
@@ -200,7 +201,7 @@ class Admission:
 
     def _join(self, node: Node) -> None:
         self.nodes[node.id] = node
-        self._event("joined", node.name, f"joined with {node.num_examples} examples")
+        self._event("joined", node.name, f"joined with {counted(node.num_examples, 'example')}")
 
     def _is_taken(self, name: str) -> bool:
         return any(node.name == name for node in self.nodes.values())

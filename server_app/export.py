@@ -12,6 +12,7 @@ from fedtune_strategies.folders import check_ours, make_folder, publish_folder, 
 from fedtune_strategies.language.model import LanguageModel, base_tensors, load_model, save_model
 from fedtune_strategies.method import register_messages
 from fedtune_strategies.seed_space import tuned_parameters
+from fedtune_strategies.words import counted
 from server_app.ledger import TRAFFIC, Ledger
 from server_app.rounds import restore
 
@@ -132,7 +133,8 @@ def open_run(run: Path, ledger: Ledger) -> tuple[Config, LanguageModel, Callable
         done, arrays = restore(strategy, ledger, round)
         if round not in (None, done):
             raise LedgerError(
-                f"the run in {run} has {done} rounds, not {round}: choose one of them, or 0 for the base model."
+                f"the run in {run} has {counted(done, 'round')}, not {round}: "
+                "choose one of them, or 0 for the base model."
             )
         strategy.materialise(arrays, tuned_parameters(language.model))
         return done
@@ -171,8 +173,9 @@ def model_card(config: Config, ledger: Ledger, round: int, without: Sequence[str
         "---",
         f"# {Path(config.model.name).name}, tuned by {config.method.name}",
         "",
-        f"{tuned} of `{name}` were tuned with FedTune over {round} rounds on the data of "
-        f"{len(nodes)} nodes, which did not leave them. The nodes and the server exchanged {sent:,} bytes of payload.",
+        f"{tuned} of `{name}` were tuned with FedTune over {counted(round, 'round')} on the data of "
+        f"{counted(len(nodes), 'node')}, which did not leave them. "
+        f"The nodes and the server exchanged {sent:,} bytes of payload.",
         *(["", f"What these nodes contributed was left out afterwards: {', '.join(without)}."] if without else []),
         "",
         "| round | held-out loss (nats a token) | perplexity | Rouge-L |",

@@ -18,6 +18,7 @@ from fedtune_strategies.method import register_messages
 from fedtune_strategies.seed_space import tuned_parameters
 from fedtune_strategies.strategy import TuningStrategy
 from fedtune_strategies.testing import InMemoryGrid
+from fedtune_strategies.words import counted
 from server_app.export import export_model
 from server_app.ledger import Ledger, Record
 from server_app.rounds import as_messages, restore
@@ -88,7 +89,7 @@ def replay(run: Path, without: Collection[str] = (), round: int | None = None, o
         done, kept = record.round, kept + len(replies)
         left_out += len(record.body["replies"]) - len(replies)
     if round not in (None, done):
-        raise LedgerError(f"the run in {run} has {done} rounds, not {round}: choose one of them.")
+        raise LedgerError(f"the run in {run} has {counted(done, 'round')}, not {round}: choose one of them.")
     recorded = register_messages(config.method.name).strategy(config, language.model, base)
     was = recorded.materialise(restore(recorded, ledger, done)[1], parameters)
     if strategy.materialise(arrays, parameters) != was and not without:

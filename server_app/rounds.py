@@ -23,6 +23,7 @@ from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.door import refusing
 from fedtune_strategies.protocol.records import from_record, to_record
 from fedtune_strategies.strategy import TuningStrategy
+from fedtune_strategies.words import counted
 from server_app.ledger import Ledger, Record
 from server_app.node_status import node_status
 
@@ -262,7 +263,7 @@ def _accept(number: int, received: NodeReply, check: Callable[[int, protocol.Mes
 def _commit(number: int, strategy: TuningStrategy, replies: list[Record], ledger: Ledger) -> ArrayRecord:
     arrays, metrics = strategy.aggregate_train(number, as_messages(replies, ledger))
     if arrays is None:
-        raise NodesError(f"round {number}: the strategy made no model of {len(replies)} replies.")
+        raise NodesError(f"round {number}: the strategy made no model of {counted(len(replies), 'reply', 'replies')}.")
     state = strategy.state()
     files = {label: ledger.put_file(tensors) for label, tensors in state.files.items()}
     facts: dict[str, Any] = {

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from deploy.commands.output import Format, FormatOption, console, show
+from deploy.commands.output import Format, FormatOption, RunArgument, console, show
 
 
 def compare(
-    run: Annotated[Path, typer.Option(help="The run's folder, `run.dir`.")],
+    run: RunArgument = None,
     first: Annotated[int, typer.Option("--from", min=0, help="A round; 0 for the base model.")] = 0,
     second: Annotated[int | None, typer.Option("--to", min=0, help="Another one; the last one by default.")] = None,
     top: Annotated[int, typer.Option(min=0, help="So many of the most changed tensors are shown.")] = 10,
     form: FormatOption = Format.text,
 ) -> None:
     """Say how far a run's model moved from one round to another, and which tensors moved most."""
+    from deploy.operator.runs import find_run
     from server_app.compare import compare_rounds
 
-    change = compare_rounds(run, first, second)
+    change = compare_rounds(find_run(run), first, second)
 
     def as_text() -> None:
         console.print(

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from deploy.commands.output import Format, FormatOption, NodeSetOption, agree, console, log, setting, show, words
 from fedtune_strategies.errors import ConfigError
+from fedtune_strategies.words import counted
 
 NameOption = Annotated[str | None, typer.Option("--name", help="Which federation, where this machine joined several.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Agree without being asked.")]
@@ -55,6 +56,7 @@ def join(
 
     Next time `fedtune join` alone is enough. `fedtune leave` gives the membership back.
     """
+    from deploy.common.processes import told_on_ctrl_c
     from deploy.monitoring.node import node_page
     from deploy.owner.join import find_membership
     from deploy.owner.node import run_node
@@ -79,8 +81,9 @@ def join(
         for line in install(membership):
             words(form).print(line, markup=False)
         return
-    log(f"{membership.name} takes part at {membership.address}; Ctrl-C stops it, `fedtune leave` ends it")
-    with node_page(membership.folder, metrics):
+    log(f"{membership.name} takes part at {membership.address}; Ctrl-C pauses it, `fedtune leave` ends it")
+    paused = "paused: you are still a member; `fedtune join` takes part again, `fedtune leave` ends it"
+    with told_on_ctrl_c(paused), node_page(membership.folder, metrics):
         run_node(membership, log)
 
 
@@ -142,7 +145,7 @@ def _tell(membership: Any, offer: dict[str, Any], out: Console) -> None:
     rows = read_rows(own.data, own.format, own.columns, own.skip_bad)
     out.print(f"[bold]You are invited[/bold] to {escape(membership.address)} as [bold]{membership.name}[/bold].\n")
     usable = "bad rows left out" if own.skip_bad else "all readable"
-    told = [("your data", f"{own.data}: {len(rows)} examples, {usable}")]
+    told = [("your data", f"{own.data}: {counted(len(rows), 'example')}, {usable}")]
     told += [("model", base_model(membership, offer)), *terms(offer)]
     for label, text in told:
         out.print(f"  {label:12}{text}", markup=False)

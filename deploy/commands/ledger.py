@@ -9,21 +9,23 @@ from typing import Annotated
 
 import typer
 
-from deploy.commands.output import Format, FormatOption, console, show
+from deploy.commands.output import Format, FormatOption, RunArgument, console, show
 from fedtune_strategies.errors import LedgerError
+from fedtune_strategies.words import counted
 
 app = typer.Typer(no_args_is_help=True, help="Look into the record of a run, check it, and fold it anew.")
 
-Run = Annotated[Path, typer.Argument(help="The run's folder, `run.dir`.")]
 # Facts that `show` prints first where a record has them; the others follow.
 _FIRST = ("reason", "message", "train/loss", "loss", "eval/loss")
 
 
 @app.command()
-def verify(run: Run, form: FormatOption = Format.text) -> None:
+def verify(run: RunArgument = None, form: FormatOption = Format.text) -> None:
     """Check every record and every file of a run against its hash. Changes nothing; works while the run goes on."""
+    from deploy.operator.runs import find_run
     from server_app.ledger import Ledger
 
+    run = find_run(run)
     ledger = Ledger.read(run)
     if found := ledger.damage():
         raise LedgerError(f"{run}: {found}. The next start of the run cuts a damaged end back; or restore a backup.")
@@ -31,15 +33,17 @@ def verify(run: Run, form: FormatOption = Format.text) -> None:
     for name in names:
         ledger.check_file(name)
     records = sum(1 for _ in ledger.records())
-    line = f"{run}: {records} records and {len(names)} files, all as they were written"
+    line = f"{run}: {counted(records, 'record')} and {counted(len(names), 'file')}, all as they were written"
     show({"run": run, "records": records, "files": len(names)}, form, lambda: console.print(line))
 
 
 @app.command()
-def cut(run: Run, form: FormatOption = Format.text) -> None:
+def cut(run: RunArgument = None, form: FormatOption = Format.text) -> None:
     """Go back to the last record before the damage, even if good ones follow it. The damaged file is kept."""
+    from deploy.operator.runs import find_run
     from server_app.ledger import Ledger
 
+    run = find_run(run)
     ledger = Ledger(run, cut_anywhere=True)
     newest = ledger.last("cut")
     ledger.close()
@@ -50,16 +54,17 @@ def cut(run: Run, form: FormatOption = Format.text) -> None:
 
 @app.command("show")
 def show_records(
-    run: Run,
+    run: RunArgument = None,
     kind: Annotated[str | None, typer.Option(help="Only this kind, such as `reply`, `round` or `refused`.")] = None,
     node: Annotated[str | None, typer.Option(help="Only this node.")] = None,
     round: Annotated[int | None, typer.Option(min=0, help="Only this round.")] = None,
     form: FormatOption = Format.text,
 ) -> None:
     """List what happened in a run, one line for each record."""
+    from deploy.operator.runs import find_run
     from server_app.ledger import Ledger
 
-    records = [one for one in Ledger.read(run).records(kind, round=round) if node in (None, one.node)]
+    records = [one for one in Ledger.read(find_run(run)).records(kind, round=round) if node in (None, one.node)]
     facts = [
         {"seq": one.seq, "time": one.time, "kind": one.kind, "round": one.round, "node": one.node, **one.body}
         for one in records
@@ -80,7 +85,7 @@ def show_records(
 
 @app.command()
 def replay(
-    run: Run,
+    run: RunArgument = None,
     without: Annotated[list[str] | None, typer.Option(help="A node to leave out; repeat for several.")] = None,
     round: Annotated[int | None, typer.Option(min=1, help="Fold up to this round; the last one by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="Export the model into this folder.")] = None,
@@ -91,12 +96,14 @@ def replay(
     What a node left out had told the others through the weights stays in what they answered: this takes away its own
     contributions, and is not the run that would have been without it.
     """
+    from deploy.operator.runs import find_run
     from server_app.replay import replay as fold
 
+    run = find_run(run)
     if without and out is None:
         raise LedgerError("--without makes another model: name a folder for it with --out.")
     done = fold(run, without or (), round, out)
-    told = f"{done.rounds} rounds, {done.kept} replies"
+    told = f"{counted(done.rounds, 'round')}, {counted(done.kept, 'reply', 'replies')}"
     if without:
         line = f"{out}: the model of {told}, without {done.left_out} of {', '.join(without)}"
     else:

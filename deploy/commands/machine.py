@@ -12,10 +12,18 @@ import typer
 from rich.table import Table
 
 from deploy.commands.output import Format, FormatOption, NodeSetOption, SetOption, console, setting, show
+from fedtune_strategies.words import counted
 
 ModelOption = Annotated[str, typer.Option(help="Base model: folder, Hub id, or `fedtune-tiny`.")]
 EXAMPLES = 1000  # of a node, where nobody says
 DeviceOption = Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")]
+
+
+def show_version(wanted: bool) -> None:
+    """Print FedTune's version and end, where ``--version`` is given."""
+    if wanted:
+        console.print(f"fedtune {installed_version('fedtune')}")
+        raise typer.Exit()
 
 
 def version(form: FormatOption = Format.text) -> None:
@@ -206,5 +214,5 @@ def _print_plan(facts: dict[str, Any]) -> None:
     table.add_row("whole run", *times("run_seconds"))
     marks = ["[green]✓[/green]" if row["fits"] else "[red]✗[/red]" for row in facts["methods"]]
     table.add_row(f"fits in {size(facts['memory'])}", *marks)
-    console.print(f"{facts['model']}, {facts['nodes']} nodes")
+    console.print(f"{facts['model']}, {counted(facts['nodes'], 'node')}")
     console.print(table)

@@ -7,56 +7,67 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy.commands.output import Format, FormatOption, console, show
+from deploy.commands.output import Format, FormatOption, RunArgument, console, show
+
+# What `eval` prints: label, fact, number format.
+FIGURES = [
+    ("held-out loss", "eval/loss", ".4f"),
+    ("perplexity", "eval/perplexity", ".2f"),
+    ("Rouge-L", "eval/rougeL", ".3f"),
+    ("examples", "examples", ","),
+    ("tokens", "tokens", ","),
+]
 
 
 def export(
-    run: Annotated[Path, typer.Option(help="The run's folder, `run.dir`.")],
     out: Annotated[Path, typer.Option(help="Folder to write; an earlier export there is replaced.")],
+    run: RunArgument = None,
     round: Annotated[
         int | None, typer.Option(min=0, help="The round; the last one by default, 0 for the base model.")
     ] = None,
     form: FormatOption = Format.text,
 ) -> None:
     """Write the model after any round of a run as a Hugging Face folder, also while the run goes on."""
+    from deploy.operator.runs import find_run
     from server_app.export import export_round
 
-    done = export_round(run, round, out)
+    done = export_round(find_run(run), round, out)
     show({"model": out, "round": done}, form, lambda: typer.echo(f"{out}: the model after round {done}"))
 
 
 def evaluate(
     data: Annotated[Path, typer.Option(help="Held-out examples, in any format that nodes may use.", exists=True)],
-    model: Annotated[str, typer.Option(help="A model folder or Hub id.")] = "",
-    run: Annotated[Path | None, typer.Option(help="A run's folder instead: its model after `--round`.")] = None,
-    round: Annotated[int | None, typer.Option(min=0, help="The round of `--run`; the last one by default.")] = None,
+    run: RunArgument = None,
+    model: Annotated[str, typer.Option(help="A model folder or Hub id instead of a run.")] = "",
+    round: Annotated[int | None, typer.Option(min=0, help="The round; the last one by default.")] = None,
     answers: Annotated[int, typer.Option(min=0, help="Examples answered for Rouge-L; 0 for none.")] = 64,
     seq_length: Annotated[int, typer.Option(min=8, help="Longest sequence in tokens.")] = 256,
     data_format: Annotated[str, typer.Option("--data-format", help="Format of the data.")] = "auto",
     form: FormatOption = Format.text,
 ) -> None:
-    """Measure loss, perplexity and Rouge-L of a model, or of a run after any round, on a file of yours."""
+    """Measure loss, perplexity and Rouge-L of a run after any round, or of any model, on a file of yours."""
     import tempfile
 
+    from deploy.operator.runs import find_run
     from fedtune_strategies.errors import ConfigError
 
-    if bool(model) == bool(run):
-        raise ConfigError("name either --model or --run")
+    if model and (run or round is not None):
+        raise ConfigError("name either a run or --model")
     settings = {"eval.data": str(data), "eval.format": data_format, "eval.answers": answers}
     settings["train.seq-length"] = seq_length
     with tempfile.TemporaryDirectory() as folder:
-        if run:
+        if not model:
             from server_app.export import export_round
 
-            export_round(run, round, Path(folder) / "model")
+            export_round(find_run(run), round, Path(folder) / "model")
             model = str(Path(folder) / "model")
         facts = _evaluated(model, settings)
     del facts["answers"]
 
     def as_text() -> None:
-        for name in ("eval/loss", "eval/perplexity", "eval/rougeL", "examples", "tokens"):
+        for label, name, form in FIGURES:
             if name in facts:
-                console.print(f"{name:18}{facts[name]:.4g}")
+                console.print(f"{label:18}{facts[name]:{form}}")
 
     show(facts, form, as_text)
 

@@ -7,6 +7,7 @@ import time
 import tomllib
 from collections.abc import Callable
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -24,6 +25,11 @@ class Format(StrEnum):
     json = "json"
 
 
+# The one argument of every command about a run.
+RunArgument = Annotated[
+    Path | None,
+    typer.Argument(help="The run's name, as `fedtune runs` lists it, or its folder. Default: the newest run."),
+]
 # The one option of every command that prints facts.
 FormatOption = Annotated[Format, typer.Option("--format", help="For a person, or as one JSON document on stdout.")]
 

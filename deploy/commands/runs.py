@@ -10,16 +10,25 @@ from typing import Annotated, Any
 
 import typer
 from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
 
-from deploy.commands.output import Format, FormatOption, SetOption, console, errors, log, setting, show
+from deploy.commands.output import (
+    Format,
+    FormatOption,
+    RunArgument,
+    SetOption,
+    console,
+    errors,
+    log,
+    setting,
+    show,
+)
 from deploy.commands.serve import FolderOption
 from deploy.common.paths import server_folder
-from fedtune_strategies.config import Scalar, defaults
+from fedtune_strategies.config import Scalar, defaults, keys
 from fedtune_strategies.method import installed_methods
 
-RunArgument = Annotated[
-    Path | None, typer.Argument(help="The run's folder, or its name below `~/.fedtune/runs`. Default: the newest run.")
-]
 DetachOption = Annotated[bool, typer.Option("--detach", help="Submit and return; `fedtune status` shows the rest.")]
 
 
@@ -52,17 +61,18 @@ def run(
     control, _ = running(folder or server_folder())
     given: dict[str, Scalar | None] = {
         "method.name": method or None,
-        "model.name": _model(model) or None,
-        "eval.data": str(held_out.expanduser().resolve()) if held_out else None,
+        "model.name": model or None,
+        "eval.data": str(held_out) if held_out else None,
         "eval.format": data_format if held_out else None,
         "num-server-rounds": rounds,
         "strategy.min-nodes": min_nodes,
-        "run.dir": str(out.expanduser().resolve()) if out else None,
+        "run.dir": str(out) if out else None,
     }
     settings: dict[str, Scalar] = _from_file(config) | dict(map(setting, changes or []))
     settings |= {key: value for key, value in given.items() if value is not None}
     settings.setdefault("method.name", defaults()["method.name"])
     settings.setdefault("run.dir", str(new_folder(str(settings["method.name"]))))
+    settings = _with_absolute_paths(settings)
     _preflight(control, settings)
     _tune(control, settings, detach, form)
 
@@ -90,6 +100,21 @@ def stop(run: RunArgument = None, folder: FolderOption = None, form: FormatOptio
     stop_run(control, found)
     line = f"Stopped {found}; `fedtune resume {found}` goes on with it"
     show({"folder": found, "state": "stopped"}, form, lambda: console.print(line, markup=False))
+
+
+def runs(
+    most: Annotated[int, typer.Option("--most", min=1, help="So many, the newest first.")] = 20,
+    form: FormatOption = Format.text,
+) -> None:
+    """List the runs on this machine, the newest first. Other commands take a run by its name, or the newest."""
+    from deploy.common.paths import runs_folder
+    from deploy.status.view import RunView, newest_runs
+
+    views = [RunView(folder) for folder in newest_runs(runs_folder(), most)]
+    for view in views:
+        view.follow()
+    found = [_brief(view.report()) for view in views]
+    show(found, form, lambda: _print_runs(found))
 
 
 def status(
@@ -126,6 +151,22 @@ def status(
             time.sleep(0.5)
             view.update()
             live.update(Screen(view), refresh=True)
+
+
+def _brief(report: dict[str, Any]) -> dict[str, Any]:
+    """What the list of runs says of one."""
+    kept = {key: report["run"][key] for key in ("name", "method", "model", "state", "round", "rounds", "started")}
+    losses = [one["loss"] for one in report["evaluations"] if one["loss"] is not None]
+    return kept | {"loss_before": losses[0] if losses else None, "loss": losses[-1] if losses else None}
+
+
+def _print_runs(found: list[dict[str, Any]]) -> None:
+    table = Table("run", "method", "state", "rounds", "held-out loss", box=None, header_style="bold", pad_edge=False)
+    for one in found:
+        loss = "-" if one["loss"] is None else f"{one['loss_before']:.3f} → {one['loss']:.3f}"
+        rounds = f"{one['round']}/{one['rounds']}"
+        table.add_row(escape(one["name"]), escape(one["method"]), one["state"], rounds, loss)
+    console.print(table if found else "No run yet: `fedtune run` starts one", soft_wrap=False)
 
 
 def _tune(control: Any, settings: dict[str, Scalar], detach: bool, form: Format) -> None:
@@ -180,10 +221,13 @@ def _checks(control: Any, settings: dict[str, Scalar]) -> Iterator[Any]:
     yield check("nodes", lambda: who_is_there(control, settings))
 
 
-def _model(name: str) -> str:
-    """Make a folder's path absolute: the ServerApp starts elsewhere."""
-    folder = Path(name).expanduser()
-    return str(folder.resolve()) if name and folder.is_dir() else name
+def _with_absolute_paths(settings: dict[str, Scalar]) -> dict[str, Scalar]:
+    """Make the paths of a run's settings absolute: the ServerApp starts elsewhere."""
+    method = str(settings["method.name"])
+    paths = {key.name for key in keys(method, settings) if key.path and settings.get(key.name)}
+    if Path(str(settings.get("model.name", ""))).expanduser().is_dir():  # else it is the name of a model
+        paths.add("model.name")
+    return settings | {key: str(Path(str(settings[key])).expanduser().resolve()) for key in paths & set(settings)}
 
 
 def _from_file(file: Path | None) -> dict[str, Scalar]:

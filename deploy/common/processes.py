@@ -121,6 +121,15 @@ def termination_as_exit() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def told_on_ctrl_c(line: str) -> Iterator[None]:
+    """Let Ctrl-C end with a line that says what goes on without this command."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(line) from None
+
+
 def free_port() -> int:
     """A port on 127.0.0.1 that nobody uses.
 

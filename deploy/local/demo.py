@@ -20,6 +20,7 @@ from deploy.status import write_page
 from fedtune_strategies.config import Scalar, parse
 from fedtune_strategies.errors import ConfigError, DataError, ResourceError
 from fedtune_strategies.folders import check_ours, make_folder, remove_folder
+from fedtune_strategies.words import counted
 
 # What suits the embedded model and two cores; everything else is as in the run configuration.
 COMMON: dict[str, Scalar] = {"train.seq-length": 64, "eval.answers": 45, "eval.max-new-tokens": 20}
@@ -91,7 +92,8 @@ def run_demo(
     with _alone(out):
         node_files, _ = _data(out / "data", nodes, data)
         console.print(
-            f"[bold]FedTune demo[/bold]: {nodes} nodes, {', '.join(methods)}; all that is written goes to {out}"
+            f"[bold]FedTune demo[/bold]: {counted(nodes, 'node')}, {', '.join(methods)}; "
+            f"all that is written goes to {out}"
         )
         console.print("Starting `fedtune serve` and a `fedtune join` for each node …")
         with federation(out / "federation", {f"node-{i}": file for i, file in enumerate(node_files)}) as running:

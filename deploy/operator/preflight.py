@@ -17,13 +17,14 @@ from fedtune_strategies.language.data import read_rows
 from fedtune_strategies.language.model import check_model
 from fedtune_strategies.language.model_files import count_parameters, model_folder, weight_files
 from fedtune_strategies.method import load_method
+from fedtune_strategies.words import counted
 
 
 def with_config(settings: Mapping[str, Scalar]) -> str:
     """Check the run configuration."""
     config = parse(settings)
     own = len(settings.keys() - {"run.dir", "method.name", "model.name", "num-server-rounds"})
-    return f"{config.method.name}, {config.num_server_rounds} rounds, {own} other keys set"
+    return f"{config.method.name}, {counted(config.num_server_rounds, 'round')}, {counted(own, 'other key')} set"
 
 
 def run_model(settings: Mapping[str, Scalar]) -> str:
@@ -50,7 +51,7 @@ def held_out_data(settings: Mapping[str, Scalar]) -> str | None:
     config = parse(settings).eval
     if not config.data:
         return None
-    return f"{config.data}: {len(read_rows(Path(config.data), config.format))} examples"
+    return f"{config.data}: {counted(len(read_rows(Path(config.data), config.format)), 'example')}"
 
 
 def room(settings: Mapping[str, Scalar]) -> str:

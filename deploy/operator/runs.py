@@ -36,10 +36,12 @@ def find_run(run: Path | None) -> Path:
     LedgerError
         There is none.
     """
-    for folder in [run, runs_folder() / run] if run else [runs_folder()]:
+    for folder in [run.expanduser(), runs_folder() / run] if run else [runs_folder()]:
         if folder.is_dir() and (found := newest_runs(folder)):
             return found[0]
-    raise LedgerError(f"no run in {run or runs_folder()}: name the run's folder ('run.dir')")
+    if run is None:
+        raise LedgerError(f"no run in {runs_folder()} yet: `fedtune run` starts one; or name a run's folder")
+    raise LedgerError(f"no run in {run}: `fedtune runs` lists the names; or name a run's folder ('run.dir')")
 
 
 def settings_of(folder: Path) -> dict[str, Scalar]:

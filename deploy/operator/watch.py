@@ -13,6 +13,7 @@ from rich.text import Text
 
 from deploy.common.units import clock, size
 from deploy.status.view import RunView
+from fedtune_strategies.words import counted
 
 BARS = "▁▂▃▄▅▆▇█"
 COLOURS = {"finished": "green", "running": "cyan", "failed": "red"}
@@ -104,7 +105,7 @@ def _figures(report: dict[str, Any]) -> Table:
     grid.add_row(
         "  nodes",
         f"{totals['nodes_alive']} of {totals['nodes']} alive",
-        f"{totals['replies']} replies, {totals['refused']} refused",
+        f"{counted(totals['replies'], 'reply', 'replies')}, {totals['refused']} refused",
     )
     grid.add_row("  payload", f"up {size(totals['bytes_up'])}", f"down {size(totals['bytes_down'])}")
     return grid

@@ -20,6 +20,7 @@ from deploy.common.units import size
 from deploy.owner.join import Membership, ask
 from fedtune_strategies.config.node import NodeConfig
 from fedtune_strategies.errors import ConfigError, LinkError, ResourceError
+from fedtune_strategies.words import counted
 
 PACKAGES = {"flwr": "1.39", "torch": "", "transformers": "", "grpcio": "", "numba": ""}
 OPTIONAL = {"numba": "rebuilding the model will be slow: pip install 'fedtune[cpu]'"}
@@ -125,7 +126,7 @@ def _data(own: NodeConfig) -> str:
     from fedtune_strategies.language.data import read_rows
 
     rows = read_rows(own.data, own.format, own.columns, own.skip_bad)
-    return f"{own.data}: {len(rows)} examples, {'bad rows left out' if own.skip_bad else 'all readable'}"
+    return f"{own.data}: {counted(len(rows), 'example')}, {'bad rows left out' if own.skip_bad else 'all readable'}"
 
 
 def _model(model: str) -> str:

@@ -117,6 +117,8 @@ class Key:
         One sentence.
     accepted : str
         The accepted values in words.
+    path : bool
+        Whether the value is a path on the server.
     """
 
     name: str
@@ -124,6 +126,7 @@ class Key:
     default: Scalar
     help: str
     accepted: str
+    path: bool = False
 
 
 def keys(method: str = "", given: Mapping[str, Any] | None = None) -> list[Key]:
@@ -145,6 +148,7 @@ def _key(method: str, name: str, kind: type, default: Any, spec: Any) -> Key:
         default=method if name == "method.name" else default,
         help=spec.metadata["help"],
         accepted=accepted(kind, spec),
+        path=spec.metadata["path"],
     )
 
 

@@ -25,6 +25,7 @@ def option(
     high: float = math.inf,
     above: float = -math.inf,
     auto: bool = False,
+    path: bool = False,
 ) -> Any:
     """Declare one key: its default, its help and the values that it accepts.
 
@@ -42,6 +43,8 @@ def option(
         Exclusive lower limit of a number.
     auto : bool
         Whether a number can be the text "auto" instead, as its default too: its field is then 0.
+    path : bool
+        Whether a text is a path on the server: ``fedtune run`` makes it absolute, as the ServerApp starts elsewhere.
 
     Returns
     -------
@@ -49,7 +52,7 @@ def option(
         A dataclass field.
     """
     known = choices if callable(choices) else lambda: choices
-    limits = {"help": help, "choices": known, "low": low, "high": high, "above": above, "auto": auto}
+    limits = {"help": help, "choices": known, "low": low, "high": high, "above": above, "auto": auto, "path": path}
     return field(default=default, metadata=limits)
 
 

@@ -122,7 +122,7 @@ class RoundConfig:
 class EvalConfig:
     """Evaluation beside the SuperLink, on the operator's own held-out data."""
 
-    data: str = option("", "File of held-out examples on the server; empty for no evaluation.")
+    data: str = option("", "File of held-out examples on the server; empty for no evaluation.", path=True)
     format: str = option(
         "auto",
         "Format of that file.",
@@ -151,7 +151,9 @@ class RunDirConfig:
     """Where the server keeps the run."""
 
     dir: str = option(
-        "", "Folder of the run's ledger and export; empty for $FEDTUNE_HOME/runs/<run id> (default ~/.fedtune)."
+        "",
+        "Folder of the run's ledger and export; empty for $FEDTUNE_HOME/runs/<run id> (default ~/.fedtune).",
+        path=True,
     )
     resume: str = option(
         "auto",

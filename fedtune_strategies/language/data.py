@@ -17,6 +17,7 @@ from typing import Any
 
 from fedtune_strategies.errors import DataError
 from fedtune_strategies.language.data_files import Found, Record, scan
+from fedtune_strategies.words import counted
 
 Message = dict[str, Any]
 
@@ -188,7 +189,8 @@ def _refusal(source: str, bad: list[str], count: int, total: int) -> str:
         return f"{source}, {bad[0]}" + ("; correct it, or leave it out with 'skip-bad=true'" if total > 1 else "")
     more = f"; and {count - len(bad)} more" if count > len(bad) else ""
     advice = "correct them, or leave them out with 'skip-bad=true'" if count < total else "correct them"
-    return f"{source}: {count} of {total} rows are bad, {'; '.join(bad)}{more}; {advice}"
+    are = "is" if count == 1 else "are"
+    return f"{source}: {count} of {counted(total, 'row')} {are} bad, {'; '.join(bad)}{more}; {advice}"
 
 
 def _row(record: Record, format: str) -> Row:

@@ -41,9 +41,9 @@ def test_a_round_does_not_differ_from_itself(tuned):
 
 
 def test_the_command(tuned):
-    told = CliRunner().invoke(app, ["compare", "--run", str(tuned), "--top", "1"])
+    told = CliRunner().invoke(app, ["compare", str(tuned), "--top", "1"])
     assert told.exit_code == 0 and "from round 0 to 2" in told.stdout and ".layers.0." in told.stdout
-    facts = json.loads(CliRunner().invoke(app, ["compare", "--run", str(tuned), "--format", "json"]).stdout)
+    facts = json.loads(CliRunner().invoke(app, ["compare", str(tuned), "--format", "json"]).stdout)
     assert facts["second"] == 2 and facts["loss"][0] > 0
-    missing = CliRunner().invoke(app, ["compare", "--run", str(tuned), "--to", "9"])
+    missing = CliRunner().invoke(app, ["compare", str(tuned), "--to", "9"])
     assert missing.exit_code == LedgerError.exit_code and "has 2 rounds, not 9" in missing.stderr

@@ -33,11 +33,9 @@ def test_any_round_is_the_model_that_was_evaluated_then(settings, data_files, tm
 
 def test_export_says_which_rounds_there_are(settings, data_files, tmp_path):
     run(settings | {"num-server-rounds": 1}, data_files)
-    with pytest.raises(LedgerError, match="has 1 rounds, not 5"):
+    with pytest.raises(LedgerError, match="has 1 round, not 5"):
         export_round(Path(settings["run.dir"]), 5, tmp_path / "out")
-    result = CliRunner().invoke(
-        app, ["export", "--run", settings["run.dir"], "--round", "0", "--out", str(tmp_path / "out")]
-    )
+    result = CliRunner().invoke(app, ["export", settings["run.dir"], "--round", "0", "--out", str(tmp_path / "out")])
     assert result.exit_code == 0 and "round 0" in result.stdout
-    missing = CliRunner().invoke(app, ["export", "--run", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
-    assert missing.exit_code == LedgerError.exit_code and "no ledger" in missing.stderr
+    missing = CliRunner().invoke(app, ["export", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
+    assert missing.exit_code == LedgerError.exit_code and "no run in" in missing.stderr

@@ -61,16 +61,21 @@ def test_keys(tmp_path):
     assert found["authority"].endswith("ca.crt") and found["server"]["key"].endswith("server.key")
 
 
-def test_a_run_s_record_and_model(settings, data_files, tmp_path):
-    run_in_memory(settings | {"num-server-rounds": 1}, data_files).close()
-    folder = settings["run.dir"]
-    model = str(tmp_path / "model")
-    assert facts("export", "--run", folder, "--out", model) == {"model": model, "round": 1}
-    assert facts("ledger", "verify", folder)["records"] > 3
-    assert facts("ledger", "replay", folder)["rounds"] == 1
-    assert facts("ledger", "cut", folder) == {"run": folder, "cut_after": None}
-    page = str(tmp_path / "page.html")
-    assert facts("status", folder, "--html", page) == {"page": page}
+def test_a_run_s_record_and_model_by_folder_by_name_and_as_the_newest(settings, data_files, tmp_path):
+    folder = str(tmp_path / "home" / "runs" / "first")
+    run_in_memory(settings | {"num-server-rounds": 1, "run.dir": folder}, data_files).close()
+    model, page = str(tmp_path / "model"), str(tmp_path / "page.html")
+    for named in ((), ("first",), (folder,)):
+        assert facts("export", *named, "--out", model) == {"model": model, "round": 1}
+        assert facts("ledger", "verify", *named)["records"] > 3
+        assert facts("ledger", "cut", *named) == {"run": folder, "cut_after": None}
+        assert facts("status", *named, "--html", page) == {"page": page}
+        assert facts("compare", *named)["second"] == 1
+        assert facts("eval", *named, "--data", settings["eval.data"], "--answers", "0")["examples"] == 12
+    assert facts("ledger", "replay")["rounds"] == 1 and facts("ledger", "show", "first", "--kind", "reply")
+    (listed,) = facts("runs")
+    assert (listed["name"], listed["state"], listed["round"]) == ("first", "finished", 1)
+    assert listed["loss"] == facts("status")["evaluations"][-1]["loss"]
 
 
 def test_an_operator_s_words(tmp_path, monkeypatch):

@@ -161,7 +161,7 @@ def test_a_run_is_shown_as_screen_lines_and_json(settings, data_files, tmp_path,
     assert result.exit_code == 0 and "\x1b[" not in result.stdout and "The tuned model:" in result.stdout
     result = CliRunner().invoke(
         app,
-        ["eval", "--run", str(tmp_path / "run"), "--data", settings["eval.data"], "--answers", "0", "--format", "json"],
+        ["eval", str(tmp_path / "run"), "--data", settings["eval.data"], "--answers", "0", "--format", "json"],
     )
     assert json.loads(result.stdout)["eval/loss"] == pytest.approx(view.report()["evaluations"][-1]["loss"], abs=1e-4)
 
@@ -192,6 +192,19 @@ def test_what_cannot_work_is_not_submitted(tmp_path, monkeypatch, capsys):
         commands._preflight(control, {"no-key": 1})
     shown = capsys.readouterr().err
     assert "✓ model" in shown and "✗ nodes" in shown and "✗ settings" in shown
+
+
+def test_paths_are_absolute_before_a_run_is_submitted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    given = {"eval.data": "held out/*.jsonl", "run.dir": "~/run", "fedcybgd.calibration": "../text.txt"}
+    found = commands._with_absolute_paths(given | {"method.name": "fedcybgd", "model.name": "model"})
+    here = str(tmp_path)
+    assert found["eval.data"] == f"{here}/held out/*.jsonl" and found["model.name"] == f"{here}/model"
+    assert found["fedcybgd.calibration"] == f"{tmp_path.parent}/text.txt" and found["run.dir"].startswith("/")
+    # What is no folder here is the name of a model, and no file is no file.
+    given = {"method.name": "fedkseed", "model.name": "org/model", "eval.data": ""}
+    assert commands._with_absolute_paths(given) == given
 
 
 def test_a_configuration_file_is_read_flat(tmp_path):

@@ -53,7 +53,7 @@ def test_doctor_names_the_first_bad_line_and_exits_with_its_code(tmp_path):
     assert code == DataError.exit_code and bad["label"] == "data" and "3" in bad["detail"]
     data.write_text('{"text": "fine"}\n')
     code, out, _ = call("doctor", "--data", str(data))
-    assert code == 0 and "✓ data" in out and "1 examples" in out and "✗" not in out
+    assert code == 0 and "✓ data" in out and "1 example" in out and "✗" not in out
 
 
 def test_doctor_tells_a_silent_port_from_a_wrong_name():
@@ -153,7 +153,7 @@ def test_doctor_reads_data_as_the_node_would(tmp_path):
     code, out, _ = call("doctor", "--data", str(data), *columns)
     assert code == DataError.exit_code and "line 2" in out and "skip-bad=true" in out
     code, out, _ = call("doctor", "--data", str(data), *columns, "--set", "skip-bad=true")
-    assert code == 0 and "1 examples, bad rows left out" in " ".join(out.split())
+    assert code == 0 and "1 example, bad rows left out" in " ".join(out.split())
 
 
 def test_a_path_that_flower_cannot_take_is_refused():
