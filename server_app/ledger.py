@@ -46,8 +46,8 @@ class Record:
     time : float
         Seconds since the epoch, UTC.
     kind : str
-        ``start``, ``cut``, ``joined``, ``refused``, ``lost``, ``late``, ``asked``, ``reply``, ``acknowledged``,
-        ``round``, ``evaluation``, ``failed`` or ``finished``.
+        ``submitted``, ``start``, ``cut``, ``joined``, ``refused``, ``lost``, ``late``, ``asked``, ``reply``,
+        ``acknowledged``, ``round``, ``evaluation``, ``failed`` or ``finished``.
     round : int
         Round, 0 outside one.
     node : str

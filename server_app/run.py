@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -116,7 +117,7 @@ def _execute(grid: Grid, config: Config, ledger: Ledger, report: Callable[[], No
 
 def _open_ledger(config: Config, flat: Mapping[str, Any], run_id: int) -> Ledger:
     folder = run_folder(config, run_id)
-    there = (folder / "ledger.sqlite").exists()
+    there = _has_started(folder)
     if there and config.run.resume == "never":
         raise LedgerError(f"{folder} holds a run already: choose another 'run.dir' or set 'run.resume' to 'auto'.")
     if not there and config.run.resume == "always":
@@ -129,6 +130,14 @@ def _open_ledger(config: Config, flat: Mapping[str, Any], run_id: int) -> Ledger
         _check_same_run(started.body["config"], settings, folder)
     ledger.append("start", body={"config": settings, "version": version("fedtune"), "run_id": str(run_id)})
     return ledger
+
+
+def _has_started(folder: Path) -> bool:
+    """Say whether a folder holds a run, and not only the note that one was submitted."""
+    if not (folder / "ledger.sqlite").exists():
+        return False
+    with contextlib.closing(Ledger.read(folder)) as ledger:
+        return ledger.last("start") is not None
 
 
 def _check_same_run(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

@@ -132,6 +132,7 @@ def status(
 
     Reads the run's record alone; needs no server, disturbs no run.
     """
+    from deploy.common.processes import told_on_ctrl_c
     from deploy.operator.runs import find_run
     from deploy.operator.watch import Screen
     from deploy.status.page import write_page
@@ -144,26 +145,39 @@ def status(
     view = RunView(find_run(run))
     view.update()
     if not watch:
-        show(view.report(), form, lambda: console.print(Screen(view)))
+        show(view.report(), form, lambda: _print_screen(view))
         return
-    with Live(Screen(view), console=console, auto_refresh=False) as live:
+    with told_on_ctrl_c("the run goes on"), Live(Screen(view), console=console, auto_refresh=False) as live:
         while view.end is None:
             time.sleep(0.5)
             view.update()
             live.update(Screen(view), refresh=True)
+    _print_model(view)
+
+
+def _print_screen(view: Any) -> None:
+    from deploy.operator.watch import Screen
+
+    console.print(Screen(view))
+    _print_model(view)
+
+
+def _print_model(view: Any) -> None:
+    if folder := view.report()["run"]["exported"]:
+        console.print(f"The tuned model: {folder}", markup=False)
 
 
 def _brief(report: dict[str, Any]) -> dict[str, Any]:
     """What the list of runs says of one."""
     kept = {key: report["run"][key] for key in ("name", "method", "model", "state", "round", "rounds", "started")}
     losses = [one["loss"] for one in report["evaluations"] if one["loss"] is not None]
-    return kept | {"loss_before": losses[0] if losses else None, "loss": losses[-1] if losses else None}
+    return kept | {"loss_before": losses[0] if losses else None, "loss": losses[-1] if len(losses) > 1 else None}
 
 
 def _print_runs(found: list[dict[str, Any]]) -> None:
     table = Table("run", "method", "state", "rounds", "held-out loss", box=None, header_style="bold", pad_edge=False)
     for one in found:
-        loss = "-" if one["loss"] is None else f"{one['loss_before']:.3f} → {one['loss']:.3f}"
+        loss = " → ".join(f"{loss:.3f}" for loss in (one["loss_before"], one["loss"]) if loss is not None) or "-"
         rounds = f"{one['round']}/{one['rounds']}"
         table.add_row(escape(one["name"]), escape(one["method"]), one["state"], rounds, loss)
     console.print(table if found else "No run yet: `fedtune run` starts one", soft_wrap=False)
@@ -183,7 +197,7 @@ def _tune(control: Any, settings: dict[str, Scalar], detach: bool, form: Format)
     view = RunView(Path(str(folder)))
     if form is Format.text and console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
-            model = tune(control, settings, view, lambda view: live.update(Screen(view), refresh=True), log)
+            tune(control, settings, view, lambda view: live.update(Screen(view), refresh=True), log)
     else:
         news = Lines()
 
@@ -194,8 +208,8 @@ def _tune(control: Any, settings: dict[str, Scalar], detach: bool, form: Format)
         with contextlib.suppress(LedgerError):  # of a run that is resumed, what happened before is no news
             view.update()
             news(view)
-        model = tune(control, settings, view, tell, log)
-    show(view.report(), form, lambda: console.print(f"The tuned model: {model}", markup=False))
+        tune(control, settings, view, tell, log)
+    show(view.report(), form, lambda: _print_model(view))
 
 
 def _preflight(control: Any, settings: dict[str, Scalar]) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 from deploy.common.app_folder import write_app
 from deploy.common.flower_cli import Control, RunStatus
 from deploy.common.paths import runs_folder
+from deploy.common.processes import told_on_ctrl_c
 from deploy.operator.announcement import announce
 from deploy.operator.members import Members
 from deploy.status.view import RunView, newest_runs
-from fedtune_strategies.config import Scalar
-from fedtune_strategies.errors import LedgerError, LinkError, RunError, error_from_code
+from fedtune_strategies.config import Scalar, defaults
+from fedtune_strategies.errors import FedTuneError, LedgerError, LinkError, RunError, error_from_code
 from server_app.ledger import Ledger
 
 LOOK_EVERY = 0.5  # seconds between two looks at the ledger
@@ -59,8 +60,14 @@ def settings_of(folder: Path) -> dict[str, Scalar]:
 
 
 def submit(control: Control, settings: Mapping[str, Scalar]) -> int:
-    """Submit a run and announce it to those who join; returns Flower's id."""
-    run_id = control.submit(write_app(control.folder / "app", settings), settings)
+    """Submit a run, put that on its record, and announce it to those who join; returns Flower's id."""
+    folder, method = Path(str(settings["run.dir"])), str(settings.get("method.name", ""))
+    _record(folder, "submitted", {"config": defaults(method, settings) | dict(settings)})
+    try:
+        run_id = control.submit(write_app(control.folder / "app", settings), settings)
+    except FedTuneError as error:
+        _record(folder, "failed", {"exit_code": error.exit_code, "message": str(error)})
+        raise
     announce(control.folder, settings, len(Members(control.folder).all()))
     return run_id
 
@@ -69,7 +76,7 @@ def tune(
     control: Control,
     settings: Mapping[str, Scalar],
     view: RunView,
-    on_change: Callable[[RunView], object],
+    on_look: Callable[[RunView], object],
     on_event: Callable[[str], None],
 ) -> Path:
     """Submit a run and follow it to its end; submit it again when it died of no fault of its own.
@@ -82,8 +89,8 @@ def tune(
         The run configuration, with ``run.dir``. A run that lies there is gone on with.
     view : RunView
         Of the run's folder.
-    on_change : callable
-        Called with the view whenever the ledger has grown.
+    on_look : callable
+        Called with the view at every look at the ledger, twice a second.
     on_event : callable
         Called with a line about submissions.
 
@@ -102,7 +109,8 @@ def tune(
         before = _last(folder, "start")
         run_id = submit(control, settings)
         on_event(f"submitted as Flower's run {run_id}; record: {folder}")
-        status = _follow(control, run_id, before.seq if before else 0, view, on_change)
+        with told_on_ctrl_c("the run goes on: `fedtune status` shows it, `fedtune stop` stops it"):
+            status = _follow(control, run_id, before.seq if before else 0, view, on_look)
         ended = view.end if view.starts and view.starts[-1].get("run_id") == str(run_id) else None
         if ended and ended.kind == "finished":
             return Path(ended.body["model"])
@@ -119,7 +127,7 @@ def tune(
 
 
 def _follow(
-    control: Control, run_id: int, after: int, view: RunView, on_change: Callable[[RunView], object]
+    control: Control, run_id: int, after: int, view: RunView, on_look: Callable[[RunView], object]
 ) -> RunStatus:
     """Wait until a run has ended: its ledger says so at once, or that nobody writes it any more; else the SuperLink."""
     asked = time.monotonic()
@@ -127,8 +135,8 @@ def _follow(
         begun = bool(view.starts) and view.starts[-1].get("run_id") == str(run_id)
         gone = begun and not Ledger.is_written(view.folder)
         with contextlib.suppress(LedgerError):  # until the ServerApp has made its ledger
-            if view.update():
-                on_change(view)
+            view.update()
+        on_look(view)
         ended = view.end is not None and view.end.seq > after and view.starts[-1].get("run_id") == str(run_id)
         if ended or time.monotonic() - asked > ASK_EVERY:
             status = _status(control, run_id)
@@ -163,6 +171,11 @@ def _status(control: Control, run_id: int) -> RunStatus:
         return control.status(run_id)
     except LinkError as error:
         return RunStatus("unknown", str(error))
+
+
+def _record(folder: Path, kind: str, body: dict[str, Any]) -> None:
+    with contextlib.closing(Ledger(folder)) as ledger:
+        ledger.append(kind, body=body)
 
 
 def _last(folder: Path, kind: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -23,7 +24,7 @@ MOST_NOTES = 5
 
 
 class Screen:
-    """Everything about a run that fits a screen; drawn anew from its view each time it is shown."""
+    """Everything about a run that fits a screen of 80 columns; drawn from its view each time it is shown."""
 
     def __init__(self, view: RunView) -> None:
         self._view = view
@@ -31,7 +32,7 @@ class Screen:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """See rich."""
         report = self._view.report()
-        yield _head(report["run"])
+        yield from _head(report["run"])
         yield _figures(report)
         if report["nodes"]:
             yield _nodes(report["nodes"])
@@ -40,15 +41,14 @@ class Screen:
             yield Text(f"{at} {note['kind']}: {note['node']} {note['reason']}".rstrip(), style="yellow")
         if report["run"]["message"]:
             yield Text(report["run"]["message"], style="red")
-        if report["run"]["exported"]:
-            yield Text(f"The tuned model: {report['run']['exported']}")
 
 
 class Lines:
-    """Says what is new in a run, a line for each round, evaluation and note, once."""
+    """Says what is new in a run, a line for each round, evaluation, note and wait for nodes, once."""
 
     def __init__(self) -> None:
         self._rounds = self._evaluations = self._notes = 0
+        self._waiting = ""
 
     def __call__(self, view: RunView) -> list[str]:
         """The lines since the last call."""
@@ -59,7 +59,10 @@ class Lines:
         for one in report["evaluations"][self._evaluations :]:
             lines.append(f"round {one['round']}/{total}: held-out loss {one['loss']:.4f}")
         lines += [f"{note['kind']}: {note['node']} {note['reason']}" for note in notes[self._notes :]]
+        waiting = phase if (phase := report["run"]["phase"]).startswith("waiting") else ""
+        lines += [waiting] if waiting and waiting != self._waiting else []
         self._rounds, self._evaluations, self._notes = len(rounds), len(report["evaluations"]), len(notes)
+        self._waiting = waiting
         return lines
 
 
@@ -80,18 +83,29 @@ def sparkline(values: list[float], width: int = 40) -> str:
     )
 
 
-def _head(run: dict[str, Any]) -> Table:
+def _head(run: dict[str, Any]) -> list[Text | Table]:
+    going = run["state"] == "running"
+    title = Text.assemble((run["method"], "bold"), f" on {_short(run['model'])}  ")
+    title.append(run["state"], style=COLOURS.get(run["state"], "default"))
+    title.append(f", {clock(run['seconds'] + (_since(run) if going else 0.0))}")
+    left = None if run["seconds_left"] is None else run["seconds_left"] - _since(run)
+    if going and left is not None and left > 0:
+        title.append(f", {clock(left)} left")
     grid = Table.grid(padding=(0, 2))
-    colour = COLOURS.get(run["state"], "default")
-    gone = clock((run["updated"] or time.time()) - run["started"]) if run["started"] else "0:00"
-    left = f", {clock(run['seconds_left'])} left" if run["seconds_left"] is not None else ""
-    grid.add_row(
-        f"[bold]{escape(run['method'])}[/bold] on {escape(run['model'])}",
-        f"[{colour}]{run['state']}[/{colour}]",
-        ProgressBar(total=max(run["rounds"], 1), completed=run["round"], width=20),
-        f"round {run['round']}/{run['rounds']}, {gone} gone{left}",
-    )
-    return grid
+    bar = ProgressBar(total=max(run["rounds"], 1), completed=run["round"], width=20)
+    round = min(run["round"] + going, run["rounds"])
+    grid.add_row(f"  round {round}/{run['rounds']}", bar, f"{run['phase']}, {clock(_since(run))}" if going else "")
+    return [title, grid]
+
+
+def _since(run: dict[str, Any]) -> float:
+    """Seconds since the run wrote something."""
+    return max(0.0, time.time() - run["updated"]) if run["updated"] else 0.0
+
+
+def _short(model: str) -> str:
+    """A folder's name without its path: a path may be longer than a line."""
+    return Path(model).name if Path(model).is_absolute() else model
 
 
 def _figures(report: dict[str, Any]) -> Table:
@@ -101,7 +115,11 @@ def _figures(report: dict[str, Any]) -> Table:
         ("training loss", [one["train_loss"] for one in report["rounds"] if one["train_loss"] is not None]),
     ]:
         if values:
-            grid.add_row(f"  {label}", f"{values[0]:.4f} → {values[-1]:.4f}", sparkline(values))
+            grid.add_row(
+                f"  {label}", " → ".join(f"{one:.4f}" for one in values[:1] + values[1:][-1:]), sparkline(values)
+            )
+    if not totals["nodes"]:
+        return grid
     grid.add_row(
         "  nodes",
         f"{totals['nodes_alive']} of {totals['nodes']} alive",

@@ -68,6 +68,7 @@ class RunView:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.unreadable = ""
+        self._told: tuple[tuple[int, str], dict[str, Any]] | None = None
         self._clear()
 
     def update(self) -> bool:
@@ -99,7 +100,13 @@ class RunView:
         return changed or self.unreadable != before
 
     def report(self) -> dict[str, Any]:
-        """Return the document, see `report`."""
+        """Return the document, see `report`; it is made again only after something was written."""
+        known = self.seq, self.unreadable
+        if self._told is None or self._told[0] != known:
+            self._told = known, self._report()
+        return self._told[1]
+
+    def _report(self) -> dict[str, Any]:
         evaluations = list(self.evaluations.values())
         rounds = [*self.summaries, *(self._round(number) for number in sorted(self.rounds))]
         return _finite(
@@ -124,6 +131,8 @@ class RunView:
         self._last: float | None = None
         self._state = b""
         self.config: dict[str, Any] = {}
+        self.begun = False
+        self.stopped = 0.0  # seconds between a last record and the next start
         self.starts: list[dict[str, Any]] = []
         self.end: Record | None = None
         self.rounds: dict[int, dict[str, Any]] = {}
@@ -135,12 +144,15 @@ class RunView:
     def _take(self, record: Record) -> None:
         body = record.body
         match record.kind:
+            case "submitted":
+                self.config, self.end, self.begun = body.get("config", {}), None, False
             case "start":
-                self.config, self.end = body.get("config", {}), None
-                self.starts.append({"time": record.time, **{k: v for k, v in body.items() if k != "config"}})
+                self._start(record)
             case "asked":
                 one = self._open_round(record)
-                one["asked"] |= {name: record.time for name in body["nodes"] if name not in one["asked"]}
+                # After a stop the nodes that had not answered are asked once more, and their time counts from then.
+                kept = set(one["asked"] if body.get("again") else one["replies"])
+                one["asked"] |= {name: record.time for name in body["nodes"] if name not in kept}
             case "reply":
                 self._reply(record)
             case "acknowledged":
@@ -158,9 +170,19 @@ class RunView:
                 self.end = record
         self.seq, self._last = record.seq, record.time
 
+    def _start(self, record: Record) -> None:
+        self.config, self.end, self.begun = record.body.get("config", {}), None, True
+        pause = record.time - self._last if self._last and self.starts else 0.0
+        self.stopped += pause
+        for one in self.rounds.values():
+            if not one["committed"]:
+                one["stopped"] += pause
+        self.starts.append({"time": record.time, **{k: v for k, v in record.body.items() if k != "config"}})
+
     def _open_round(self, record: Record) -> dict[str, Any]:
-        new: dict[str, Any] = {"began": record.time, "committed": None, "metrics": {}, "acknowledged": []}
-        return self.rounds.setdefault(record.round, new | {"asked": {}, "replies": {}, "refused": {}})
+        times: dict[str, Any] = {"began": record.time, "committed": None, "stopped": 0.0}
+        seen: dict[str, Any] = {"asked": {}, "replies": {}, "refused": {}, "acknowledged": [], "metrics": {}}
+        return self.rounds.setdefault(record.round, times | seen)
 
     def _forget_details(self, number: int) -> None:
         """Of a round that the timeline no longer shows, keep the sums alone: runs may be long and fleets large."""
@@ -221,19 +243,38 @@ class RunView:
             "message": self.unreadable or (end.body.get("message", "") if end else ""),
             "exit_code": end.body.get("exit_code") if end else None,
             "exported": end.body.get("model", "") if end else "",
+            "phase": "" if end else self._phase(len(committed), total),
             "round": len(committed),
             "rounds": total,
             "started": self.starts[0]["time"] if self.starts else None,
             "restarts": max(0, len(self.starts) - 1),
             "updated": self._last,
+            "seconds": self._last - self.starts[0]["time"] - self.stopped if self.starts and self._last else 0.0,
             "seconds_left": None if end else self._seconds_left(committed, total),
             "settings": {k: v for k, v in sorted(self.config.items()) if standard.get(k) != v},
         }
 
+    def _phase(self, done: int, total: int) -> str:
+        """Say what a run that has not ended does."""
+        if not self.begun:
+            return "starting"
+        if (one := self.rounds.get(done + 1)) and one["asked"]:
+            return f"{len(one['replies'])} of {len(one['asked'])} replied"
+        measured = self.config.get("eval.data") and (done == total or done % self.config.get("eval.every", 1) == 0)
+        if measured and done not in self.evaluations:
+            return "measuring the model"
+        present = sum(node["event"] not in ("lost", "refused") for node in self.nodes.values())
+        needed = self.config.get("strategy.min-nodes", 1)
+        if done < total and present < needed:
+            return f"waiting for nodes: {present} of {needed} there"
+        return "asking the nodes" if done < total else "writing the model"
+
     def _seconds_left(self, committed: list[float], total: int) -> float | None:
-        """Estimate from the pace of the newest rounds of this start; None before the second."""
+        """Estimate from the pace of the newest rounds of this start; None before the first."""
         began = self.starts[-1]["time"] if self.starts else 0.0
         times = [at for at in committed if at > began][-20:]
+        if len(times) == 1:  # the one round since this start, if all of it was
+            times = [one["began"] for one in self.rounds.values() if one["committed"] and one["began"] > began] + times
         if len(times) < 2:
             return None
         return (total - len(committed)) * (times[-1] - times[0]) / (len(times) - 1)
@@ -280,7 +321,7 @@ class RunView:
         if answered and one["committed"] and not self._restarted(answered, one["committed"]):
             aggregation = one["committed"] - answered
         return {
-            "waiting": answered - one["began"] if answered else None,
+            "waiting": max(0.0, answered - one["began"] - one["stopped"]) if answered else None,
             "aggregation": aggregation,
             "evaluation": self.evaluations.get(number, {}).get("seconds"),
         }

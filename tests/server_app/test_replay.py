@@ -130,7 +130,7 @@ def test_the_commands(settings, data_files, tmp_path):
         (("replay", folder, "--without", "nobody", "--out", tmp_path / "x"), "its nodes are node-0, node-1, node-2"),
         (("replay", folder, "--without", "node-1"), "--out"),
         (("replay", folder, "--round", "7"), "2 rounds, not 7"),
-        (("verify", tmp_path / "none"), "no ledger"),
+        (("verify", tmp_path / "none"), "no run in"),
     ):
         code, told = command(*words)
         assert code == LedgerError.exit_code and reason in told and len(told.splitlines()) == 1

@@ -118,22 +118,53 @@ def test_runs_are_found_by_name_and_by_age(control, tmp_path):
     assert settings_of(find_run(None)) == {"method.name": "newer"}
 
 
+def test_a_submitted_run_is_on_record_at_once_and_so_is_what_flower_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "announce", lambda *_: None)
+    settings, seen = {"method.name": "fedkseed", "run.dir": str(tmp_path / "run")}, []
+
+    def refuse(control, app, given):
+        seen.append(RunView(tmp_path / "run"))
+        seen[0].update()
+        raise ConfigError("flwr run failed")
+
+    monkeypatch.setattr(Control, "submit", refuse)
+    with pytest.raises(ConfigError):
+        runs.submit(Control(tmp_path, {}), settings)
+    assert seen[0].report()["run"]["phase"] == "starting" and seen[0].report()["run"]["rounds"] == 10
+    seen[0].update()
+    assert (seen[0].report()["run"]["state"], seen[0].report()["run"]["message"]) == ("failed", "flwr run failed")
+
+
+def test_ctrl_c_while_following_says_that_the_run_goes_on(control, tmp_path):
+    def interrupt(view):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="the run goes on: `fedtune status`"):
+        tune(
+            control.begin(tmp_path / "run", gets_on),
+            {"run.dir": str(tmp_path / "run")},
+            RunView(tmp_path / "run"),
+            interrupt,
+            print,
+        )
+
+
 def shown(renderable):
-    console = Console(width=110, record=True, file=io.StringIO())
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(renderable)
     return console.export_text()
 
 
 def test_brackets_in_a_path_a_name_or_a_reason_are_shown_as_they_are(tmp_path):
     ledger = Ledger(tmp_path)
-    ledger.append("start", body={"config": {"method.name": "mine[/m]", "model.name": "/models/[/x]"}})
+    ledger.append("start", body={"config": {"method.name": "mine[/m]", "model.name": "mine[/x]"}})
     ledger.append("joined", node="[/n]", body={"reason": "joined with 10 examples"})
     ledger.append("refused", round=1, node="[/n]", body={"reason": "cannot read [/r]"})
     ledger.close()
     view = RunView(tmp_path)
     view.update()
     text = shown(Screen(view))
-    assert all(part in text for part in ("mine[/m]", "/models/[/x]", "[/n]", "[/r]"))
+    assert all(part in text for part in ("mine[/m]", "[/x]", "[/n]", "[/r]"))
 
 
 def test_a_run_is_shown_as_screen_lines_and_json(settings, data_files, tmp_path, monkeypatch):

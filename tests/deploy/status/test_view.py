@@ -5,6 +5,7 @@ import pytest
 
 from deploy.status import view as view_module
 from deploy.status.view import RunView, newest_runs, report
+from fedtune_strategies.config import defaults
 from fedtune_strategies.errors import LedgerError
 from server_app.ledger import Ledger
 from tests.deploy.status.runs import NODES, begin, finished_run, play, pro_state, reply
@@ -91,6 +92,50 @@ def test_a_failed_run_shows_its_line_until_it_is_resumed(tmp_path):
     ledger.close()
     resumed = report(tmp_path)["run"]
     assert (resumed["state"], resumed["restarts"], resumed["rounds"]) == ("running", 1, 5)
+
+
+def test_a_run_says_what_it_waits_for(tmp_path):
+    def phase():
+        return report(tmp_path)["run"]["phase"]
+
+    ledger = Ledger(tmp_path)
+    config = defaults("fedkseed") | {"num-server-rounds": 2, "eval.data": "held_out.jsonl", "strategy.min-nodes": 2}
+    ledger.append("submitted", body={"config": config})
+    assert phase() == "starting" and report(tmp_path)["run"]["rounds"] == 2
+    ledger.append("start", body={"config": config, "run_id": "7"})
+    assert phase() == "measuring the model"
+    ledger.append("evaluation", body={"eval/loss": 4.0, "eval/perplexity": 9.0})
+    assert phase() == "waiting for nodes: 0 of 2 there"
+    for name in ("alice", "bob"):
+        ledger.append("joined", node=name, body={"reason": "joined with 10 examples"})
+    assert phase() == "asking the nodes"
+    ledger.append("asked", round=1, body={"nodes": {"alice": 10, "bob": 10}, "again": False})
+    ledger.append("reply", round=1, node="bob", body=reply(1, "bob"))
+    assert phase() == "1 of 2 replied"
+    ledger.append("failed", body={"exit_code": 14, "message": "the disk is full"})
+    ledger.append("submitted", body={"config": config})
+    assert phase() == "starting" and report(tmp_path)["run"]["state"] == "running"
+    ledger.close()
+
+
+def test_the_time_while_a_run_was_stopped_is_no_time_of_its_rounds(tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr("server_app.ledger.time.time", lambda: now)
+    ledger = begin(tmp_path)
+    ledger.append("asked", round=1, body={"nodes": dict.fromkeys(NODES, 10), "again": False})
+    now = 1010.0
+    ledger.append("reply", round=1, node="alice", body=reply(1, "alice"))
+    now = 5000.0
+    ledger.append("start", body={"config": ledger.last("start").body["config"], "run_id": "8"})
+    ledger.append("asked", round=1, body={"nodes": {"bob": 10, "carol": 10}, "again": False})
+    now = 5007.0
+    for name in ("bob", "carol"):
+        ledger.append("reply", round=1, node=name, body=reply(1, name))
+    ledger.append("round", round=1, body={"metrics": {}, "files": {}})
+    ledger.close()
+    shown = report(tmp_path)
+    assert shown["run"]["seconds"] == 17.0 and shown["rounds"][0]["seconds"]["waiting"] == 17.0
+    assert {turn["node"]: turn["seconds"] for turn in shown["turns"]} == {"alice": 10.0, "bob": 7.0, "carol": 7.0}
 
 
 def test_turns_name_their_blocks_and_what_is_not_finite_is_nothing(tmp_path):
