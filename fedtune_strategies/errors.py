@@ -6,6 +6,7 @@ Every message says what is wrong, where, and what to do next. Anything else that
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 _FOLDERS = re.compile(r"(?<![\w.:/])[~.]{0,2}/(?:[^\s/:;,'\"()]+/)*")
 
@@ -22,6 +23,7 @@ class FedTuneError(Exception):
     """
 
     exit_code = 1
+    facts: Mapping[str, str | int] = {}  # what a run's record holds beside the line
 
     @property
     def public(self) -> str:  # noqa: D102
@@ -109,6 +111,16 @@ class RunError(FedTuneError):
     """A run ended without a model for a reason that is none of the above."""
 
     exit_code = 20
+
+
+class DivergenceError(FedTuneError):
+    """Tuning makes the model worse, or has left no finite number in it."""
+
+    exit_code = 21
+
+    def __init__(self, line: str, facts: Mapping[str, str | int] | None = None) -> None:
+        super().__init__(line)
+        self.facts = facts or {}
 
 
 def error_from_code(exit_code: int, message: str) -> FedTuneError:

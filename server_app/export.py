@@ -160,10 +160,16 @@ def model_card(config: Config, ledger: Ledger, round: int, without: Sequence[str
     pattern = getattr(config.train, "parameters", "")
     tuned = f"The parameters with a match of `{pattern}`" if pattern else "The parameters"
     sent, nodes = 0, set[str]()
-    for record in (record for kind in TRAFFIC for record in ledger.records(kind) if record.round <= round):
+    for record in (record for record in ledger.records(*TRAFFIC) if record.round <= round):
         sent += record.body["bytes_down"] + record.body["bytes_up"]
         nodes |= {record.node} if record.kind == "reply" and record.node not in without else set()
-    evaluations = [record for record in ledger.records("evaluation") if record.round <= round and not without]
+    evaluated: dict[int, dict[str, Any]] = {}
+    for record in ledger.records("evaluation"):
+        if record.round <= round and not without:
+            evaluated.setdefault(record.round, {}).update(record.body)
+    shown = dict.fromkeys([*list(evaluated)[:1], max(evaluated, default=0)]) if evaluated else {}
+    newest = ledger.last("round")
+    rounds = newest.round if newest else 0
     lines = [
         "---",
         "library_name: transformers",
@@ -176,15 +182,17 @@ def model_card(config: Config, ledger: Ledger, round: int, without: Sequence[str
         f"{tuned} of `{name}` were tuned with FedTune over {counted(round, 'round')} on the data of "
         f"{counted(len(nodes), 'node')}, which did not leave them. "
         f"The nodes and the server exchanged {sent:,} bytes of payload.",
+        *(["", f"The run had {rounds} rounds; this is the model after round {round}."] if rounds > round else []),
         *(["", f"What these nodes contributed was left out afterwards: {', '.join(without)}."] if without else []),
         "",
         "| round | held-out loss (nats a token) | perplexity | Rouge-L |",
         "|---|---|---|---|",
-        *(_row(record.round, record.body) for record in evaluations if "eval/rougeL" in record.body),
+        *(_row(number, evaluated[number]) for number in shown),
         "",
     ]
     return "\n".join(lines)
 
 
 def _row(round: int, facts: dict[str, Any]) -> str:
-    return f"| {round} | {facts['eval/loss']:.3f} | {facts['eval/perplexity']:.2f} | {facts['eval/rougeL']:.3f} |"
+    rouge = f"{facts['eval/rougeL']:.3f}" if "eval/rougeL" in facts else "-"
+    return f"| {round} | {facts['eval/loss']:.3f} | {facts['eval/perplexity']:.2f} | {rouge} |"

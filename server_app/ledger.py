@@ -161,13 +161,13 @@ class Ledger:
         ledger_file.note_head(self._head, seq)
         return Record(seq, now, kind, round, node, json.loads(text), blob, file)
 
-    def records(self, kind: str | None = None, *, round: int | None = None, after: int = 0) -> Iterator[Record]:
+    def records(self, *kinds: str, round: int | None = None, after: int = 0) -> Iterator[Record]:
         """Yield records in order.
 
         Parameters
         ----------
-        kind : str, optional
-            Only this kind.
+        kinds : str
+            Only these kinds; all by default.
         round : int, optional
             Only this round.
         after : int
@@ -179,11 +179,12 @@ class Ledger:
             A record cannot be read.
         """
         query = f"SELECT {_COLUMNS} FROM records WHERE seq > ?"
-        values: list[Any] = [after]
-        for column, value in (("kind", kind), ("round", round)):
-            if value is not None:
-                query += f" AND {column} = ?"
-                values.append(value)
+        values: list[Any] = [after, *kinds]
+        if kinds:
+            query += f" AND kind IN ({', '.join('?' * len(kinds))})"
+        if round is not None:
+            query += " AND round = ?"
+            values.append(round)
         yield from self._select(query + " ORDER BY seq", values)
 
     def last(self, kind: str) -> Record | None:

@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 from torch import Tensor
 
 from fedtune_strategies.config import Config
-from fedtune_strategies.errors import FedTuneError, NodesError, ProtocolError
+from fedtune_strategies.errors import DivergenceError, FedTuneError, NodesError, ProtocolError
 from fedtune_strategies.fleet import Fleet, NodeReply
 from fedtune_strategies.logs import about
 from fedtune_strategies.protocol import messages as protocol
@@ -24,6 +24,7 @@ from fedtune_strategies.protocol.door import refusing
 from fedtune_strategies.protocol.records import from_record, to_record
 from fedtune_strategies.strategy import TuningStrategy
 from fedtune_strategies.words import counted
+from server_app.guard import Guard
 from server_app.ledger import Ledger, Record
 from server_app.node_status import node_status
 
@@ -33,8 +34,8 @@ Evaluate = Callable[[int, ArrayRecord], None]
 
 
 def run_rounds(
-    strategy: TuningStrategy, fleet: Fleet, ledger: Ledger, config: Config, evaluate: Evaluate
-) -> ArrayRecord:
+    strategy: TuningStrategy, fleet: Fleet, ledger: Ledger, config: Config, evaluate: Evaluate, guard: Guard
+) -> tuple[int, str]:
     """Run all rounds that the ledger does not hold yet.
 
     Parameters
@@ -50,14 +51,18 @@ def run_rounds(
     evaluate : callable
         Called with (round, arrays) before the first round and after every round; it puts the weights in place,
         which also gives the strategy the fingerprint that it expects of the nodes.
+    guard : Guard
+        Asked after every evaluation whether to go on.
 
     Returns
     -------
-    ArrayRecord
-        The global model after the last round.
+    tuple of int and str
+        The last round, and why the run ended before all rounds were done; empty where it did not.
 
     Raises
     ------
+    DivergenceError
+        Tuning makes the model worse.
     NodesError
         Too few nodes, or too few usable replies in all attempts of a round. The ledger keeps what was committed.
     """
@@ -66,11 +71,12 @@ def run_rounds(
         log.info("resuming after round %d of %d", done, config.num_server_rounds)
     strategy.summary()
     evaluate(done, arrays)
-    for number in range(done + 1, config.num_server_rounds + 1):
-        with about(round=number):
-            arrays = _round(number, strategy, arrays, fleet, ledger, config)
-            evaluate(number, arrays)
-    return arrays
+    while not (finished := guard.look()) and done < config.num_server_rounds:
+        done += 1
+        with about(round=done):
+            arrays = _round(done, strategy, arrays, fleet, ledger, config)
+            evaluate(done, arrays)
+    return done, finished
 
 
 def restore(strategy: TuningStrategy, ledger: Ledger, round: int | None = None) -> tuple[int, ArrayRecord]:
@@ -149,10 +155,7 @@ def _round(
             "round %d, attempt %d of %d: %d usable replies, %d needed",
             number, attempt, config.round.attempts, len(replies), config.strategy.min_replies,
         )  # fmt: skip
-    raise NodesError(
-        f"round {number} had too few usable replies in {config.round.attempts} attempts: "
-        f"{_reasons(ledger, number)}. Start the run again to go on from round {number - 1}."
-    )
+    raise _too_few(number, ledger, config.round.attempts)
 
 
 def _ask(
@@ -190,7 +193,8 @@ def _ask(
         except FedTuneError as error:
             name = received.node.name
             log.warning("round %d: %s: %s", number, name, error, extra={"node": name})
-            ledger.append("refused", round=number, node=received.node.name, body={"reason": str(error)})
+            facts = {"reason": str(error), "exit_code": error.exit_code}
+            ledger.append("refused", round=number, node=received.node.name, body=facts)
     _take_late(number, strategy, fleet, ledger)
     for name in sorted(failed):
         log.warning("round %d: no usable reply from %s", number, name, extra={"node": name})
@@ -276,9 +280,14 @@ def _commit(number: int, strategy: TuningStrategy, replies: list[Record], ledger
     return arrays
 
 
-def _reasons(ledger: Ledger, round: int) -> str:
-    refused = [f"{record.node}: {record.body['reason']}" for record in ledger.records("refused", round=round)]
-    return "; ".join(dict.fromkeys(refused)) or "no node answered by the deadline"
+def _too_few(round: int, ledger: Ledger, attempts: int) -> FedTuneError:
+    refused = list(ledger.records("refused", round=round))
+    reasons = dict.fromkeys(f"{record.node}: {record.body['reason']}" for record in refused)
+    line = f"round {round} had too few usable replies in {attempts} attempts: "
+    line += "; ".join(reasons) or "no node answered by the deadline"
+    if {record.body["exit_code"] for record in refused} == {DivergenceError.exit_code}:
+        return DivergenceError(f"the run diverges: {line}. Start another one with a lower 'train.lr'.")
+    return NodesError(f"{line}. Start the run again to go on from round {round - 1}.")
 
 
 def _brief(metrics: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
 from fedtune_strategies.config import Config, defaults, from_flower, parse
-from fedtune_strategies.errors import FedTuneError, LedgerError
+from fedtune_strategies.errors import DivergenceError, FedTuneError, LedgerError
 from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.folders import check_ours
 from fedtune_strategies.language.model import base_tensors, check_context, load_model
@@ -24,8 +24,9 @@ from fedtune_strategies.model_transfer import ModelSource
 from fedtune_strategies.seed_space import fingerprint, tuned_parameters
 from server_app.evaluation import evaluate, load_held_out
 from server_app.export import export_model
+from server_app.guard import Guard
 from server_app.ledger import Ledger
-from server_app.rounds import run_rounds
+from server_app.rounds import restore, run_rounds
 from server_app.tracking import tracking
 
 log = logging.getLogger("fedtune")
@@ -67,7 +68,7 @@ def execute(grid: Grid, flat: Mapping[str, Any], run_id: int) -> Path:
         ):
             return _execute(grid, config, ledger, report)
     except FedTuneError as error:
-        ledger.append("failed", body={"exit_code": error.exit_code, "message": str(error)})
+        ledger.append("failed", body={"exit_code": error.exit_code, "message": str(error), **error.facts})
         raise
     finally:
         ledger.close()
@@ -95,23 +96,44 @@ def _execute(grid: Grid, config: Config, ledger: Ledger, report: Callable[[], No
         supply=ModelSource(language.folder).answer,
     )
 
+    newest = -1, ""
+
     def evaluate_round(number: int, arrays: ArrayRecord) -> None:
-        print_of_weights = strategy.materialise(arrays, parameters)
-        evaluate_weights(number, print_of_weights)
+        nonlocal newest
+        newest = number, strategy.materialise(arrays, parameters)
+        if number % config.eval.every == 0 or number == config.num_server_rounds:
+            evaluate_weights(*newest, with_answers=number in (0, config.num_server_rounds))
         report()
 
-    def evaluate_weights(number: int, print_of_weights: str) -> None:
-        last = number == config.num_server_rounds
-        if held_out is None or not (last or number % config.eval.every == 0) or _has_evaluation(ledger, number):
+    def evaluate_weights(number: int, print_of_weights: str, *, with_answers: bool) -> None:
+        if held_out is None or _is_evaluated(ledger, number, with_answers and held_out.answers is not None):
             return
-        facts = evaluate(language, held_out, config, with_answers=last or number == 0)
+        facts = evaluate(language, held_out, config, with_answers=with_answers)
         ledger.append("evaluation", round=number, body=facts | {"fingerprint": print_of_weights})
         log.info("round %d: held-out loss %.4f, perplexity %.2f", number, facts["eval/loss"], facts["eval/perplexity"])
 
-    run_rounds(strategy, fleet, ledger, config, evaluate_round)
-    folder = export_model(language, config, ledger, config.num_server_rounds, ledger.folder / MODEL)
-    ledger.append("finished", round=config.num_server_rounds, body={"model": str(folder)})
-    log.info("finished: the tuned model is in %s", folder)
+    def export(number: int) -> Path:
+        """Take the model to a round that is over, unless it is there, and write it."""
+        at = newest
+        if number != newest[0]:
+            again = register_messages(config.method.name).strategy(config, language.model, base)
+            at = number, again.materialise(restore(again, ledger, number)[1], parameters)
+        evaluate_weights(*at, with_answers=True)
+        report()
+        return export_model(language, config, ledger, number, ledger.folder / MODEL)
+
+    guard = Guard(config, ledger)
+    try:
+        done, early = run_rounds(strategy, fleet, ledger, config, evaluate_round, guard)
+    except DivergenceError as error:
+        folder = export(guard.best)
+        raise DivergenceError(
+            f"{error} The model after round {guard.best} is in {folder}.", {"model": str(folder), "kept": guard.best}
+        ) from None
+    kept = guard.best if config.run.keep == "best" else done
+    folder = export(kept)
+    ledger.append("finished", round=done, body={"model": str(folder), "kept": kept, "message": early})
+    log.info("finished: the tuned model, of round %d, is in %s", kept, folder)
     return folder
 
 
@@ -152,8 +174,9 @@ def _check_same_run(before: dict[str, Any], now: dict[str, Any], folder: Path) -
             )
 
 
-def _has_evaluation(ledger: Ledger, round: int) -> bool:
-    return next(ledger.records("evaluation", round=round), None) is not None
+def _is_evaluated(ledger: Ledger, round: int, with_answers: bool) -> bool:
+    found = [record.body for record in ledger.records("evaluation", round=round)]
+    return any("answers" in body for body in found) if with_answers else bool(found)
 
 
 def _note(ledger: Ledger, kind: str, node: str, line: str) -> None:

@@ -64,7 +64,11 @@ def show_records(
     from deploy.operator.runs import find_run
     from server_app.ledger import Ledger
 
-    records = [one for one in Ledger.read(find_run(run)).records(kind, round=round) if node in (None, one.node)]
+    records = [
+        one
+        for one in Ledger.read(find_run(run)).records(*filter(None, [kind]), round=round)
+        if node in (None, one.node)
+    ]
     facts = [
         {"seq": one.seq, "time": one.time, "kind": one.kind, "round": one.round, "node": one.node, **one.body}
         for one in records

@@ -39,8 +39,9 @@ class Screen:
         for note in report["notes"][:MOST_NOTES]:
             at = time.strftime("%H:%M:%S", time.localtime(note["time"]))
             yield Text(f"{at} {note['kind']}: {note['node']} {note['reason']}".rstrip(), style="yellow")
-        if report["run"]["message"]:
-            yield Text(report["run"]["message"], style="red")
+        run = report["run"]
+        if run["message"]:
+            yield Text(run["message"], style="red" if run["exit_code"] else "")
 
 
 class Lines:

@@ -68,8 +68,8 @@ function head({ run }) {
   $("progress").max = run.rounds || 1;
   $("progress").value = run.round;
   const left = run.seconds_left !== null ? `, about ${duration(run.seconds_left)} left` : "";
-  $("place").textContent = `Round ${run.round} of ${run.rounds}${left}; newest record ${ago(run.updated)}`;
-  $("message").textContent = run.message ? `${run.message} (exit code ${run.exit_code})` : "";
+  $("place").textContent = `Round ${run.round} of ${run.rounds}${left}; newest record ${ago(run.updated)}${run.kept === null ? "" : `; kept: round ${run.kept}`}`;
+  $("message").textContent = run.message + (run.exit_code ? ` (exit code ${run.exit_code})` : "");
   $("message").hidden = !run.message;
   $("settings").replaceChildren(
     ...Object.entries(run.settings).flatMap(([key, value]) => [html("dt", {}, html("code", {}, key)), html("dd", {}, String(value))]),

@@ -244,6 +244,7 @@ class RunView:
             "exit_code": end.body.get("exit_code") if end else None,
             "exported": end.body.get("model", "") if end else "",
             "phase": "" if end else self._phase(len(committed), total),
+            "kept": end.body.get("kept") if end else None,
             "round": len(committed),
             "rounds": total,
             "started": self.starts[0]["time"] if self.starts else None,

@@ -30,7 +30,7 @@ from fedtune_strategies.config.sections import (
     ModelConfig,
     RobustConfig,
     RoundConfig,
-    RunDirConfig,
+    RunConfig,
     SamplingConfig,
     StrategyConfig,
     TrainConfig,
@@ -79,7 +79,7 @@ class Config:
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     round: RoundConfig = field(default_factory=RoundConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    run: RunDirConfig = field(default_factory=RunDirConfig)
+    run: RunConfig = field(default_factory=RunConfig)
 
     @classmethod
     def choose(cls, given: Mapping[str, Any]) -> type[Config]:
@@ -98,6 +98,10 @@ class Config:
             raise ConfigError(
                 f"run config: 'strategy.min-replies' is {self.strategy.min_replies}, but must be at most "
                 f"'strategy.min-nodes' ({self.strategy.min_nodes}): raise the one or lower the other."
+            )
+        if not self.eval.data and (self.run.patience or self.run.keep == "best"):
+            raise ConfigError(
+                "run config: 'run.patience' and 'run.keep' = 'best' go by the held-out loss: set 'eval.data'."
             )
 
 

@@ -147,8 +147,8 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class RunDirConfig:
-    """Where the server keeps the run."""
+class RunConfig:
+    """Where the server keeps the run, when it ends, and which round it keeps."""
 
     dir: str = option(
         "",
@@ -160,6 +160,17 @@ class RunDirConfig:
         "What to do with a ledger that is there: continue it, insist on one, or refuse.",
         choices=("auto", "always", "never"),
     )
+    divergence: float = option(
+        1.0,
+        "The run stops, and keeps its best round, when its held-out loss is so many nats above the lowest three times "
+        "in a row; without held-out data the nodes' training loss, each node against its own. 0: never.",
+        low=0.0,
+    )
+    patience: int = option(
+        0, "Evaluations in a row without a lower held-out loss after which the run is finished; 0: never.", low=0
+    )
+    keep: str = option("last", "The round that is exported: the last, or the best by held-out loss.",
+                       choices=("last", "best"))  # fmt: skip
     report_to: str = option(
         "none",
         "Experiment tracker on the server, by accelerate's name for it.",

@@ -12,7 +12,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedtune_strategies.aggregators import robust_aggregator
-from fedtune_strategies.errors import ProtocolError
+from fedtune_strategies.errors import DivergenceError, ProtocolError
 from fedtune_strategies.fedavg.messages import ArraysReply, ArraysTask
 from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.protocol import messages as protocol
@@ -94,7 +94,7 @@ class ArraysStrategy(TuningStrategy):
         if shapes(reply.arrays) != shapes(self.current):
             raise ProtocolError(f"{reply.node} sent other tensors than it was given: the reply is left out.")
         if not all(value.is_floating_point() and value.isfinite().all() for value in reply.arrays.values()):
-            raise ProtocolError(f"{reply.node} sent tensors that are not finite: the reply is left out.")
+            raise DivergenceError(f"{reply.node} sent tensors that are not finite: the reply is left out.")
         return True
 
     def aggregate_train(

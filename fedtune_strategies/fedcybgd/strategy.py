@@ -20,7 +20,7 @@ from fedtune_strategies.blocks.codecs import decode, encoded_size
 from fedtune_strategies.blocks.find import Block
 from fedtune_strategies.blocks.rest import Calibration
 from fedtune_strategies.blocks.train import apply_delta, weighted_mean
-from fedtune_strategies.errors import ProtocolError
+from fedtune_strategies.errors import DivergenceError, ProtocolError
 from fedtune_strategies.fedcybgd.block_store import BlockStore
 from fedtune_strategies.fedcybgd.config import FedCyBGDRunConfig
 from fedtune_strategies.fedcybgd.messages import BlockReply, BlockTask
@@ -180,7 +180,7 @@ class FedCyBGD(TuningStrategy):
             raise ProtocolError(f"{reply.node} sent other tensors than block {reply.block} has: the reply is left out.")
         delta = decode(reply.delta)
         if reply.steps < 1 or not all(value.isfinite().all() for value in delta.values()):
-            raise ProtocolError(f"{reply.node} sent an update that is not finite: the reply is left out.")
+            raise DivergenceError(f"{reply.node} sent an update that is not finite: the reply is left out.")
         if out_of_line(largest(delta), self.sizes):
             raise ProtocolError(
                 f"{reply.node} moved block {reply.block} by up to {largest(delta):.3g}, more than {FACTOR:g} times "

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedtune_strategies.aggregators import robust_aggregator
-from fedtune_strategies.errors import FingerprintError, ProtocolError
+from fedtune_strategies.errors import DivergenceError, FingerprintError, ProtocolError
 from fedtune_strategies.fedkseed.config import GradientRunConfig
 from fedtune_strategies.fedkseed.messages import GradientReply, GradientTask
 from fedtune_strategies.fedkseed.moved import Moved
@@ -193,7 +193,7 @@ class SeedGradient(TuningStrategy):
         """Return the point that a node reached, float32 [K]."""
         own = self.config.fedkseed
         if not 0 < reply.unit < math.inf:
-            raise ProtocolError(f"{reply.node} made no step with a finite loss: the reply is left out.")
+            raise DivergenceError(f"{reply.node} made no step with a finite loss: the reply is left out.")
         return decode(reply.levels, min(reply.unit, self.unit or reply.unit), own.up_bits, own.seeds)
 
     def _arrays(self, answer: GradientReply) -> ArrayRecord:

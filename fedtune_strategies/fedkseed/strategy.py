@@ -24,7 +24,7 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedtune_strategies.errors import ProtocolError
+from fedtune_strategies.errors import DivergenceError, ProtocolError
 from fedtune_strategies.fedkseed.accountant import epsilon
 from fedtune_strategies.fedkseed.aggregators import (
     forget_moments,
@@ -164,10 +164,10 @@ class FedKSeed(TuningStrategy):
                 f"{steps} of {SCALAR_TYPES[settings.scalar_bits]}: the reply is left out."
             )
         if not (0 < reply.lr < math.inf and 0 < reply.eps < math.inf):
-            raise ProtocolError(f"{reply.node} found no step size: its losses are not finite. The reply is left out.")
+            raise DivergenceError(f"{reply.node} found no step size: its losses are not finite. The reply is left out.")
         scalars = read_scalars(reply.scalars, reply.unit)
         if not np.isfinite(scalars).any():
-            raise ProtocolError(f"{reply.node} had no step with a finite loss: the reply is left out.")
+            raise DivergenceError(f"{reply.node} had no step with a finite loss: the reply is left out.")
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

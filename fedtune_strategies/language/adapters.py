@@ -52,8 +52,11 @@ def add_adapters(model: nn.Module, rank: int, alpha: int, targets: str, seed: in
 
 
 def sharing_weights(model: nn.Module) -> nn.Module:
-    """Copy the modules of a model but not its weights, so that adapters can be put into the copy."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    """Copy the modules of a model but not its weights, so that adapters can be put into the copy.
+
+    Freezing the copy's parameters, as adapters do, leaves those of the model as they are.
+    """
+    return copy.deepcopy(model, {id(one): nn.Parameter(one.detach(), one.requires_grad) for one in model.parameters()})
 
 
 def merge_adapters(model: nn.Module, base: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:

@@ -31,7 +31,9 @@ def test_a_copy_shares_the_weights_and_leaves_the_model_its_modules():
     adapters = add_adapters(sharing_weights(model), 8, 16, "", seed=0)
     assert [name for name, _ in model.named_parameters()] == names
     shared = sharing_weights(model)
-    assert all(a is b for a, b in zip(shared.parameters(), model.parameters(), strict=True))
+    pairs = list(zip(shared.parameters(), model.parameters(), strict=True))
+    assert all(copied.data_ptr() == own.data_ptr() for copied, own in pairs)
+    assert all(own.requires_grad for _, own in pairs)
     assert adapters and not set(adapters) & set(names)
 
 
