@@ -163,8 +163,9 @@ def _print_screen(view: Any) -> None:
 
 
 def _print_model(view: Any) -> None:
-    if folder := view.report()["run"]["exported"]:
-        console.print(f"The tuned model: {folder}", markup=False)
+    run = view.report()["run"]
+    if run["exported"]:
+        console.print(f"The tuned model: {run['exported']} (round {run['kept']})", markup=False)
 
 
 def _brief(report: dict[str, Any]) -> dict[str, Any]:
