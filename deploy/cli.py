@@ -18,9 +18,10 @@ from deploy.commands.configuration import config
 from deploy.commands.demo import demo
 from deploy.commands.join import join, leave
 from deploy.commands.keys import keys
-from deploy.commands.machine import bench, doctor, plan, show_version, version
+from deploy.commands.machine import bench, doctor, show_version, version
 from deploy.commands.models import evaluate, export
 from deploy.commands.parts import parts
+from deploy.commands.plan import plan
 from deploy.commands.runs import resume, run, runs, status, stop
 from deploy.commands.serve import nodes_app, serve
 from fedtune_strategies.errors import FedTuneError, ResourceError
