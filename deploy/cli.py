@@ -24,6 +24,7 @@ from deploy.commands.parts import parts
 from deploy.commands.plan import plan
 from deploy.commands.runs import resume, run, runs, status, stop
 from deploy.commands.serve import nodes_app, serve
+from deploy.commands.talk import talk
 from fedtune_strategies.errors import FedTuneError, ResourceError
 
 INTERRUPTED = 130
@@ -62,11 +63,11 @@ app = typer.Typer(
 # The panels of `fedtune --help`, in the order in which they are shown.
 PANELS: dict[str, list[Callable[..., None]]] = {
     "Try it": [demo],
-    "Operators": [serve, run, status, runs, stop, resume, plan, export, evaluate, compare, parts, keys],
+    "Operators": [serve, run, status, runs, stop, resume, plan, talk, export, evaluate, compare, parts, keys],
     "Device owners": [join, leave, doctor],
     "Everybody": [config, bench, version],
 }
-NAMES = {evaluate: "eval"}
+NAMES = {evaluate: "eval", talk: "try"}
 for panel, commands in PANELS.items():
     for command in commands:
         app.command(NAMES.get(command), rich_help_panel=panel)(command)
