@@ -25,7 +25,7 @@ from client_app.node import Node
 from client_app.stats import Stats
 from client_app.worker_client import GRPC_OPTIONS, METHOD, WorkerSpec, running_worker
 from fedtune_strategies.errors import FedTuneError, ResourceError
-from fedtune_strategies.folders import remove_folder
+from fedtune_strategies.folders import keep_private, remove_folder
 from fedtune_strategies.logs import json_handler
 from fedtune_strategies.protocol import messages as protocol
 
@@ -135,6 +135,7 @@ class _Handler(grpc.GenericRpcHandler):
 
 
 if __name__ == "__main__":
+    keep_private()
     as_json = json_handler(sys.stderr)
     format = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(level=logging.INFO, format=format, handlers=[as_json] if as_json else None)

@@ -26,6 +26,7 @@ from deploy.commands.runs import resume, run, runs, status, stop
 from deploy.commands.serve import nodes_app, serve
 from deploy.commands.talk import talk
 from fedtune_strategies.errors import FedTuneError, ResourceError
+from fedtune_strategies.folders import keep_private
 
 INTERRUPTED = 130
 
@@ -86,6 +87,7 @@ def options(
 
 def main() -> None:
     """Entry point of the ``fedtune`` command."""
+    keep_private()
     app()
 
 
