@@ -35,20 +35,8 @@ def check_bundle(content: bytes) -> None:
                 raise ConfigError("refused an app bundle that holds a file twice, or too much.")
             project = tomllib.loads(bundle.read("pyproject.toml").decode())
             app = project["tool"]["flwr"]["app"]
-            ours = (app["publisher"], project["project"]["name"], app["components"]) == (
-                "fedtune",
-                "fedtune",
-                COMPONENTS,
-            )
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        KeyError,
-        TypeError,
-        ValueError,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:
+            named = (app["publisher"], project["project"]["name"], app["components"])
+    except DAMAGED as error:
         raise ConfigError(f"refused an app bundle that cannot be read ({type(error).__name__}).") from None
-    if not ours:
+    if named != ("fedtune", "fedtune", COMPONENTS):
         raise ConfigError("refused an app that is not FedTune's: only the FedTune that is installed here runs.")
