@@ -1,6 +1,9 @@
 """What a round costs besides the work: seconds and bytes of a warm node, over real SuperLink and SuperNodes.
 
     python benchmarks/round_cost.py [--nodes 2] [--rounds 8] [--seeds 4096] [--steps 200] [--method fedkseed]
+        [--ways stream,flower]
+
+Runs twice: over the nodes' streams, and by Flower's messages alone.
 
 Prints, per round, the time from one committed round to the next, of which the node's own work, and the bytes that each
 node's connection carried in that time: payload, Flower's envelope, TLS and polls. The first round also loads the model
@@ -72,6 +75,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--method", default="fedkseed")
+    parser.add_argument("--ways", default="stream,flower")
     args = parser.parse_args()
     settings = {
         "method.name": args.method,
@@ -85,8 +89,21 @@ def main() -> None:
         folder = Path(name)
         files, _ = write_federation(folder / "data", args.nodes)
         nodes = {f"node-{i}": file for i, file in enumerate(files)}
+        app = folder / "app"
         with federation(folder / "federation", nodes) as running:
-            rows = measure(running, write_app(folder / "app", settings), settings, folder / "run")
+            found = {}
+            for way in args.ways.split(","):
+                changes = settings | {"stream.listen": "" if way == "stream" else "off"}
+                found[way] = measure(running, write_app(app, changes), changes, folder / way)
+                show(way, found[way])
+    RESULTS.mkdir(exist_ok=True)
+    facts = {"settings": settings, "machine": f"{platform.machine()}, {args.rounds} rounds", "ways": found}
+    (RESULTS / f"round_cost_{args.method}.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def show(way: str, rows: list[dict]) -> None:
+    """Print a run's rounds."""
+    print(f"by {way}:")
     print(
         f"{'round':>5} {'seconds':>8} {'work':>6} {'fixed':>6} {'payload':>9} {'up':>9} {'down':>9} {'in all':>9} bytes"
     )
@@ -97,15 +114,14 @@ def main() -> None:
             f"{row['up']:>9,.0f} {row['down']:>9,.0f} {row['up'] + row['down']:>9,.0f}"
         )
     warm = rows[1:]
-    fixed = sorted(row["seconds"] - row["work"] for row in warm)
+    fixed_costs = sorted(row["seconds"] - row["work"] for row in warm)
     total = sorted(row["up"] + row["down"] for row in warm)
+    low, middle, high = fixed_costs[0], statistics.median(fixed_costs), fixed_costs[-1]
     print(
-        f"warm round: fixed cost {statistics.median(fixed):.2f} s ({fixed[0]:.2f} to {fixed[-1]:.2f}); "
-        f"{statistics.median(total):,.0f} bytes a node ({total[0]:,.0f} to {total[-1]:,.0f})"
+        f"warm round: fixed cost {middle:.2f} s ({low:.2f} to {high:.2f}); "
+        f"{statistics.median(total):,.0f} bytes a node ({total[0]:,.0f} to {total[-1]:,.0f})",
+        flush=True,
     )
-    RESULTS.mkdir(exist_ok=True)
-    facts = {"settings": settings, "machine": f"{platform.machine()}, {len(rows)} rounds", "rounds": rows}
-    (RESULTS / f"round_cost_{args.method}.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The resident worker: holds model and data between rounds, answers the messenger on a Unix socket.
+"""The resident worker: holds model and data between rounds, answers the messenger on a Unix socket, or over a stream.
 
 Run as ``python -m client_app.worker FOLDER HOST_PID`` by `client_app.worker_client`. It ends when its SuperNode is
 gone, when another worker took its place, on SIGTERM, or after an idle time.
@@ -17,21 +17,25 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Empty, SimpleQueue
 
 import grpc
 import psutil
 
 from client_app.node import Node
 from client_app.stats import Stats
-from client_app.worker_client import GRPC_OPTIONS, METHOD, WorkerSpec, running_worker
-from fedtune_strategies.errors import FedTuneError, ResourceError
-from fedtune_strategies.folders import keep_private, remove_folder
+from client_app.stream import Stream
+from client_app.worker_client import DO, FOLLOW, GRPC_OPTIONS, SERVICE, WorkerSpec, running_worker
+from fedtune_strategies.errors import FedTuneError, ProtocolError, ResourceError
+from fedtune_strategies.folders import remove_folder
 from fedtune_strategies.logs import json_handler
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.stream.offer import decode_offer
 
 log = logging.getLogger("fedtune")
 
 IDLE_SECONDS = 1800.0
+HOST_GONE = "its SuperNode is gone"
 _WATCH_SECONDS = 0.5
 
 
@@ -51,10 +55,8 @@ class Service:
         self._facts = Stats()
         self.last_used = time.monotonic()
 
-    def do(self, request: bytes) -> bytes:
+    def do(self, kind: str, payload: bytes) -> tuple[str, bytes]:
         """Answer one task; a node that cannot be loaded is a `Failure`, and tried again with the next task."""
-        head, _, payload = request.partition(b"\0")
-        kind = head.decode(errors="replace")
         with self._busy:
             start = time.monotonic()
             try:
@@ -67,7 +69,7 @@ class Service:
                 name, body = failure.kind, protocol.encode(failure)
             self.last_used = time.monotonic()
             self._facts.note(kind, name, len(payload), len(body), self.last_used - start)
-        return b"\0".join([name.encode(), body])
+        return name, body
 
     def idle_seconds(self) -> float:
         """Return the seconds since the last task; 0 while one runs."""
@@ -87,55 +89,67 @@ def serve(folder: Path, host_pid: int) -> None:
     host = psutil.Process(host_pid)
     spec = WorkerSpec(**json.loads((folder / "spec.json").read_text()))
     service = Service(spec)
-    handler = grpc.unary_unary_rpc_method_handler(lambda request, context: service.do(request))
+    ending: SimpleQueue[str] = SimpleQueue()
+    stream = Stream(service.do, ending.put)
     server = grpc.server(ThreadPoolExecutor(max_workers=1), options=GRPC_OPTIONS)
-    server.add_generic_rpc_handlers((_Handler(handler),))
+    server.add_generic_rpc_handlers((_handlers(service, stream),))
     me = psutil.Process()
     identity = folder / "worker.json"
     partial = identity.with_suffix(".partial")
     partial.write_text(json.dumps({"pid": me.pid, "created": me.create_time(), "key": spec.key()}))
     partial.replace(identity)
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    signal.signal(signal.SIGTERM, lambda *_: ending.put("asked to"))
     server.add_insecure_port(f"unix:{folder / f'{spec.key()}.sock'}")
     server.start()
-    reason = _watch(host, folder, service, stop)
+    reason = _watch(host, folder, service, ending)
     log.info("worker ends: %s", reason)
-    if reason == "its SuperNode is gone":
+    stream.leave(gone=reason == HOST_GONE)
+    if reason == HOST_GONE:
         with contextlib.suppress(OSError, ResourceError):
             remove_folder(folder)
     # A task may still be computing: nobody waits for it.
     os._exit(0)
 
 
-def _watch(host: psutil.Process, folder: Path, service: Service, stop: threading.Event) -> str:
+def _watch(host: psutil.Process, folder: Path, service: Service, ending: SimpleQueue[str]) -> str:
     me = os.getpid()
     checks: list[tuple[str, Callable[[], bool]]] = [
-        ("its SuperNode is gone", lambda: not host.is_running() or host.status() == psutil.STATUS_ZOMBIE),
+        (HOST_GONE, lambda: not host.is_running() or host.status() == psutil.STATUS_ZOMBIE),
         ("another worker took its place", lambda: (found := running_worker(folder)) is None or found[0].pid != me),
         (f"idle for {IDLE_SECONDS:.0f} s", lambda: service.idle_seconds() > IDLE_SECONDS),
     ]
-    while not stop.wait(_WATCH_SECONDS):
+    while True:
+        with contextlib.suppress(Empty):
+            return ending.get(timeout=_WATCH_SECONDS)
         for reason, holds in checks:
             try:
                 if holds():
                     return reason
             except psutil.NoSuchProcess:
-                return "its SuperNode is gone"
-    return "asked to"
+                return HOST_GONE
 
 
-class _Handler(grpc.GenericRpcHandler):
-    def __init__(self, handler: grpc.RpcMethodHandler) -> None:
-        self._handler = handler
+def _handlers(service: Service, stream: Stream) -> grpc.GenericRpcHandler:
+    """Route the messenger's two calls: a task, and an offer of a stream."""
 
-    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-        """Route the one method."""
-        return self._handler if details.method == METHOD else None
+    def do(request: bytes, context: grpc.ServicerContext) -> bytes:
+        kind, _, payload = request.partition(b"\0")
+        name, body = service.do(kind.decode(errors="replace"), payload)
+        return b"\0".join([name.encode(), body])
+
+    def follow(request: bytes, context: grpc.ServicerContext) -> bytes:
+        try:
+            stream.follow(decode_offer(request.decode(errors="replace")))
+        except ProtocolError as error:
+            log.warning("%s", error)  # the task that came with it is done all the same
+        return b""
+
+    methods = {DO: do, FOLLOW: follow}
+    unary = {name: grpc.unary_unary_rpc_method_handler(method) for name, method in methods.items()}
+    return grpc.method_handlers_generic_handler(SERVICE, unary)
 
 
 if __name__ == "__main__":
-    keep_private()
     as_json = json_handler(sys.stderr)
     format = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(level=logging.INFO, format=format, handlers=[as_json] if as_json else None)

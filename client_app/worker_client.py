@@ -26,7 +26,7 @@ from filelock import FileLock
 from fedtune_strategies.errors import LinkError, ResourceError
 from fedtune_strategies.folders import private_runtime_folder, remove_folder
 
-METHOD = "/fedtune.Worker/Do"
+SERVICE, DO, FOLLOW = "fedtune.Worker", "Do", "Follow"
 GRPC_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 SOCKET_PATH_BYTES = 100  # 104 on macOS and 108 on Linux, with the closing zero
 _START_SECONDS = 120.0
@@ -55,7 +55,7 @@ class WorkerSpec:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def ask_worker(spec: WorkerSpec, kind: str, payload: bytes, timeout: float) -> tuple[str, bytes]:
+def ask_worker(spec: WorkerSpec, kind: str, payload: bytes, timeout: float, offer: str = "") -> tuple[str, bytes]:
     """Send one task to this SuperNode's worker, starting or replacing it first where needed.
 
     A worker that dies on the task is replaced once and asked again: tasks are deterministic.
@@ -70,6 +70,8 @@ def ask_worker(spec: WorkerSpec, kind: str, payload: bytes, timeout: float) -> t
         The encoded message.
     timeout : float
         Seconds for the answer, after which the worker is ended.
+    offer : str
+        Of a stream, which the worker shall keep from now on; empty for none.
 
     Returns
     -------
@@ -86,8 +88,10 @@ def ask_worker(spec: WorkerSpec, kind: str, payload: bytes, timeout: float) -> t
         with FileLock(folder / "lock"):
             socket = _ensure_worker(folder, spec)
         with grpc.insecure_channel(f"unix:{socket}", options=GRPC_OPTIONS) as channel:
-            do = channel.unary_unary(METHOD)
+            follow, do = (channel.unary_unary(f"/{SERVICE}/{name}") for name in (FOLLOW, DO))
             try:
+                if offer:
+                    follow(offer.encode(), timeout=timeout)
                 answer = do(b"\0".join([kind.encode(), payload]), timeout=timeout)
                 break
             except grpc.RpcError as error:
@@ -196,14 +200,10 @@ def _stop(folder: Path) -> None:
 
 
 def _host_process() -> psutil.Process:
-    """Return the SuperNode above this process, or its executor; outside both, the parent.
-
-    `fedtune join` starts the two beside each other, and the executor ends with its SuperNode.
-    """
+    """Return the SuperNode above this process; outside one, the parent."""
     ancestors = psutil.Process().parents()
     for process in ancestors:
         with contextlib.suppress(psutil.Error):
-            command = process.cmdline()[:4]
-            if "deploy.flower.executor" in command or any(Path(part).name == "flower-supernode" for part in command):
+            if any(Path(part).name == "flower-supernode" for part in process.cmdline()[:3]):
                 return process
     return ancestors[0]

@@ -24,6 +24,7 @@ from fedtune_strategies.errors import FedTuneError, NodesError
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.flower import answer
 from fedtune_strategies.protocol.records import from_record
+from fedtune_strategies.stream.grid import StreamedReply, StreamGrid
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class NodeReply:
         The reply as Flower carried it.
     bytes_down, bytes_up : int
         Payload of task and reply, in bytes, without Flower's envelope.
+    streamed : bool
+        Whether the reply came over the node's stream.
     """
 
     node: Node
@@ -47,6 +50,7 @@ class NodeReply:
     content: RecordDict | None
     bytes_down: int
     bytes_up: int
+    streamed: bool = False
 
 
 def _nothing_to_supply(wanted: protocol.ModelRequest) -> protocol.Message:
@@ -84,6 +88,7 @@ class Fleet(Grid):
     ) -> None:
         self._grid = grid
         self._poll_interval = poll_interval
+        self._pause = grid.wait if isinstance(grid, StreamGrid) else time.sleep
         self._admission = Admission(grid, fingerprint, on_event, nodes, supply)
         self._late: dict[str, tuple[Node, Message]] = {}
         self._limit = 0.0
@@ -123,7 +128,7 @@ class Fleet(Grid):
             over = time.monotonic() > max(limit, self._admission.supplied + wait)
             if over or self._admission.is_hopeless():
                 raise self._admission.too_few(len(self.nodes), count, wait)
-            time.sleep(self._poll_interval)
+            self._pause(self._poll_interval)
 
     def exchange(self, tasks: Iterable[Message], deadline: float, patience: float = 0.0) -> Iterator[NodeReply]:
         """Send tasks and yield the replies as they arrive.
@@ -159,7 +164,7 @@ class Fleet(Grid):
             if self._admission.supplied:
                 self._admission.hear()
             if not replies:
-                time.sleep(self._poll_interval)
+                self._pause(self._poll_interval)
         waited = time.monotonic() - start
         for message_id, message in pending.items():
             node = self._admission.lose(message.metadata.dst_node_id, f"did not answer within {waited:.0f} s")
@@ -223,7 +228,7 @@ class Fleet(Grid):
             pending -= {reply.metadata.reply_to_message_id for reply in arrived}
             replies += arrived
             if not arrived:
-                time.sleep(self._poll_interval)
+                self._pause(self._poll_interval)
         return replies
 
     def _received(self, task: Message, reply: Message, node: Node | None = None) -> NodeReply:
@@ -234,7 +239,8 @@ class Fleet(Grid):
             message = answer(reply)
         except FedTuneError as error:
             return NodeReply(node, error, None, down, 0)
-        return NodeReply(node, message, reply.content, down, len(from_record(reply.content)[1]))
+        up = len(from_record(reply.content)[1])
+        return NodeReply(node, message, reply.content, down, up, isinstance(reply, StreamedReply))
 
 
 def _name(node: Node) -> str:

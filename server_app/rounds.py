@@ -248,7 +248,8 @@ def _accept(number: int, received: NodeReply, check: Callable[[int, protocol.Mes
     sender = getattr(message, "node", None)
     if sender != received.node.name:
         raise ProtocolError(f"the reply bears the name of {sender!r}: it is left out.")
-    traffic = {"kind": message.kind, "bytes_down": received.bytes_down, "bytes_up": received.bytes_up}
+    way = "stream" if received.streamed else "flower"
+    traffic = {"kind": message.kind, "bytes_down": received.bytes_down, "bytes_up": received.bytes_up, "way": way}
     with refusing():
         counts = check(number, message)
     if not counts:

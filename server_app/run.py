@@ -22,6 +22,7 @@ from fedtune_strategies.logs import about
 from fedtune_strategies.method import register_messages
 from fedtune_strategies.model_transfer import ModelSource
 from fedtune_strategies.seed_space import fingerprint, tuned_parameters
+from fedtune_strategies.stream.grid import streaming
 from server_app.evaluation import evaluate, load_held_out
 from server_app.export import export_model
 from server_app.guard import Guard
@@ -33,7 +34,7 @@ log = logging.getLogger("fedtune")
 
 MODEL = "model"  # the export, in a run's folder
 # What may differ between the start of a run and its resumption: nothing that a result depends on.
-_FREE_KEYS = ("num-server-rounds", "run.", "round.", "eval.", "strategy.min-nodes")
+_FREE_KEYS = ("num-server-rounds", "run.", "round.", "eval.", "stream.", "strategy.min-nodes")
 
 
 def execute(grid: Grid, flat: Mapping[str, Any], run_id: int) -> Path:
@@ -65,8 +66,9 @@ def execute(grid: Grid, flat: Mapping[str, Any], run_id: int) -> Path:
         with (
             about(run=ledger.folder.name),
             tracking(config, ledger, defaults(config.method.name, flat) | dict(flat)) as report,
+            streaming(grid, config.stream) as both_ways,
         ):
-            return _execute(grid, config, ledger, report)
+            return _execute(both_ways, config, ledger, report)
     except FedTuneError as error:
         ledger.append("failed", body={"exit_code": error.exit_code, "message": str(error), **error.facts})
         raise

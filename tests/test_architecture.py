@@ -13,7 +13,7 @@ PACKAGES = ("client_app", "server_app", "fedtune_strategies", "deploy")
 MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 NAMES = [path.relative_to(ROOT).as_posix() for path in MODULES]
 MAY_IMPORT_FLOWER = re.compile(
-    r"fedtune_strategies/(protocol/(records|flower)|admission|fleet|testing|strategy|aggregators|fed\w+/.*)\.py|"
+    r"fedtune_strategies/(protocol/(records|flower)|admission|fleet|stream/grid|testing|strategy|aggregators|fed\w+/.*)\.py|"
     r"client_app/app\.py|server_app/(app|run|rounds|replay)\.py|deploy/.*"
 )
 MATHEMATICS = ("seed_space", "seed_gradient", "zeroth_order", "blocks", "language")

@@ -105,3 +105,19 @@ def test_any_mapping_is_parsed_or_refused_by_one_line(flat):
         assert isinstance(parse(flat), Config)
     except ConfigError as error:
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"stream.listen": "9093"}, "must be host:port"),
+        ({"stream.listen": "0.0.0.0:9093"}, "set 'stream.address'"),
+        ({"stream.listen": "localhost:9093", "stream.address": "x y"}, "'stream.address' is 'x y'"),
+        ({"stream.address": "localhost:9093"}, "set that too"),
+        ({"stream.listen": "off", "stream.address": "localhost:9093"}, "set that too"),
+    ],
+)
+def test_streams_are_where_nodes_can_find_them(keys, words):
+    with pytest.raises(ConfigError, match=words):
+        parse(keys)
+    parse({"stream.listen": "0.0.0.0:9093", "stream.address": "my.server:9093"})

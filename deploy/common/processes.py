@@ -27,9 +27,7 @@ TOKEN = "FEDTUNE_FEDERATION"
 PATIENCE = 6.0  # seconds between asking a process to end and killing it
 
 
-def start(
-    command: Sequence[str], environment: Mapping[str, str], log: Path, *, follow: bool = False
-) -> subprocess.Popen[bytes]:
+def start(command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
     """Start a process in a session of its own, so that a Ctrl-C at the terminal reaches its launcher alone.
 
     Parameters
@@ -40,12 +38,10 @@ def start(
         The whole environment.
     log : Path
         Gets stdout and stderr; what it held before is kept once, beside it as ``.previous``.
-    follow : bool
-        Write behind what another process writes there.
     """
-    if log.exists() and not follow:
+    if log.exists():
         log.replace(log.with_suffix(".previous"))
-    with log.open("ab") as output:
+    with log.open("wb") as output:
         return subprocess.Popen(
             command,
             env=environment,

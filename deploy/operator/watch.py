@@ -136,12 +136,17 @@ def _nodes(nodes: list[dict[str, Any]]) -> Table:
         table.add_column(name)
     for name in ("examples", "replies", "loss", "up", "down", "memory"):
         table.add_column(name, justify="right")
+    table.add_column("by")
     for node in nodes[:MOST_NODES]:
         colour = NODE_COLOURS.get(node["state"], "default")
         loss = f"{node['loss']:.4f}" if node["loss"] is not None else "-"
         cells = [str(node["examples"]), str(node["replies"]), loss, size(node["bytes_up"]), size(node["bytes_down"])]
         table.add_row(
-            f"  {escape(node['name'])}", f"[{colour}]{node['state']}[/{colour}]", *cells, size(node["peak_memory"])
+            f"  {escape(node['name'])}",
+            f"[{colour}]{node['state']}[/{colour}]",
+            *cells,
+            size(node["peak_memory"]),
+            node["way"] or "-",
         )
     if len(nodes) > MOST_NODES:
         table.add_row(f"  … and {len(nodes) - MOST_NODES} more")

@@ -118,10 +118,11 @@ function nodes({ nodes: rows, run }) {
   table(
     $("nodes"),
     ["Node", run.state === "running" ? "Is" : "Was", "Last seen", "Examples", "Replies", "Refused", "Loss", "Sent", "Received",
-      "Computing", "Peak memory"],
+      "Computing", "Peak memory", "By"],
     rows.map((node) => [
       node.name, status(node.state), ago(node.last_seen), String(node.examples), String(node.replies), String(node.refused),
       decimal(3)(node.loss), bytes(node.bytes_up), bytes(node.bytes_down), duration(node.seconds), bytes(node.peak_memory),
+      node.way || "–",
     ]),
   );
 }

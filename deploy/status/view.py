@@ -192,7 +192,7 @@ class RunView:
 
     def _node(self, record: Record) -> dict[str, Any]:
         totals = {"replies": 0, "refused": 0, "examples": 0, "bytes_up": 0, "bytes_down": 0, "seconds": 0.0}
-        newest = {"loss": None, "peak_memory": 0, "fingerprint": "", "last_seen": record.time}
+        newest = {"loss": None, "peak_memory": 0, "fingerprint": "", "way": "", "last_seen": record.time}
         node = self.nodes.setdefault(record.node, {"name": record.node, **totals, **newest})
         node["event"] = record.kind
         if record.kind != "lost":
@@ -206,7 +206,7 @@ class RunView:
         node["replies"] += 1
         node["examples"] = body.get("num_examples", node["examples"])
         node["peak_memory"] = max(node["peak_memory"], body.get("peak_memory", 0))
-        node |= {key: body[key] for key in ("loss", "fingerprint") if key in body}
+        node |= {key: body[key] for key in ("loss", "fingerprint", "way") if key in body}
 
     def _count(self, record: Record) -> dict[str, Any]:
         node = self._node(record)

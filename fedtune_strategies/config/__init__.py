@@ -33,6 +33,7 @@ from fedtune_strategies.config.sections import (
     RunConfig,
     SamplingConfig,
     StrategyConfig,
+    StreamConfig,
     TrainConfig,
 )
 from fedtune_strategies.errors import ConfigError
@@ -80,6 +81,7 @@ class Config:
     round: RoundConfig = field(default_factory=RoundConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
 
     @classmethod
     def choose(cls, given: Mapping[str, Any]) -> type[Config]:
@@ -94,6 +96,7 @@ class Config:
         ConfigError
             They do not.
         """
+        self.stream.check()
         if self.strategy.min_replies > self.strategy.min_nodes:
             raise ConfigError(
                 f"run config: 'strategy.min-replies' is {self.strategy.min_replies}, but must be at most "

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedtune_strategies.blocks.codec_config import UPLOADS
 from fedtune_strategies.config.options import option
+from fedtune_strategies.errors import ConfigError
 from fedtune_strategies.method import installed_methods
+from fedtune_strategies.stream.offer import is_address
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,6 @@ class AdamWTrainConfig(LocalTrainConfig):
 
     beta1: float = option(0.9, "Momentum: decay of AdamW's first moment.", low=0.0, high=0.999)
     weight_decay: float = option(0.0, "Weight decay of AdamW.", low=0.0)
-    upload: str = option(
-        "float32",
-        "Coding of a node's change on its way up; 'sign' is one bit a value. What is lost, the node adds to its next.",
-        choices=tuple(UPLOADS),
-    )
 
 
 @dataclass(frozen=True)
@@ -182,3 +178,34 @@ class RunConfig:
         "Experiment tracker on the server, by accelerate's name for it.",
         choices=("none", "tensorboard", "wandb", "mlflow", "trackio"),
     )
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """The streams from the nodes' workers to the run's ServerApp."""
+
+    listen: str = option(
+        "",
+        "Where the run listens for streams, 'host:port'; empty for behind the port of `fedtune serve`, 'off' for none.",
+    )
+    address: str = option("", "Where nodes find that, 'host:port'; empty for the same.")
+
+    def check(self) -> None:
+        """Check that nodes can be told where to find what is listened on.
+
+        Raises
+        ------
+        ConfigError
+            They cannot.
+        """
+        if self.listen in ("", "off"):
+            if self.address:
+                raise ConfigError("run config: 'stream.address' is where nodes find 'stream.listen': set that too.")
+            return
+        for name, value in (("listen", self.listen), ("address", self.address or self.listen)):
+            if not is_address(value):
+                raise ConfigError(f"run config: 'stream.{name}' is {value!r}, but must be host:port.")
+        if not self.address and self.listen.startswith(("0.0.0.0:", "[::]:")):
+            raise ConfigError(
+                f"run config: nodes cannot find {self.listen!r}: set 'stream.address' to this server's name or address."
+            )

@@ -15,6 +15,7 @@ from fedtune_strategies.errors import ProtocolError
 INLINE_BYTES = 4 * 2**20
 _RECORD = "fedtune"
 _BLOB = "blob"
+_OFFER = "stream"
 
 
 def to_record(kind: str, payload: bytes) -> RecordDict:
@@ -64,6 +65,18 @@ def from_record(content: RecordDict) -> tuple[str, bytes]:
     if isinstance(payload, bytes):
         return kind, payload
     return kind, _blob(content)
+
+
+def with_offer(content: RecordDict, offer: str) -> RecordDict:
+    """Return a message's content with an offer of a stream beside it, see `fedtune_strategies.stream.offer`."""
+    return RecordDict({**content, _OFFER: ConfigRecord({"offer": offer})})
+
+
+def offer_in(content: RecordDict) -> str:
+    """Return the offer of a stream that came with a message; empty where none did."""
+    record = content.config_records.get(_OFFER)
+    offer = record.get("offer") if record is not None else None
+    return offer if isinstance(offer, str) else ""
 
 
 def _blob(content: RecordDict) -> bytes:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from fedtune_strategies.errors import ProtocolError
 
-# What `fedtune serve` tells its ServerApps: where nodes reach them, and the folder of the sockets behind that address.
+# What `fedtune serve` tells its ServerApps: where nodes reach it, and the folder of the sockets behind that port.
+# `fedtune join` tells its node the first: the server's address as that machine knows it.
 STREAM_ADDRESS, STREAM_FOLDER = "FEDTUNE_STREAM_ADDRESS", "FEDTUNE_STREAM_FOLDER"
 
 _NAME = re.compile(r"([0-9a-f]{16})\.stream\.fedtune")
@@ -26,7 +27,9 @@ class Offer:
     Attributes
     ----------
     address : str
-        ``host:port``; empty for that of the node's own SuperLink.
+        ``host:port``.
+    shared : bool
+        Whether that is the port at which the server is joined, too: a node that joined there keeps to its own address.
     name : str
         The name in the server's certificate, new with every start of a ServerApp.
     certificate : str
@@ -41,13 +44,16 @@ class Offer:
     """
 
     address: str
+    shared: bool
     name: str
     certificate: str
     secret: str = field(repr=False)
 
     def __post_init__(self) -> None:
-        sound = all(isinstance(value, str) for value in vars(self).values()) and (
-            (not self.address or _ADDRESS.fullmatch(self.address))
+        texts = (self.address, self.name, self.certificate, self.secret)
+        sound = isinstance(self.shared, bool) and all(isinstance(text, str) for text in texts)
+        sound = sound and bool(
+            is_address(self.address)
             and _NAME.fullmatch(self.name)
             and _SECRET.fullmatch(self.secret)
             and len(self.certificate) <= _LONGEST
@@ -66,6 +72,11 @@ def decode_offer(text: str) -> Offer:
         return Offer(**json.loads(text))
     except (ValueError, TypeError, RecursionError):
         raise ProtocolError("received a damaged offer of a stream.") from None
+
+
+def is_address(text: str) -> bool:
+    """Say whether a text is ``host:port``."""
+    return bool(_ADDRESS.fullmatch(text))
 
 
 def new_name() -> str:

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -15,45 +14,39 @@ import pytest
 from deploy.local.federation import federation
 from fedtune_strategies.errors import ConfigError, LinkError, NodesError, PortError
 
-# An app that asks every node for its configuration; each ClientApp leaves a detached process behind. No federation runs
-# another app than the installed one, so it stands in for that.
+# An app that asks every node for its configuration; each ClientApp leaves a detached process behind.
 PROJECT = """
 [project]
-name = "fedtune"
+name = "probe"
 version = "1.0.0"
 [tool.flwr.app]
 publisher = "fedtune"
 [tool.flwr.app.components]
-serverapp = "server_app.app:app"
-clientapp = "client_app.app:app"
+serverapp = "probe:server"
+clientapp = "probe:client"
 [tool.flwr.app.config]
 out = ""
 size = 0
 hang = false
 """
-CLIENT = """
-import subprocess, sys
+APP = """
+import json, pathlib, subprocess, sys, time
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
 
-app = ClientApp()
+client = ClientApp()
+server = ServerApp()
 
 
-@app.train()
+@client.train()
 def train(message, context):
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
     facts = {key: str(value) for key, value in context.node_config.items()}
     return Message(RecordDict({"facts": ConfigRecord(facts)}), reply_to=message)
-"""
-SERVER = """
-import json, pathlib, time
-from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.serverapp import ServerApp
-
-app = ServerApp()
 
 
-@app.main()
+@server.main()
 def main(grid, context):
     config = context.run_config
     payload = RecordDict({"payload": ConfigRecord({"bytes": bytes(config["size"])})})
@@ -78,7 +71,6 @@ with federation(folder / "state", {"alone": folder / "node.jsonl"}) as running:
 """
 
 
-ROOT = Path(__file__).parents[3]
 ROW = '{"prompt": "say a", "completion": "a"}\n'
 
 
@@ -94,15 +86,11 @@ def running_below(folder):
 
 
 @pytest.fixture
-def app(tmp_path, monkeypatch):
-    folder, code = tmp_path / "app", tmp_path / "code"
+def app(tmp_path):
+    folder = tmp_path / "app"
     folder.mkdir()
     (folder / "pyproject.toml").write_text(PROJECT)
-    for package, text in (("client_app", CLIENT), ("server_app", SERVER)):
-        (code / package).mkdir(parents=True)
-        (code / package / "__init__.py").write_text(f"__path__.append({str(ROOT / package)!r})\n")
-        (code / package / "app.py").write_text(text)
-    monkeypatch.setenv("PYTHONPATH", str(code))
+    (folder / "probe.py").write_text(APP)
     return folder
 
 

@@ -1,0 +1,181 @@
+"""A Flower Grid over two ways: the nodes' streams, and Flower's messages for nodes without one."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flwr.app import Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from fedtune_strategies.protocol.records import from_record, to_record, with_offer
+from fedtune_strategies.stream.offer import STREAM_ADDRESS, STREAM_FOLDER
+from fedtune_strategies.stream.server import Outcome, StreamServer
+
+if TYPE_CHECKING:
+    from fedtune_strategies.config.sections import StreamConfig
+
+log = logging.getLogger("fedtune")
+
+_UNAVAILABLE = 5  # Flower's code for a node that is gone
+
+
+class StreamedReply(Message):
+    """A reply that came over its node's stream."""
+
+
+class StreamGrid(Grid):
+    """Reaches every node by its stream where there is one, and by Flower where there is none.
+
+    What goes by Flower brings the node an offer of a stream, so that the next message can go that way. A task whose
+    stream ended is sent again by Flower, unless the node is known to be gone.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's grid; it says which nodes there are.
+    server : StreamServer
+        Open.
+    """
+
+    def __init__(self, grid: Grid, server: StreamServer) -> None:
+        self._grid = grid
+        self._server = server
+        self._numbers = itertools.count(1)
+        self._sent: dict[str, Message] = {}  # over streams, without a reply that was taken
+        self._replies: dict[str, Message] = {}
+        self._again: dict[str, str] = {}  # what was sent again by Flower: Flower's id, and the one that is waited for
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """See Flower."""
+        self._expire()
+        messages = list(messages)
+        ids = [self._stream(message) for message in messages]
+        others = iter(self._by_flower([message for message, key in zip(messages, ids, strict=True) if not key]))
+        return [key or next(others) for key in ids]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """See Flower; asks Flower about its own messages alone."""
+        for outcome in self._server.outcomes():
+            self._settle(outcome)
+        wanted = set(message_ids)
+        again = {key: flower for flower, key in self._again.items() if key in wanted}
+        theirs = [again.get(key, key) for key in wanted if key in again or key not in self._sent]
+        for reply in self._grid.pull_messages(theirs) if theirs else ():
+            key = self._again.pop(reply.metadata.reply_to_message_id, reply.metadata.reply_to_message_id)
+            reply.metadata.__dict__["_reply_to_message_id"] = key
+            self._replies[key] = reply
+        found = [self._replies.pop(key) for key in wanted if key in self._replies]
+        for reply in found:
+            self._sent.pop(reply.metadata.reply_to_message_id, None)
+        return found
+
+    def get_node_ids(self) -> list[int]:
+        """Return the nodes that Flower knows, without those whose stream fell silent a moment ago."""
+        present = list(self._grid.get_node_ids())
+        self._server.keep(present)
+        hidden = self._server.hidden()
+        return [node for node in present if node not in hidden]
+
+    def wait(self, seconds: float) -> None:
+        """Wait for something new on a stream, at most so long."""
+        self._server.wait(seconds)
+
+    def _stream(self, message: Message) -> str:
+        """Send a message over its node's stream; returns its id, or nothing where there is no stream."""
+        metadata = message.metadata
+        if not self._server.works(metadata.dst_node_id):
+            return ""
+        key = f"stream-{next(self._numbers)}"
+        metadata.__dict__["_message_id"] = key
+        self._sent[key] = message
+        self._server.send(metadata.dst_node_id, key, *from_record(message.content), metadata.ttl)
+        return key
+
+    def _by_flower(self, messages: list[Message]) -> list[str]:
+        for message in messages:
+            message.content = with_offer(message.content, self._server.offer(message.metadata.dst_node_id).encode())
+        return list(self._grid.push_messages(messages)) if messages else []
+
+    def _settle(self, outcome: Outcome) -> None:
+        task = self._sent.get(outcome.key)
+        if task is None:
+            return
+        if outcome.reply is not None:
+            self._replies[outcome.key] = StreamedReply(to_record(*outcome.reply), reply_to=task)
+        elif outcome.lost:
+            reason = f"its stream is lost: {outcome.lost}"
+            self._replies[outcome.key] = StreamedReply(Error(code=_UNAVAILABLE, reason=reason), reply_to=task)
+        else:
+            (flower,) = self._by_flower([task])
+            self._again[flower] = outcome.key
+
+    def _expire(self) -> None:
+        """Forget messages whose time is over: nobody will ask for their replies."""
+        now = time.time()
+        over = [key for key, one in self._sent.items() if one.metadata.created_at + one.metadata.ttl < now]
+        for key in over:
+            del self._sent[key]
+            self._replies.pop(key, None)
+        self._again = {flower: key for flower, key in self._again.items() if key in self._sent}
+
+    # The rest of Flower's Grid interface
+
+    def set_run(self, run: Run) -> None:
+        """See Flower."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """See Flower."""
+        return self._grid.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """See Flower."""
+        return Message(content, dst_node_id=dst_node_id, message_type=message_type, group_id=group_id, ttl=ttl)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """See Flower."""
+        pending = set(self.push_messages(messages))
+        limit = time.monotonic() + (timeout if timeout is not None else float("inf"))
+        replies: list[Message] = []
+        while pending and time.monotonic() < limit:
+            arrived = self.pull_messages(pending)
+            pending -= {reply.metadata.reply_to_message_id for reply in arrived}
+            replies += arrived
+            if not arrived:
+                self.wait(0.25)
+        return replies
+
+
+@contextlib.contextmanager
+def streaming(grid: Grid, config: StreamConfig) -> Iterator[Grid]:
+    """Put streams beside Flower's messages, where the configuration or `fedtune serve` says how nodes reach them.
+
+    Raises
+    ------
+    PortError
+        ``stream.listen`` cannot be listened on.
+    """
+    place, folder = os.environ.get(STREAM_ADDRESS), os.environ.get(STREAM_FOLDER)
+    if config.listen and config.listen != "off":
+        server = StreamServer(config.address or config.listen, config.listen)
+    elif place and folder and not config.listen:
+        server = StreamServer(place, Path(folder))
+    else:
+        yield grid
+        return
+    server.open()
+    try:
+        yield StreamGrid(grid, server)
+    finally:
+        server.close()
