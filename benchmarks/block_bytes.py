@@ -12,14 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedtune_strategies.blocks.codec_config import parse_codec
-from fedtune_strategies.blocks.codecs import encode, encode_with_feedback
-from fedtune_strategies.fedcybgd.frozen_form import UPLOADS
+from fedtune_strategies.blocks.codec_config import UPLOAD_WIDTHS, UPLOADS, parse_codec
+from fedtune_strategies.blocks.codecs import encode
+from fedtune_strategies.blocks.uploads import encode_with_feedback
 from fedtune_strategies.fedcybgd.messages import BlockReply, BlockTask
 from fedtune_strategies.protocol import messages as protocol
 
 HIDDEN, INNER, LAYERS, VOCABULARY = 768, 2048, 12, 32_000
-WIDTHS = {"float32": 4, "bf16": 2, "int8": 1}
 
 
 def main() -> None:
@@ -33,7 +32,7 @@ def main() -> None:
         parts, _ = encode_with_feedback(block, {}, codec)
         reply = BlockReply("node-1", 20, 1.0, "0" * 16, 100, 1.0, 10**9, 3, 4, parts, 50, 0)
         size = len(protocol.encode(reply))
-        print(f"| {name} | {size:,} | {size / (WIDTHS[name] * elements):.4f} |")
+        print(f"| {name} | {size:,} | {size / (UPLOAD_WIDTHS[name] * elements):.4f} |")
     print("\n| rest | nodes | bytes | of the model in bfloat16 |\n|---|---|---|---|")
     for rest in ("int8", "nf4"):
         for nodes in (2, 4, 5, 8, LAYERS):

@@ -27,7 +27,7 @@ from client_app.stats import Stats
 from client_app.stream import Stream
 from client_app.worker_client import DO, FOLLOW, GRPC_OPTIONS, SERVICE, WorkerSpec, running_worker
 from fedtune_strategies.errors import FedTuneError, ProtocolError, ResourceError
-from fedtune_strategies.folders import remove_folder
+from fedtune_strategies.folders import keep_private, remove_folder
 from fedtune_strategies.logs import json_handler
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.stream.offer import decode_offer
@@ -150,6 +150,7 @@ def _handlers(service: Service, stream: Stream) -> grpc.GenericRpcHandler:
 
 
 if __name__ == "__main__":
+    keep_private()
     as_json = json_handler(sys.stderr)
     format = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(level=logging.INFO, format=format, handlers=[as_json] if as_json else None)

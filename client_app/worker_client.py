@@ -200,10 +200,14 @@ def _stop(folder: Path) -> None:
 
 
 def _host_process() -> psutil.Process:
-    """Return the SuperNode above this process; outside one, the parent."""
+    """Return the SuperNode above this process, or its executor; outside both, the parent.
+
+    `fedtune join` starts the two beside each other, and the executor ends with its SuperNode.
+    """
     ancestors = psutil.Process().parents()
     for process in ancestors:
         with contextlib.suppress(psutil.Error):
-            if any(Path(part).name == "flower-supernode" for part in process.cmdline()[:3]):
+            command = process.cmdline()[:4]
+            if "deploy.flower.executor" in command or any(Path(part).name == "flower-supernode" for part in command):
                 return process
     return ancestors[0]

@@ -18,12 +18,15 @@ from deploy.commands.configuration import config
 from deploy.commands.demo import demo
 from deploy.commands.join import join, leave
 from deploy.commands.keys import keys
-from deploy.commands.machine import bench, doctor, plan, show_version, version
+from deploy.commands.machine import bench, doctor, show_version, version
 from deploy.commands.models import evaluate, export
 from deploy.commands.parts import parts
+from deploy.commands.plan import plan
 from deploy.commands.runs import resume, run, runs, status, stop
 from deploy.commands.serve import nodes_app, serve
+from deploy.commands.talk import talk
 from fedtune_strategies.errors import FedTuneError, ResourceError
+from fedtune_strategies.folders import keep_private
 
 INTERRUPTED = 130
 
@@ -61,11 +64,11 @@ app = typer.Typer(
 # The panels of `fedtune --help`, in the order in which they are shown.
 PANELS: dict[str, list[Callable[..., None]]] = {
     "Try it": [demo],
-    "Operators": [serve, run, status, runs, stop, resume, plan, export, evaluate, compare, parts, keys],
+    "Operators": [serve, run, status, runs, stop, resume, plan, talk, export, evaluate, compare, parts, keys],
     "Device owners": [join, leave, doctor],
     "Everybody": [config, bench, version],
 }
-NAMES = {evaluate: "eval"}
+NAMES = {evaluate: "eval", talk: "try"}
 for panel, commands in PANELS.items():
     for command in commands:
         app.command(NAMES.get(command), rich_help_panel=panel)(command)
@@ -84,6 +87,7 @@ def options(
 
 def main() -> None:
     """Entry point of the ``fedtune`` command."""
+    keep_private()
     app()
 
 

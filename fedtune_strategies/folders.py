@@ -15,7 +15,12 @@ MARK = ".made-by-fedtune"
 _OLD = ".old"
 
 
-def make_folder(folder: Path, mode: int = 0o777) -> Path:
+def keep_private() -> None:
+    """Let all that this process and its children write be readable by their user alone; each program begins so."""
+    os.umask(0o077)
+
+
+def make_folder(folder: Path) -> Path:
     """Make a folder with our mark, or take one that has it or is empty.
 
     Raises
@@ -24,7 +29,7 @@ def make_folder(folder: Path, mode: int = 0o777) -> Path:
         There is something else in its place.
     """
     check_ours(folder)
-    folder.mkdir(parents=True, exist_ok=True, mode=mode)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     (folder / MARK).touch(0o600)
     return folder
 
@@ -45,7 +50,7 @@ def private_runtime_folder(name: str) -> Path:
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
             raise ResourceError(f"{root} belongs to another user: set XDG_RUNTIME_DIR to a folder of yours.")
         root.chmod(0o700)
-        return make_folder(root / name, mode=0o700)
+        return make_folder(root / name)
     except OSError as error:
         raise ResourceError(
             f"cannot use {root / name}: {error.strerror}; set XDG_RUNTIME_DIR to a folder of yours."

@@ -17,9 +17,11 @@ def main(grid: Grid, context: Context) -> None:
 
     With ``FEDTUNE_LOG=json`` our lines go to standard output, of which Flower makes `flwr log` too.
     """
+    from fedtune_strategies.folders import keep_private
     from fedtune_strategies.logs import json_handler
     from server_app.run import execute
 
+    keep_private()
     logging.getLogger("fedtune").addHandler(json_handler(sys.stdout) or _flower_handler())
     logging.getLogger("fedtune").setLevel(logging.INFO)
     # Libraries that set up the root logger would write every line a second time.

@@ -137,6 +137,7 @@ def methods(protocol: Protocol) -> list[Entrant]:
     }
     alone = {"train.local-steps": protocol.steps * protocol.asked}
     every_layer = {"lora.targets": "all-linear"}
+    signs = {"train.upload": "sign"}
 
     def entrant(name: str, method: str, start: float, own: dict[str, Any], **more: Any) -> Entrant:
         kind = {"fedkseed-pro": "fedkseed", "fedit": "fedavg", "fedzo": "fedavg"}.get(method, method)
@@ -151,11 +152,15 @@ def methods(protocol: Protocol) -> list[Entrant]:
         entrant("FedKSeed", "fedkseed", 1e-4, steps),
         entrant("FedKSeed-Pro", "fedkseed-pro", 1e-4, steps, tuned_as="FedKSeed"),
         entrant("FedCyBGD", "fedcybgd", 3e-3, turns),
+        entrant("FedCyBGD, 1 bit up", "fedcybgd", 3e-3, turns | signs),
         entrant("FedCyBGD, two layers", "fedcybgd", 3e-3, turns | pairs),
         entrant("FedAvg", "fedavg", 1e-3, steps),
         entrant("FedAvg, beta1 0.5", "fedavg", 1e-3, steps | {"train.beta1": 0.5}, tuned_as="FedAvg"),
+        entrant("FedAvg, 1 bit up", "fedavg", 1e-3, steps | signs),
         entrant("FedIT (LoRA)", "fedit", 1e-2, steps),
+        entrant("FedIT, 1 bit up", "fedit", 1e-2, steps | signs),
         entrant("FedIT, all linear layers", "fedit", 1e-2, steps | every_layer),
+        entrant("FedIT, all linear layers, 1 bit up", "fedit", 1e-2, steps | every_layer | signs),
         entrant("FedBAvg", "fedcybgd", 3e-3, averaged, tuned_as="FedCyBGD"),
         entrant("FedZO", "fedzo", 1e-4, steps),
         entrant("central AdamW", "fedavg", 1e-3, alone, central=True, tuned_as="FedAvg"),

@@ -1,4 +1,4 @@
-"""``fedtune doctor``, ``bench``, ``plan`` and ``version``: what this machine is, can do and would have to do."""
+"""``fedtune doctor``, ``bench`` and ``version``: what this machine is and can do."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from deploy.commands.output import Format, FormatOption, NodeSetOption, SetOption, console, setting, show
-from fedtune_strategies.words import counted
+from deploy.commands.plan import ModelOption, methods, task_seconds
 
-ModelOption = Annotated[str, typer.Option(help="Base model: folder, Hub id, or `fedtune-tiny`.")]
 EXAMPLES = 1000  # of a node, where nobody says
 DeviceOption = Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")]
 
@@ -91,7 +89,7 @@ def bench(
 ) -> None:
     """Measure this machine: one task of each method, and the way to the server."""
     given = dict(map(setting, changes or []))
-    tasks = {name: _task_seconds(name, model, device, given, EXAMPLES) for name in _methods()}
+    tasks = {name: task_seconds(name, model, device, given, EXAMPLES) for name in methods()}
     facts: dict[str, Any] = {"tasks": tasks, "link": [_link(one) for one in _joined()]}
 
     def as_text() -> None:
@@ -102,75 +100,6 @@ def bench(
             console.print(f"  round trip to {link['address']:12}{1000 * link['seconds']:10.1f} ms, TLS included")
 
     show(facts, form, as_text)
-
-
-def plan(
-    model: ModelOption = "fedtune-tiny",
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the fleet.")] = 4,
-    memory: Annotated[
-        float | None, typer.Option(min=0, help="GB of memory of a node. Default: what is free here.")
-    ] = None,
-    link: Annotated[float, typer.Option(min=0.001, help="Mbit/s of a node's link, the slower way.")] = 10.0,
-    examples: Annotated[int, typer.Option(min=1, help="Examples of a node.")] = 1000,
-    measure: Annotated[bool, typer.Option(help="Measure this machine's speed, for estimates of time.")] = True,
-    changes: SetOption = None,
-    form: FormatOption = Format.text,
-) -> None:
-    """Say what each method would cost a node, before anybody trains: memory, bytes, time; and which fits.
-
-    Nothing is trained. Times are those of this machine: `fedtune bench` on a node compares. The formulae are in
-    docs/planning.md.
-    """
-    import psutil
-
-    from deploy.plan import plan as plan_method
-    from fedtune_strategies.config import parse
-    from fedtune_strategies.language.model_files import model_folder
-
-    given, folder = dict(map(setting, changes or [])), model_folder(model)
-    available = memory * 1e9 if memory is not None else psutil.virtual_memory().available
-    rows = []
-    for name in _methods():
-        config = parse(_keys_of(name, given | {"model.name": model}))
-        one = plan_method(config, folder, nodes, examples)
-        seconds = _task_seconds(name, model, "cpu", given, examples) if measure else None
-        wire = one.link_seconds(link * 1e6)
-        rounds = (one.tasks * seconds + wire) * config.num_server_rounds if seconds is not None else None
-        rows.append(
-            {"method": name, **asdict(one), "seconds": seconds, "link_seconds": wire, "run_seconds": rounds}
-            | {"fits": one.memory <= available}
-        )
-    facts = {"model": model, "nodes": nodes, "memory": available, "methods": rows}
-    show(facts, form, lambda: _print_plan(facts))
-
-
-def _methods() -> list[str]:
-    """The methods that say what they cost."""
-    from fedtune_strategies.method import installed_methods, load_method
-
-    return [name for name in installed_methods() if load_method(name).cost is not None]
-
-
-def _keys_of(method: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Keep of the given keys those that a method reads: one command line serves several methods."""
-    from fedtune_strategies.config import defaults
-
-    known = defaults(method)
-    return {key: value for key, value in given.items() if key in known} | {"method.name": method}
-
-
-def _task_seconds(name: str, model: str, device: str, given: dict[str, Any], examples: int) -> float | None:
-    import time
-
-    from fedtune_strategies.config import parse
-    from fedtune_strategies.language.model import load_model
-    from fedtune_strategies.method import load_method
-
-    method = load_method(name)
-    if method.seconds is None:
-        return None
-    config = parse(_keys_of(name, given | {"model.name": model}))
-    return method.seconds(config, load_model(model, config.model.dtype, device), examples, time.perf_counter)
 
 
 def _joined() -> list[Any]:
@@ -191,28 +120,3 @@ def _link(membership: Any) -> dict[str, Any]:
         ask(membership.address, {"do": "hello"}, membership.authority.read_text())
         times.append(time.perf_counter() - start)
     return {"address": membership.address, "seconds": statistics.median(times)}
-
-
-def _print_plan(facts: dict[str, Any]) -> None:
-    from deploy.common.units import clock, size
-
-    table = Table(
-        "for one node", *(row["method"] for row in facts["methods"]), box=None, header_style="bold", pad_edge=False
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
-
-    def times(key: str) -> list[str]:
-        return [clock(row[key]) if row[key] is not None else "-" for row in facts["methods"]]
-
-    table.add_row("memory", *(size(row["memory"]) for row in facts["methods"]))
-    table.add_row("disk, base model", *(size(row["disk"]) for row in facts["methods"]))
-    table.add_row("up a round, payload", *(size(row["up"]) for row in facts["methods"]))
-    table.add_row("down a round, payload", *(size(row["down"]) for row in facts["methods"]))
-    table.add_row("one task on this machine", *times("seconds"))
-    table.add_row("on the link a round", *times("link_seconds"))
-    table.add_row("whole run", *times("run_seconds"))
-    marks = ["[green]✓[/green]" if row["fits"] else "[red]✗[/red]" for row in facts["methods"]]
-    table.add_row(f"fits in {size(facts['memory'])}", *marks)
-    console.print(f"{facts['model']}, {counted(facts['nodes'], 'node')}")
-    console.print(table)

@@ -34,8 +34,8 @@ def serve(
     status: Annotated[
         str,
         typer.Option(
-            help="Where the status page and `/metrics` listen, as host:port; port 0 takes a free one. Beyond loopback "
-            "they have TLS and a token."
+            help="Where the status page and `/metrics` listen, as host:port; port 0 takes a free one. They ask "
+            "for a token; beyond loopback they have TLS."
         ),
     ] = "127.0.0.1:0",
     changes: SetOption = None,

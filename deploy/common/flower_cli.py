@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.common import processes
+from deploy.common.paths import private_folder, write_private
 from fedtune_strategies.errors import ConfigError, FedTuneError, LinkError, RunError
 
 CONNECTION = "fedtune"
@@ -68,7 +70,8 @@ class Control:
         """
         overrides = self.folder / "run.toml"
         # Strings, numbers and booleans are written alike in JSON and TOML.
-        overrides.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in run_config.items()))
+        lines = [f"{key} = {json.dumps(value)}\n" for key, value in run_config.items()]
+        write_private(overrides, "".join(lines).encode())
         return int(self._flwr(["run", str(app), CONNECTION, "--run-config", str(overrides)], ConfigError)["run-id"])
 
     def status(self, run_id: int) -> RunStatus:
@@ -132,14 +135,22 @@ def flower_environment(folder: Path) -> dict[str, str]:
     }
 
 
-def write_connection(folder: Path, port: int, authority: Path) -> None:
-    """Tell ``flwr`` where the SuperLink's control interface is: on this machine's loopback."""
-    home = folder / "flower"
-    home.mkdir(parents=True, exist_ok=True)
-    (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\n'
-        f"root-certificates = {json.dumps(str(authority))}\n"
-    )
+def write_connection(folder: Path, port: int, authority: Path, token: Path) -> None:
+    """Tell ``flwr`` where the SuperLink's control interface is, on this machine's loopback, and what to show there."""
+    from flwr.cli.constant import ACCESS_TOKEN_STORE_KEY, AUTHN_TYPE_STORE_KEY, REFRESH_TOKEN_STORE_KEY
+    from flwr.common.constant import AuthnType
+
+    home, address = private_folder(folder / "flower"), f"127.0.0.1:{port}"
+    config = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{address}"\n'
+    write_private(home / "config.toml", f"{config}root-certificates = {json.dumps(str(authority))}\n".encode())
+    # Where `flwr login` would keep it: `flwr` sends the first with each request, and asks for the second to be there.
+    kept = {
+        AUTHN_TYPE_STORE_KEY: AuthnType.OIDC,
+        ACCESS_TOKEN_STORE_KEY: token.read_text().strip(),
+        REFRESH_TOKEN_STORE_KEY: "none",
+    }
+    lines = [f"{key % address}: {base64.b64encode(value.encode()).decode()}\n" for key, value in kept.items()]
+    write_private(home / "credentials.yaml", "".join(lines).encode())
 
 
 def _call(command: Sequence[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,7 @@
-"""A small HTTP server for people and Prometheus: GET alone, few requests at a time, a token beyond loopback."""
+"""A small HTTP server for people and Prometheus: GET alone, few requests at a time, a token for all that is private.
+
+Also on loopback: other accounts of the machine reach that as its owner does.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,6 @@ from fedtune_strategies.errors import ConfigError, FedTuneError, PortError, Reso
 
 MAX_REQUESTS = 16  # at a time; whoever comes then is turned away
 REQUEST_SECONDS = 10.0
-_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _SECURITY = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -73,18 +75,15 @@ class Site:
     guarded : dict of str to callable
         Paths for whoever shows the token.
     token : str
-        The token; empty for none.
+        The token.
     """
 
     public: Mapping[str, Route]
     guarded: Mapping[str, Route]
-    token: str = ""
+    token: str
 
     def answer(self, path: str, headers: Headers) -> Answer:
         """Answer a request; an error that is a line becomes one, with status 503."""
-        if not self.token and urlsplit(f"//{headers.get('Host')}").hostname not in _LOOPBACK:
-            # A page from elsewhere that had its name resolved to this machine.
-            return Answer(b"ask for localhost\n", status=HTTPStatus.MISDIRECTED_REQUEST)
         allowed = self._allowed(headers)
         try:
             if route := self.public.get(path):
@@ -99,7 +98,7 @@ class Site:
 
     def _allowed(self, headers: Headers) -> bool:
         shown = (headers.get("Authorization") or "").removeprefix("Bearer ").encode(errors="replace")
-        return not self.token or hmac.compare_digest(shown, self.token.encode())
+        return hmac.compare_digest(shown, self.token.encode())
 
 
 _REFUSED = Answer(b"show the token\n", status=HTTPStatus.UNAUTHORIZED, headers={"WWW-Authenticate": "Bearer"})
@@ -130,12 +129,10 @@ def serving(
     Raises
     ------
     ConfigError
-        A token is missing where the address is not loopback, or certificate and key do not fit.
+        Certificate and key do not fit.
     PortError
         The address cannot be bound.
     """
-    if not site.token and not is_loopback(host):
-        raise ConfigError(f"what listens on {host} needs a token: give it one, or let it listen on 127.0.0.1.")
     tls = _tls(certificate, key) if certificate and key else None
     try:
         server = _Server((host, port), type("Handler", (_Handler,), {"site": site}), tls)

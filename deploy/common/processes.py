@@ -27,7 +27,9 @@ TOKEN = "FEDTUNE_FEDERATION"
 PATIENCE = 6.0  # seconds between asking a process to end and killing it
 
 
-def start(command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+def start(
+    command: Sequence[str], environment: Mapping[str, str], log: Path, *, follow: bool = False
+) -> subprocess.Popen[bytes]:
     """Start a process in a session of its own, so that a Ctrl-C at the terminal reaches its launcher alone.
 
     Parameters
@@ -38,10 +40,12 @@ def start(command: Sequence[str], environment: Mapping[str, str], log: Path) -> 
         The whole environment.
     log : Path
         Gets stdout and stderr; what it held before is kept once, beside it as ``.previous``.
+    follow : bool
+        Write behind what another process writes there.
     """
-    if log.exists():
+    if log.exists() and not follow:
         log.replace(log.with_suffix(".previous"))
-    with log.open("wb") as output:
+    with log.open("ab") as output:
         return subprocess.Popen(
             command,
             env=environment,

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from client_app.stats import VARIABLE
-from deploy.common.httpd import Answer, Site, is_loopback, serving, split_listen
+from deploy.common.httpd import Answer, Site, serving, split_listen
 from deploy.monitoring.metrics import CONTENT_TYPE, worker_metrics
 from deploy.status.operator import kept_token
 
@@ -24,7 +24,7 @@ def node_page(folder: Path, where: str) -> Iterator[str]:
     Parameters
     ----------
     folder : Path
-        The membership's folder, which gets the worker's facts. Beyond loopback its ``metrics.token`` is asked for.
+        The membership's folder, which gets the worker's facts; its ``metrics.token`` is asked for.
     where : str
         ``host:port``; empty for nowhere.
 
@@ -45,7 +45,7 @@ def node_page(folder: Path, where: str) -> Iterator[str]:
         return
     host, port = split_listen(where)
     file = folder / "facts.json"
-    token = "" if is_loopback(host) else kept_token(folder / "metrics.token")
+    token = kept_token(folder / "metrics.token")
     site = Site(
         public={"/healthz": lambda headers: Answer(b"ok\n")},
         guarded={"/metrics": lambda headers: Answer(worker_metrics(_facts(file)), CONTENT_TYPE)},

@@ -24,7 +24,9 @@ from deploy.common.address import split_address
 from deploy.common.certificates import ServerFiles, server_files
 from deploy.common.flower_cli import Control, flower_environment, write_connection
 from deploy.common.join_token import JoinToken, authority_hash
-from deploy.common.paths import private_folder, write_json, write_private
+from deploy.common.paths import private_folder, write_json
+from deploy.flower import commands
+from deploy.flower.commands import make_secret
 from deploy.operator.alpn_router import Front
 from deploy.operator.announcement import read_announcement
 from deploy.operator.members import Members
@@ -158,8 +160,9 @@ def serving(
         stack.enter_context(processes.watchdog(token))
         stack.callback(processes.sweep, token)
         control_port, fleet_port = _distinct_ports()
-        write_connection(folder, control_port, files.authority)
-        services = _services(folder, files, control_port, fleet_port)
+        control_token = make_secret(folder / "control.secret")
+        write_connection(folder, control_port, files.authority, control_token)
+        services = _services(folder, files, control_token, control_port, fleet_port)
         (folder / "logs").mkdir(exist_ok=True)
         for service in services:
             _start(service, control)
@@ -214,26 +217,12 @@ def _distinct_ports() -> tuple[int, int]:
     return (one, other) if one != other else _distinct_ports()
 
 
-def _services(folder: Path, files: ServerFiles, control: int, fleet: int) -> list[Service]:
-    secret = folder / "executor.secret"
-    if not secret.exists():
-        write_private(secret, secrets.token_hex(32).encode())
-    superlink = [
-        "flower-superlink",
-        *("--ssl-ca-certfile", str(files.authority), "--ssl-certfile", str(files.certificate)),
-        *("--ssl-keyfile", str(files.key), "--enable-supernode-auth"),
-        *("--fleet-api-type", "grpc-rere", "--fleet-api-address", f"127.0.0.1:{fleet}"),
-        # Control and runtime: whoever reaches this port can run code on all nodes.
-        *("--host", "127.0.0.1", "--port", str(control)),
-        # Members and runs outlive the SuperLink; the executor is a process of its own, so that runs do too.
-        *("--database", str(folder / "superlink.db"), "--isolation", "process"),
-        *("--superexec-auth-secret-file", str(secret), "--disable-runtime-dependency-installation"),
-    ]
-    executor = [
-        "flower-superexec",
-        *("--runtime-api-address", f"127.0.0.1:{control}", "--root-certificates", str(files.authority)),
-        *("--superexec-auth-secret-file", str(secret), "--parent-pid", str(os.getpid())),
-    ]
+def _services(folder: Path, files: ServerFiles, token: Path, control: int, fleet: int) -> list[Service]:
+    secret = make_secret(folder / "executor.secret")
+    superlink = commands.superlink(
+        files, token, secret, control=control, fleet=fleet, more=["--database", str(folder / "superlink.db")]
+    )
+    executor = commands.executor(control, files.authority, secret, os.getpid())
     return [Service("superlink", superlink, control), Service("executor", executor)]
 
 

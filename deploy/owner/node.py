@@ -14,18 +14,21 @@ from filelock import FileLock, Timeout
 
 from deploy.common import processes
 from deploy.common.flower_cli import flower_environment
+from deploy.flower.commands import Runtime
 from deploy.owner.join import Membership
 from fedtune_strategies.config.node import node_settings
 from fedtune_strategies.errors import ConfigError, LinkError
+from fedtune_strategies.protocol.door import clean
 from fedtune_strategies.stream.offer import STREAM_ADDRESS
 
 LOOK_EVERY = 0.5
 
-# What the SuperNode logs, and what that means. {} is what the pattern's group found.
+# What SuperNode and tasks log, and what that means; \\1 is what the pattern's group found.
 MEANINGS = [
     (r"SuperNode ID: (\d+)", "connected"),
     (r"Connection attempt failed, retrying in ([\d.]+)", "the server cannot be reached; trying again"),
     (r"Connection successful after", "connected again"),
+    (r"ConfigError: (refused an app .*)", r"\1"),
     (r"Sent successfully|answered a task over the stream", "answered a task"),
     (r"Exit Code: 305", "the server refuses this node; trying again (see `fedtune doctor`)"),
 ]
@@ -64,29 +67,29 @@ def run_node(membership: Membership, on_event: Callable[[str], None]) -> None:
         pause = 0.0
         while True:
             started = time.monotonic()
-            code = _run_once(supernode_command(membership, processes.free_port()), environment, log, on_event)
+            runtime = Runtime(folder / "runtime", processes.free_port())
+            code = _run_once(membership, runtime, environment, log, on_event)
             pause = processes.next_pause(pause, time.monotonic() - started)
             on_event(f"the SuperNode ended with code {code}; starting it again in {pause:.0f} s")
             time.sleep(pause)
 
 
-def supernode_command(membership: Membership, port: int) -> list[str]:
-    """The command of Flower's SuperNode for a membership; ``port`` is its own, on loopback."""
+def node_config_words(membership: Membership) -> str:
+    """A membership's node configuration in Flower's notation."""
     given = node_settings(membership.node_config())
     settings = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in given.items()}
     if quoted := [value for value in settings.values() if '"' in value]:
         raise ConfigError(f"{quoted[0]}: Flower takes no path with a quote in it: move it")
-    return [
-        "flower-supernode",
-        *("--grpc-rere", "--superlink", membership.address),
-        *("--root-certificates", str(membership.authority), "--auth-supernode-private-key", str(membership.key)),
-        *("--node-config", " ".join(f'{key}="{value}"' for key, value in settings.items())),
-        *("--host", "127.0.0.1", "--port", str(port)),
-    ]
+    return " ".join(f'{key}="{value}"' for key, value in settings.items())
 
 
-def _run_once(command: list[str], environment: dict[str, str], log: Path, on_event: Callable[[str], None]) -> int:
-    process: subprocess.Popen[bytes] = processes.start(command, environment, log)
+def _run_once(
+    membership: Membership, runtime: Runtime, environment: dict[str, str], log: Path, on_event: Callable[[str], None]
+) -> int:
+    words = node_config_words(membership)
+    command = runtime.supernode(membership.address, membership.authority, membership.key, words)
+    process = processes.start(command, environment, log)
+    executor: subprocess.Popen[bytes] | None = None
     last, tasks, start = "", 0, 0
     while True:
         code = process.poll()
@@ -100,12 +103,16 @@ def _run_once(command: list[str], environment: dict[str, str], log: Path, on_eve
             last = meaning
         if code is not None:
             return code
+        # Whoever took the port meanwhile lacks the certificate: the executor talks to this SuperNode alone.
+        if (executor is None or executor.poll() is not None) and processes.answers(runtime.port):
+            executor = processes.start(runtime.executor(process.pid), environment, log, follow=True)
         time.sleep(LOOK_EVERY)
 
 
 def meanings(text: str) -> list[str]:
     """Say what lines of a SuperNode's log mean; lines that mean nothing to an owner are left out."""
-    return [meaning for line in text.splitlines() for pattern, meaning in MEANINGS if re.search(pattern, line)]
+    found = [(re.search(pattern, line), meaning) for line in text.splitlines() for pattern, meaning in MEANINGS]
+    return [clean(match.expand(meaning)) for match, meaning in found if match]
 
 
 def _grown(log: Path, start: int) -> tuple[str, int]:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from deploy.common.address import own_host
 from deploy.common.certificates import server_files
 from deploy.common.httpd import is_loopback, split_listen
-from deploy.common.paths import runs_folder, write_private
+from deploy.common.paths import private_folder, runs_folder, write_private
 from deploy.status.server import serve_page
 
 
@@ -23,8 +23,8 @@ def operators_page(folder: Path, where: str) -> Iterator[str]:
     Parameters
     ----------
     folder : Path
-        The server's state. Beyond loopback its certificate is used, and the token in ``status.token``, which is made
-        where absent and stays the same.
+        The server's state. The token is that in ``status.token``, made where absent; beyond loopback its certificate is
+        used.
     where : str
         ``host:port``; port 0 takes a free one.
 
@@ -41,18 +41,20 @@ def operators_page(folder: Path, where: str) -> Iterator[str]:
         The address cannot be bound.
     """
     host, port = split_listen(where)
+    token = kept_token(folder / "status.token")
     if is_loopback(host):
-        with serve_page(runs_folder(), host, port) as url:
+        with serve_page(runs_folder(), token, host, port) as url:
             yield url
         return
-    files, token = server_files(folder / "keys"), kept_token(folder / "status.token")
-    with serve_page(runs_folder(), host, port, token, certificate=files.certificate, key=files.key) as url:
+    files = server_files(folder / "keys")
+    with serve_page(runs_folder(), token, host, port, certificate=files.certificate, key=files.key) as url:
         yield url.replace(urlsplit(url).netloc, f"{_reachable(host)}:{urlsplit(url).port}")
 
 
 def kept_token(file: Path) -> str:
     """Return the token in a file that only its owner can read; made where absent."""
     if not file.exists():
+        private_folder(file.parent)
         write_private(file, secrets.token_urlsafe(24).encode())
     return file.read_text().strip()
 

@@ -25,9 +25,9 @@ FRESH_SECONDS = 1.0  # the ledgers are looked at once in so long, however many a
 @contextlib.contextmanager
 def serve_page(
     folder: Path,
+    token: str,
     host: str = "127.0.0.1",
     port: int = 0,
-    token: str = "",
     *,
     certificate: Path | None = None,
     key: Path | None = None,
@@ -42,12 +42,12 @@ def serve_page(
     ----------
     folder : Path
         A run's folder, or a folder in which runs will be.
+    token : str
+        What a reader must show, also on loopback.
     host : str
         Address to listen on.
     port : int
         Port; 0 takes a free one.
-    token : str
-        What a reader must show; required unless ``host`` is loopback.
     certificate, key : Path, optional
         PEM files for HTTPS.
 
@@ -59,7 +59,7 @@ def serve_page(
     Raises
     ------
     ConfigError
-        A token is missing where the address is not loopback, or certificate and key do not fit.
+        Certificate and key do not fit.
     PortError
         The address cannot be bound.
     """
@@ -73,7 +73,7 @@ def serve_page(
         token=token,
     )
     with serving(site, host, port, certificate=certificate, key=key) as url:
-        yield url + (f"#token={token}" if token else "")
+        yield f"{url}#token={token}"
 
 
 @dataclass

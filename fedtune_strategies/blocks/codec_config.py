@@ -16,8 +16,8 @@ class Codec:
 
     Attributes
     ----------
-    quantisation : {"none", "bf16", "int8", "nf4"}
-        What is kept of each value. ``"none"`` keeps the tensor's own dtype and bits.
+    quantisation : {"none", "bf16", "int8", "nf4", "sign"}
+        What is kept of each value. ``"none"`` keeps the tensor's own dtype and bits; ``"sign"`` is for changes alone.
     prune : float
         Share of each row's elements, those with the lowest scores, that is set to zero and not sent.
     drop : int
@@ -28,6 +28,13 @@ class Codec:
     quantisation: str = "none"
     prune: float = 0.0
     drop: int = 0
+
+
+UPLOADS = {"float32": Codec(), "bf16": Codec("bf16"), "int8": Codec("int8"), "sign": Codec("sign")}
+"""Coding of a node's change on its way up, by the value of ``train.upload``."""
+
+UPLOAD_WIDTHS = {"float32": 4.0, "bf16": 2.0, "int8": 1.0, "sign": 0.125}
+"""Bytes of a value in it, the scales of the rows apart."""
 
 
 def parse_codec(text: str) -> Codec:

@@ -10,12 +10,15 @@ part               holds
 ``w``              the tensor itself (exact, or rounded to bfloat16)
 ``w:int8``         int8 codes, one float32 scale for each row (all but the last dimension) in ``w:scale``
 ``w:nf4``          two 4-bit codes a byte, one float32 scale for each 64 elements in ``w:scale``
+``w:sign``         one bit an element, 1 where it is not negative; in ``w:scale`` the mean magnitude of each row, or of
+                   the tensor where rows are shorter than 64 elements
 ``w:kept``         with pruning: one bit an element, 1 where the code is sent; ``w:values`` holds bf16 or exact values
 ``w:shape``        int64 shape, where the codes do not show it
 =================  =====================================================================================
 
 Tensors with fewer than two dimensions (norm gains, biases) are always sent exactly: they are few and they matter.
-Only operations with one IEEE rounding each are used, so the same bits go in and the same bits come out on every CPU.
+Decoding uses only operations with one IEEE rounding each, so the same bits come out on every CPU; so does encoding, but
+for the means of ``sign``, which the sender alone takes.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from fedtune_strategies.blocks.codec_config import Codec
 from fedtune_strategies.errors import ModelError, ProtocolError
 
 NF4_BLOCK = 64
+SIGN_ROW = 64  # fewest elements of a row for which a scale is worth its 32 bits
 
 # Quantiles of a standard normal, scaled to [-1, 1]: QLoRA (arXiv 2305.14314), appendix E.
 NF4_VALUES = (
@@ -148,30 +152,6 @@ def decode_rows(parts: Mapping[str, Tensor], name: str, rows: slice | Tensor) ->
     return _from_nf4(packed.flatten(), scale.flatten(), len(packed) * columns).view(-1, columns)
 
 
-def encode_with_feedback(
-    delta: Mapping[str, Tensor], residual: Mapping[str, Tensor], codec: Codec
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Code a block's change and keep what coding lost for the sender's next turn on the block (error feedback).
-
-    Parameters
-    ----------
-    delta : mapping of str to Tensor
-        The change of the block, float32.
-    residual : mapping of str to Tensor
-        What the last coding of this block lost; empty at first.
-    codec : Codec
-        See `notation.parse_codec`.
-
-    Returns
-    -------
-    tuple of (dict of str to Tensor, dict of str to Tensor)
-        The parts to send, and the new residual: (delta + residual) − what the receiver decodes.
-    """
-    wanted = {name: change + residual[name] if name in residual else change for name, change in delta.items()}
-    parts = encode(wanted, codec)
-    return parts, {name: wanted[name] - received for name, received in decode(parts).items()}
-
-
 def encoded_size(parts: Mapping[str, Tensor]) -> int:
     """Bytes of the parts, without the header of the file that holds them."""
     return sum(part.numel() * part.element_size() for part in parts.values())
@@ -196,6 +176,8 @@ def _quantise(tensor: Tensor, quantisation: str, kept: Tensor | None) -> dict[st
         codes, scale = _to_nf4(tensor)
         sent = codes if kept is None else codes[kept.flatten()]
         return {"nf4": _pack_nibbles(sent), "scale": scale, "shape": torch.tensor(tensor.shape)}
+    if quantisation == "sign":
+        return {**_to_signs(tensor), "shape": torch.tensor(tensor.shape)}
     values = tensor.to(torch.bfloat16) if quantisation == "bf16" else tensor
     return {"": values} if kept is None else {"values": values[kept]}
 
@@ -213,6 +195,9 @@ def _decode_tensor(coded: Mapping[str, Tensor]) -> Tensor:
         if kept is not None:
             packed = _pack_nibbles(_scatter(_unpack_nibbles(packed)[: int(kept.sum())], kept, NF4_ZERO).flatten())
         return _from_nf4(packed, coded["scale"], math.prod(shape)).view(shape)
+    if "sign" in coded:
+        signs = _unpack_bits(coded["sign"], shape).float().mul_(2).sub_(1)
+        return signs.mul_(coded["scale"].unsqueeze(-1)).view(shape)
     if kept is None:
         raise KeyError("kept")
     return _scatter(coded["values"], kept, 0).float()
@@ -235,6 +220,13 @@ def _to_int8(tensor: Tensor) -> tuple[Tensor, Tensor]:
     scale = (values.abs().amax(dim=-1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
     codes = (values / scale.unsqueeze(-1)).round_().clamp_(-127, 127)
     return codes.to(torch.int8), scale
+
+
+def _to_signs(tensor: Tensor) -> dict[str, Tensor]:
+    """One bit an element, and the mean magnitudes, which of all scales have the least squared error."""
+    magnitudes = tensor.float().abs()
+    scale = magnitudes.mean(dim=-1) if tensor.shape[-1] >= SIGN_ROW else magnitudes.mean()
+    return {"sign": _pack_bits(tensor >= 0), "scale": scale}
 
 
 def _to_nf4(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -271,6 +263,8 @@ def _pack_bits(mask: Tensor) -> Tensor:
 
 
 def _unpack_bits(packed: Tensor, shape: list[int]) -> Tensor:
+    if packed.shape != (-(-math.prod(shape) // 8),):  # numpy would make up what is missing
+        raise ValueError("another number of bits")
     bits = np.unpackbits(packed.cpu().numpy(), count=math.prod(shape))
     return torch.from_numpy(bits).to(packed.device).bool().view(shape)
 

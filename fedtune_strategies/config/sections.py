@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedtune_strategies.blocks.codec_config import UPLOADS
 from fedtune_strategies.config.options import option
 from fedtune_strategies.errors import ConfigError
 from fedtune_strategies.method import installed_methods
@@ -60,6 +61,11 @@ class AdamWTrainConfig(LocalTrainConfig):
 
     beta1: float = option(0.9, "Momentum: decay of AdamW's first moment.", low=0.0, high=0.999)
     weight_decay: float = option(0.0, "Weight decay of AdamW.", low=0.0)
+    upload: str = option(
+        "float32",
+        "Coding of a node's change on its way up; 'sign' is one bit a value. What is lost, the node adds to its next.",
+        choices=tuple(UPLOADS),
+    )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A node's side of federated averaging: train what the task brings, and send it back as it is then."""
+"""A node's side of federated averaging: train what the task brings, and send back how it changed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedtune_strategies.blocks.codec_config import UPLOADS, Codec
 from fedtune_strategies.blocks.find import Block
-from fedtune_strategies.blocks.train import apply_delta, train_block
+from fedtune_strategies.blocks.train import train_block
+from fedtune_strategies.blocks.uploads import Residuals, encode_with_feedback
 from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.fedavg.messages import ArraysReply, ArraysTask
 from fedtune_strategies.language.adapters import add_adapters
@@ -38,6 +40,7 @@ class FedAvgClient:
         self._name, self._examples = context.name, context.examples
         self._checkpoint, self._batches = context.node.checkpoint, context.batches
         self._parameters = self._trained()
+        self._lost = Residuals()  # by round: what coding kept back of its change
 
     def __call__(self, task: protocol.Message) -> protocol.Message:
         """Answer an `ArraysTask`."""
@@ -47,12 +50,12 @@ class FedAvgClient:
         if {name: value.shape for name, value in task.arrays.items()} != expected:
             raise ProtocolError("a task does not fit this node's model: give all nodes the same base model and PEFT.")
         start = time.monotonic()
-        arrays, losses = self._train(task)
+        change, losses = self._train(task)
         loss, counted = finite_mean(losses)
         return ArraysReply(
             node=self._name,
             round=task.round,
-            arrays=arrays,
+            arrays=self._coded(task.round, change),
             loss=loss,
             skipped=self._config.train.local_steps - counted,
             fingerprint=fingerprint(task.arrays),
@@ -63,6 +66,24 @@ class FedAvgClient:
 
     def _trained(self) -> Mapping[str, nn.Parameter]:
         return tuned_parameters(self._model)
+
+    def _coded(self, round: int, change: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Code a round's change together with what the round before it lost.
+
+        A round that is asked once more begins where it did, so its reply is the same. A reply that did not count is
+        lost as it would be without coding; what was kept back of it is not.
+        """
+        before = max((one for one in self._lost if one < round), default=0)
+        parts, lost = encode_with_feedback(change, self._lost.get(before, {}), self._upload)
+        for old in [one for one in self._lost if one != before]:
+            del self._lost[old]
+        if lost:
+            self._lost[round] = lost
+        return parts
+
+    @property
+    def _upload(self) -> Codec:
+        return UPLOADS[self._config.train.upload]
 
     def _train(self, task: ArraysTask) -> tuple[dict[str, Tensor], list[float]]:
         """AdamW with fresh moments, on float32 copies: all that is trained is one block, with nothing below it."""
@@ -79,7 +100,7 @@ class FedAvgClient:
             start=task.arrays,
             checkpoint=self._checkpoint,
         )
-        return apply_delta(task.arrays, update.delta), update.losses
+        return update.delta, update.losses
 
 
 class AdapterClient(FedAvgClient):
@@ -93,19 +114,27 @@ class AdapterClient(FedAvgClient):
 class FedZOClient(FedAvgClient):
     """Trains all parameters by zeroth-order steps."""
 
+    @property
+    def _upload(self) -> Codec:
+        return Codec()
+
     def _train(self, task: ArraysTask) -> tuple[dict[str, Tensor], list[float]]:
         """MeZO's steps (arXiv 2305.17333), each along a Gaussian direction that no other step or node has."""
         steps, key = self._config.train.local_steps, (self._config.train.seed, task.round, self._name)
+        pool = make_pool("gaussian", key=int(stream("fedzo", *key).random_raw()), size=steps)
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(task.arrays[name])
         taken = local_steps(
             self._model,
-            make_pool("gaussian", key=int(stream("fedzo", *key).random_raw()), size=steps),
+            pool,
             response_loss,
             self._batches(task.round, steps),
             range(steps),
             eps=self._config.fedzo.eps,
             lr=task.lr,
         )
-        return {name: parameter.detach().clone() for name, parameter in self._parameters.items()}, taken.loss.tolist()
+        # In float32, also where the weights are not: 16 bits would lose most of it.
+        moved = -task.lr * torch.from_numpy(taken.g).nan_to_num(0.0)
+        still = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in self._parameters.items()}
+        return {name: pool.rebuild(name, zero, moved) for name, zero in still.items()}, taken.loss.tolist()

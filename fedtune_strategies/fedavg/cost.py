@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+from fedtune_strategies.blocks.codec_config import UPLOAD_WIDTHS
 from fedtune_strategies.blocks.find import Block
 from fedtune_strategies.blocks.train import train_block
 from fedtune_strategies.cost import HEADER, PROCESS, Cost, Fleet, Shape
@@ -34,14 +35,16 @@ def cost(config: Any, shape: Shape, fleet: Fleet) -> Cost:
         own = 8 * trained + shape.activations(tokens)
     else:  # float32 copy, gradient, two moments and the change of each trained parameter
         own = 20 * trained + shape.kept_activations(tokens, shape.layers)
-    wire = 4 * trained + HEADER + TENSOR_HEADER * len(tensors)
+    upload = "float32" if isinstance(config, FedZORunConfig) else train.upload
+    heads = HEADER + TENSOR_HEADER * len(tensors)
+    up, down = round(UPLOAD_WIDTHS[upload] * trained) + heads, 4 * trained + heads
     asked = max(1, round(fleet.nodes * config.strategy.fraction_train))
     return Cost(
         memory=PROCESS + shape.width * shape.parameters + own,
-        disk=shape.stored,
-        up=wire,
-        down=wire,
-        record=(asked + 1) * wire,
+        disk=shape.stored + (0 if upload == "float32" else 4 * trained),  # what coding kept back
+        up=up,
+        down=down,
+        record=asked * up + down,
     )
 
 

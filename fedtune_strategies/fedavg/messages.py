@@ -32,12 +32,12 @@ class ArraysTask:
 
 @dataclass(frozen=True)
 class ArraysReply(TrainReply):
-    """What a node answers to an `ArraysTask`: the tensors as its local training left them.
+    """What a node answers to an `ArraysTask`: how its local training changed the tensors.
 
     Attributes
     ----------
     arrays : dict of str to Tensor
-        Same names and shapes as in the task, if the method does not say otherwise.
+        Change of each tensor, coded as ``train.upload`` says, if the method does not say otherwise.
     skipped : int
         Steps left out because their loss was not finite.
     """

@@ -1,4 +1,4 @@
-"""A method whose global model is a set of tensors: what a node returns is averaged by a Flower strategy."""
+"""A method whose global model is a set of tensors: what nodes made of them is averaged by a Flower strategy."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedtune_strategies.aggregators import robust_aggregator
+from fedtune_strategies.blocks.codecs import decode
+from fedtune_strategies.blocks.train import apply_delta
+from fedtune_strategies.blocks.uploads import fits
 from fedtune_strategies.errors import DivergenceError, ProtocolError
 from fedtune_strategies.fedavg.messages import ArraysReply, ArraysTask
 from fedtune_strategies.fleet import Fleet
@@ -35,10 +38,11 @@ _MODEL = "model"
 
 
 class ArraysStrategy(TuningStrategy):
-    """Send tensors to sampled nodes, and average the tensors that they return.
+    """Send tensors to sampled nodes, and average what they made of them.
 
     Federated averaging (McMahan et al., arXiv 1602.05629) of whatever tensors it is given: all parameters, some of
-    them, or an adapter's. A node answers an `ArraysTask` with an `ArraysReply` of the same names and shapes.
+    them, or an adapter's. A node answers an `ArraysTask` with an `ArraysReply`: the change of each, coded as
+    ``train.upload`` says.
 
     Parameters
     ----------
@@ -55,6 +59,7 @@ class ArraysStrategy(TuningStrategy):
     def __init__(self, config: Any, initial: Mapping[str, Tensor], inner: Strategy | None = None) -> None:
         self.config = config
         self.inner = inner or robust_aggregator(config.strategy)
+        self.upload: str = getattr(config.train, "upload", "float32")
         self.current = {name: tensor.to(torch.float32) for name, tensor in sorted(initial.items())}
         self.fingerprint = ""  # of the tensors on which the round's nodes start
 
@@ -91,9 +96,9 @@ class ArraysStrategy(TuningStrategy):
         if not isinstance(reply, ArraysReply):
             raise ProtocolError(f"a node answered an arrays task with a '{reply.kind}'.")
         check_origin(reply, round, self.fingerprint)
-        if shapes(reply.arrays) != shapes(self.current):
+        if not fits(reply.arrays, self.current, self.upload):
             raise ProtocolError(f"{reply.node} sent other tensors than it was given: the reply is left out.")
-        if not all(value.is_floating_point() and value.isfinite().all() for value in reply.arrays.values()):
+        if not all(value.isfinite().all() for value in decode(reply.arrays).values()):
             raise DivergenceError(f"{reply.node} sent tensors that are not finite: the reply is left out.")
         return True
 
@@ -134,9 +139,4 @@ class ArraysStrategy(TuningStrategy):
         self.current = {name: torch.from_numpy(arrays[name].numpy()).to(torch.float32) for name in self.current}
 
     def _arrays(self, answer: ArraysReply) -> ArrayRecord:
-        return arrays_of(**{name: answer.arrays[name].to(torch.float32) for name in self.current})
-
-
-def shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """Return the shapes of named tensors."""
-    return {name: tensor.shape for name, tensor in tensors.items()}
+        return arrays_of(**apply_delta(self.current, decode(answer.arrays)))

@@ -9,19 +9,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedtune_strategies.blocks.codec_config import Codec, parse_codec
-from fedtune_strategies.blocks.codecs import decode, encode, encode_with_feedback
+from fedtune_strategies.blocks.codec_config import UPLOADS, parse_codec
+from fedtune_strategies.blocks.codecs import decode, encode
 from fedtune_strategies.blocks.find import Block
 from fedtune_strategies.blocks.frozen import FrozenBlocks
 from fedtune_strategies.blocks.layers import without_layers
 from fedtune_strategies.blocks.rest import blocks_inside
 from fedtune_strategies.blocks.train import BlockUpdate, apply_delta, train_block
+from fedtune_strategies.blocks.uploads import Residuals, encode_with_feedback
 from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.fedcybgd.config import FedCyBGDRunConfig
-from fedtune_strategies.fedcybgd.frozen_form import UPLOADS, turn_fingerprint
+from fedtune_strategies.fedcybgd.frozen_form import turn_fingerprint
 from fedtune_strategies.fedcybgd.messages import BlockReply, BlockTask
 from fedtune_strategies.fedcybgd.partition import cut_model
-from fedtune_strategies.fedcybgd.residuals import Residuals
 from fedtune_strategies.fedcybgd.schedule import local_steps_rule
 from fedtune_strategies.language.loss import finite_mean, response_loss
 from fedtune_strategies.memory import peak_memory, prefer_memory
@@ -65,7 +65,7 @@ class FedCyBGDClient:
         self._batches = context.batches
         settings = self._config.fedcybgd
         self._codec = parse_codec(settings.rest)
-        self._upload = UPLOADS[settings.upload]
+        self._upload = UPLOADS[self._config.train.upload]
         self._blocks = cut_model(self._model, self._config)
         names = [name for block in self._blocks for name in block.parameters]
         self._base: Mapping[str, Tensor] = context.base
@@ -173,10 +173,7 @@ class FedCyBGDClient:
                 checkpoint=self._node.checkpoint,
                 cache_bytes=int(self._node.prefix_cache_mb * 1e6) if steps * settings.accumulate > count else 0,
             )
-        if self._upload == Codec():
-            parts, lost = update.delta, dict[str, Tensor]()
-        else:
-            parts, lost = encode_with_feedback(update.delta, self._residuals.get(block.index), self._upload)
+        parts, lost = encode_with_feedback(update.delta, self._residuals.get(block.index, {}), self._upload)
         self._exact = start
         self._sent = _Sent(task.round, start, decode(parts), lost)
         return update, parts, starting_print
@@ -205,7 +202,7 @@ class FedCyBGDClient:
         sent, self._sent = self._sent, None
         if sent is None or task.committed != sent.turn:
             return
-        self._residuals.put(sent.start.block, sent.lost)
+        self._residuals[sent.start.block] = sent.lost
         # Where others trained the block too, the server sends the mean, which replaces this.
         weights = apply_delta(sent.start.weights, sent.delta, self._config.strategy.server_lr)
         self._hold_exactly(_Exact(sent.start.block, sent.start.version + 1, weights))

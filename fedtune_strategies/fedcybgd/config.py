@@ -50,7 +50,6 @@ class FedCyBGDConfig:
         "int8", "Coding of the frozen blocks: none, bf16, int8 or nf4, with prune:S and drop:N, joined by +."
     )
     calibration: str = option("", "File of text on the server by which drop chooses layers.", path=True)
-    upload: str = option("float32", "Coding of the block's change.", choices=("float32", "bf16", "int8"))
     prefetch: bool = option(True, "Send the next node what it lacks while the present one trains.")
     train_embeddings: bool = option(True, "Visit the embedding and head blocks too.")
     layers_per_block: int = option(1, "Transformer layers in one block.", low=1)

@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Callable
 
-from fedtune_strategies.blocks.codec_config import Codec, parse_codec
+from fedtune_strategies.blocks.codec_config import UPLOAD_WIDTHS, Codec, parse_codec
 from fedtune_strategies.blocks.find import Block
 from fedtune_strategies.blocks.train import train_block
 from fedtune_strategies.cost import HEADER, PROCESS, Cost, Fleet, Shape
@@ -34,7 +34,7 @@ def cost(config: FedCyBGDRunConfig, shape: Shape, fleet: Fleet) -> Cost:
     codec = parse_codec(own.rest)
     rest = sum(coded_bytes(block, codec, shape.width) for block in tensors) / count
     block = sum(sizes) / count
-    up = {"float32": 4, "bf16": 2, "int8": 1}[own.upload] * block + HEADER
+    up = UPLOAD_WIDTHS[train.upload] * block + HEADER
     tokens = train.batch_size * train.seq_length
     return Cost(
         memory=PROCESS

@@ -15,9 +15,6 @@ from torch import Tensor
 from fedtune_strategies.blocks.codec_config import Codec
 from fedtune_strategies.blocks.codecs import decode, encode
 
-UPLOADS = {"float32": Codec(), "bf16": Codec("bf16"), "int8": Codec("int8")}
-"""Coding of a block's change by the value of ``fedcybgd.upload``."""
-
 
 def frozen_form(weights: Mapping[str, Tensor], codec: Codec, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return a block as it takes part in a turn in which it is not trained.

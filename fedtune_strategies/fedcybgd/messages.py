@@ -56,7 +56,7 @@ class BlockReply(TrainReply):
     base_version : int
         Version of the block from which the node started.
     delta : dict of str to Tensor
-        Change of each parameter of the block, coded as ``fedcybgd.upload`` says.
+        Change of each parameter of the block, coded as ``train.upload`` says.
     steps : int
         Optimiser steps that counted.
     skipped : int

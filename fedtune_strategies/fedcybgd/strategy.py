@@ -20,6 +20,7 @@ from fedtune_strategies.blocks.codecs import decode, encoded_size
 from fedtune_strategies.blocks.find import Block
 from fedtune_strategies.blocks.rest import Calibration
 from fedtune_strategies.blocks.train import apply_delta, weighted_mean
+from fedtune_strategies.blocks.uploads import fits
 from fedtune_strategies.errors import DivergenceError, ProtocolError
 from fedtune_strategies.fedcybgd.block_store import BlockStore
 from fedtune_strategies.fedcybgd.config import FedCyBGDRunConfig
@@ -29,9 +30,7 @@ from fedtune_strategies.fedcybgd.schedule import blocks_of_round, nodes_for, rou
 from fedtune_strategies.fedcybgd.screening import (
     FACTOR,
     REMEMBERED,
-    expected_layout,
     largest,
-    layout_of,
     out_of_line,
 )
 from fedtune_strategies.fedcybgd.staleness import rebased
@@ -116,7 +115,7 @@ class FedCyBGD(TuningStrategy):
             "FedCyBGD: %d blocks, %d trained in %s order, %s with %d nodes a round, AdamW at %g, frozen rest as %s, "
             "changes as %s",
             len(self.store.blocks), len(self.trained), own.order, own.structure, own.nodes_per_round,
-            self.config.train.lr, own.rest, own.upload,
+            self.config.train.lr, own.rest, self.config.train.upload,
         )  # fmt: skip
 
     def initial_arrays(self) -> ArrayRecord:
@@ -176,7 +175,7 @@ class FedCyBGD(TuningStrategy):
                 "the reply is left out."
             )
         # A few coded bytes may claim any shape: nothing is decoded before it fits.
-        if layout_of(reply.delta) != expected_layout(self.store.weights[reply.block], self.settings.upload):
+        if not fits(reply.delta, self.store.weights[reply.block], self.config.train.upload):
             raise ProtocolError(f"{reply.node} sent other tensors than block {reply.block} has: the reply is left out.")
         delta = decode(reply.delta)
         if reply.steps < 1 or not all(value.isfinite().all() for value in delta.values()):

@@ -87,9 +87,7 @@ def test_from_zero_to_a_tuned_model(machines):
     wait_for(lambda: tuning.poll() is not None or "round 1/2: 3 of 3 replies" in told.read_text(), 300, show)
     assert tuning.poll() is None, show()
     # The SuperLink dies in the middle of the run: it is started again, and the run goes on as if nothing was.
-    (superlink,) = [
-        one for one in psutil.Process(server.pid).children() if "flower-superlink" in " ".join(one.cmdline())
-    ]
+    (superlink,) = [one for one in psutil.Process(server.pid).children() if "deploy.flower.superlink" in one.cmdline()]
     superlink.kill()
     assert tuning.wait(400) == 0, show()
     assert "superlink ended with code -9, starting it again" in printed.read_text()

@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from client_app.node import Node
+from fedtune_strategies.blocks.codecs import decode
+from fedtune_strategies.blocks.train import apply_delta
 from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.fedavg import client
 from fedtune_strategies.fedavg.client import FedAvgClient
@@ -38,7 +40,7 @@ def test_fedavg_trains_as_adamw_does(settings, data_files, beta1):
         losses.append(loss.item())
     assert reply.loss == pytest.approx(sum(losses) / 3, rel=1e-5)
     for name, parameter in parameters.items():
-        torch.testing.assert_close(reply.arrays[name], parameter.detach(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(task.arrays[name] + reply.arrays[name], parameter.detach(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedzo"])
@@ -62,7 +64,7 @@ def test_fedit_sends_adapters_alone(settings, data_files):
     start = {name: value.detach().clone() for name, value in node.answer._parameters.items()}
     reply = node.answer(ArraysTask(1, start, 1e-3))
     assert reply.arrays.keys() == start.keys() and all(".lora_" in name for name in start)
-    assert any(not torch.equal(reply.arrays[name], start[name]) for name in start)
+    assert any(value.count_nonzero() for value in reply.arrays.values())
     assert sum(value.numel() for value in start.values()) < sum(value.numel() for value in node.base.values())
 
 
@@ -71,11 +73,42 @@ def test_fedzo_steps_along_directions_of_its_own(settings, data_files):
     for name, round in [("node-0", 1), ("node-1", 1), ("node-0", 2)]:
         node = make_node(settings, data_files, "fedzo", name)
         reply = node.answer(ArraysTask(round, dict(node.base), 1e-3))
-        moves.append(torch.cat([(reply.arrays[key] - node.base[key]).flatten() for key in sorted(node.base)]))
+        moves.append(torch.cat([reply.arrays[key].flatten() for key in sorted(node.base)]))
     for i, j in [(0, 1), (0, 2), (1, 2)]:
         assert abs(torch.cosine_similarity(moves[i], moves[j], dim=0)) < 0.2
     # Three steps: the move lies in the span of three directions, so it is no gradient step.
     assert all(move.norm() > 0 for move in moves)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedit"])
+def test_a_round_that_is_asked_again_has_the_same_reply_and_the_next_makes_up_for_what_was_lost(
+    settings, data_files, method
+):
+    coded = make_node(settings, data_files, method, **{"train.upload": "sign"}).answer
+    exact = make_node(settings, data_files, method).answer
+    start = {name: value.detach().clone() for name, value in exact._parameters.items()}
+    received, wanted = ({name: torch.zeros_like(value) for name, value in start.items()} for _ in range(2))
+    for round in (1, 2, 5):
+        task = ArraysTask(round, start, 1e-3)
+        parts, again = coded(task).arrays, coded(task).arrays
+        assert parts.keys() == again.keys() and all(torch.equal(again[key], parts[key]) for key in parts)
+        received = apply_delta(received, decode(parts))
+        wanted = apply_delta(wanted, exact(task).arrays)
+    kept = coded._lost[5]
+    for name, value in wanted.items():
+        torch.testing.assert_close(received[name] + kept[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fedzo_sends_its_change_as_exactly_in_16_bits(settings, data_files, dtype):
+    node = make_node(settings, data_files, "fedzo", **{"model.dtype": dtype})
+    task = ArraysTask(1, {name: value.float() for name, value in node.base.items()}, 1e-6)
+    change = node.answer(task).arrays
+    assert all(value.dtype == torch.float32 and value.count_nonzero() == value.numel() for value in change.values())
+    if dtype == "float32":
+        with torch.no_grad():
+            for name, parameter in tuned_parameters(node.language.model).items():
+                torch.testing.assert_close(task.arrays[name] + change[name], parameter, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedit", "fedzo"])

@@ -129,7 +129,7 @@ def test_a_turn_two_rounds_late_is_refused(settings, data_files):
 
 @pytest.mark.parametrize("upload", ["float32", "int8"])
 def test_its_node_goes_on_with_what_the_others_have(settings, data_files, upload):
-    settings |= {"num-server-rounds": 10, "fedcybgd.upload": upload}
+    settings |= {"num-server-rounds": 10, "train.upload": upload}
     ledger = late_run(settings, data_files)
     turns = [(one.round, one.body["block"]) for one in ledger.records("reply") if one.node == "node-1"]
     assert len(turns) >= 3 and turns[0] == (3, 1)

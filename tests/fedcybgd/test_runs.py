@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from deploy.status.view import report
 from fedtune_strategies.blocks.codecs import decode
 from fedtune_strategies.blocks.find import find_blocks
+from fedtune_strategies.blocks.uploads import Residuals
 from fedtune_strategies.errors import ConfigError
 from fedtune_strategies.fedcybgd.messages import BlockTask
-from fedtune_strategies.fedcybgd.residuals import Residuals
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.testing import InMemoryGrid
 from server_app.ledger import Ledger
@@ -72,13 +72,14 @@ def spied(settings, data_files):
 
 
 VARIANTS = {
-    "parallel": {"structure": "parallel", "nodes-per-round": 2, "order": "random", "upload": "int8", "rest": "nf4"},
-    "averaged": {"structure": "averaged", "nodes-per-round": 2, "upload": "bf16", "rest": "prune:0.5+int8"},
+    "parallel": {"structure": "parallel", "nodes-per-round": 2, "order": "random", "rest": "nf4"},
+    "averaged": {"structure": "averaged", "nodes-per-round": 2, "rest": "prune:0.5+int8"},
 }
 
 
 def variant(name):
-    return {f"fedcybgd.{key}": value for key, value in VARIANTS[name].items()}
+    own = {f"fedcybgd.{key}": value for key, value in VARIANTS[name].items()}
+    return own | {"train.upload": {"parallel": "sign", "averaged": "bf16"}[name]}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -221,17 +222,18 @@ def test_several_nodes_on_one_block_are_averaged(settings, data_files):
 
 def test_a_coded_upload_is_smaller(settings, data_files, tmp_path):
     sizes = []
-    for upload in ("float32", "bf16", "int8"):
-        ledger = run(settings | {"fedcybgd.upload": upload, "run.dir": str(tmp_path / upload)}, data_files)
+    for upload in ("float32", "bf16", "int8", "sign"):
+        ledger = run(settings | {"train.upload": upload, "run.dir": str(tmp_path / upload)}, data_files)
         sizes.append(sum(record.body["bytes_up"] for record in ledger.records("reply")))
-    assert sizes[0] > sizes[1] > sizes[2]
+    assert sizes[0] > sizes[1] > sizes[2] > sizes[3]
 
 
-def test_a_coded_upload_carries_what_it_lost_into_the_next(settings, data_files, tmp_path, monkeypatch):
-    settings |= {"num-server-rounds": 5, "fedcybgd.upload": "int8", "strategy.min-nodes": 1}
+@pytest.mark.parametrize("upload", ["int8", "sign"])
+def test_a_coded_upload_carries_what_it_lost_into_the_next(settings, data_files, tmp_path, monkeypatch, upload):
+    settings |= {"num-server-rounds": 5, "train.upload": upload, "strategy.min-nodes": 1}
     one, without = {"node-0": data_files["node-0"]}, settings | {"run.dir": str(tmp_path / "without")}
     run(settings, one)
-    monkeypatch.setattr(Residuals, "get", lambda self, block: {})
+    monkeypatch.setattr(Residuals, "get", lambda self, block, default: {})
     run(without, one)
     # Four blocks: the fifth round is the first that comes back to one.
     assert versioned(settings)[:4] == versioned(without)[:4]

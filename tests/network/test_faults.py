@@ -112,9 +112,9 @@ def _seeds(lab, settings, data_files, tmp_path):
         kill(wait_for(lambda: lab.find("flwr-clientapp", below=lab.nodes["node-1"].pid), "no ClientApp"))
         lab.nodes["node-2"].kill()
         wait_for(lambda: records(folder, "asked", round=2), "round 1 did not end")
-        kill(lab.find("flower-superlink"))
+        kill(lab.find("deploy.flower.superlink"))
         wait_for(lambda: records(folder, "asked", round=3), "round 2 did not end")
-        kill(wait_for(lambda: lab.find("flwr-serverapp"), "no ServerApp"))
+        kill(wait_for(lambda: lab.find("deploy.flower.task"), "no ServerApp"))
     assert len(records(folder, "start")) == 2, "the run was submitted again once"
     assert any("superlink ended" in line for line in lab.events)
 
@@ -125,7 +125,7 @@ def _blocks(lab, settings, data_files, tmp_path):
         (asked,) = wait_for(lambda: records(folder, "asked", round=1), "turn 1 did not begin")
         kill(wait_for(lambda: lab.worker(next(iter(asked.body["nodes"]))), "no worker"))
         wait_for(lambda: records(folder, "asked", round=2), "turn 1 did not end")
-        kill(wait_for(lambda: lab.find("flwr-serverapp"), "no ServerApp"))
+        kill(wait_for(lambda: lab.find("deploy.flower.task"), "no ServerApp"))
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from deploy.owner import join as owner_join
 from deploy.owner import node as owner_node
 from deploy.owner import service
 from deploy.owner.join import Membership
+from fedtune_strategies.language.data import read_rows
 from tests.federations import run as run_in_memory
 
 
@@ -73,6 +74,12 @@ def test_a_run_s_record_and_model_by_folder_by_name_and_as_the_newest(settings, 
         assert facts("compare", *named)["second"] == 1
         assert facts("eval", *named, "--data", settings["eval.data"], "--answers", "0")["examples"] == 12
     assert facts("ledger", "replay")["rounds"] == 1 and facts("ledger", "show", "first", "--kind", "reply")
+    first, second = facts("try", text="the cat sat on\n\n")  # a line of one's own, and one of the held-out file
+    assert first["prompt"] == "the cat sat on" and second["prompt"] == read_rows(settings["eval.data"])[0].prompt
+    assert (
+        facts("try", "--round", "0", "-p", "a mat")[0]["base"]
+        == facts("try", "--round", "0", "-p", "a mat")[0]["tuned"]
+    )
     (listed,) = facts("runs")
     assert (listed["name"], listed["state"], listed["round"]) == ("first", "finished", 1)
     assert listed["loss"] == facts("status")["evaluations"][-1]["loss"]

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -14,39 +15,45 @@ import pytest
 from deploy.local.federation import federation
 from fedtune_strategies.errors import ConfigError, LinkError, NodesError, PortError
 
-# An app that asks every node for its configuration; each ClientApp leaves a detached process behind.
+# An app that asks every node for its configuration; each ClientApp leaves a detached process behind. No federation runs
+# another app than the installed one, so it stands in for that.
 PROJECT = """
 [project]
-name = "probe"
+name = "fedtune"
 version = "1.0.0"
 [tool.flwr.app]
 publisher = "fedtune"
 [tool.flwr.app.components]
-serverapp = "probe:server"
-clientapp = "probe:client"
+serverapp = "server_app.app:app"
+clientapp = "client_app.app:app"
 [tool.flwr.app.config]
 out = ""
 size = 0
 hang = false
 """
-APP = """
-import json, pathlib, subprocess, sys, time
+CLIENT = """
+import subprocess, sys
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import ServerApp
 
-client = ClientApp()
-server = ServerApp()
+app = ClientApp()
 
 
-@client.train()
+@app.train()
 def train(message, context):
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
     facts = {key: str(value) for key, value in context.node_config.items()}
     return Message(RecordDict({"facts": ConfigRecord(facts)}), reply_to=message)
+"""
+SERVER = """
+import json, pathlib, time
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import ServerApp
+
+app = ServerApp()
 
 
-@server.main()
+@app.main()
 def main(grid, context):
     config = context.run_config
     payload = RecordDict({"payload": ConfigRecord({"bytes": bytes(config["size"])})})
@@ -71,6 +78,7 @@ with federation(folder / "state", {"alone": folder / "node.jsonl"}) as running:
 """
 
 
+ROOT = Path(__file__).parents[3]
 ROW = '{"prompt": "say a", "completion": "a"}\n'
 
 
@@ -86,11 +94,15 @@ def running_below(folder):
 
 
 @pytest.fixture
-def app(tmp_path):
-    folder = tmp_path / "app"
+def app(tmp_path, monkeypatch):
+    folder, code = tmp_path / "app", tmp_path / "code"
     folder.mkdir()
     (folder / "pyproject.toml").write_text(PROJECT)
-    (folder / "probe.py").write_text(APP)
+    for package, text in (("client_app", CLIENT), ("server_app", SERVER)):
+        (code / package).mkdir(parents=True)
+        (code / package / "__init__.py").write_text(f"__path__.append({str(ROOT / package)!r})\n")
+        (code / package / "app.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(code))
     return folder
 
 

@@ -18,7 +18,7 @@ from deploy.common.join_token import JoinToken
 from deploy.owner.consent import ALWAYS, base_model, leaves, terms
 from deploy.owner.doctor import examine
 from deploy.owner.join import Membership, memberships
-from deploy.owner.node import meanings, run_node, supernode_command
+from deploy.owner.node import meanings, node_config_words, run_node
 from deploy.owner.service import install, remove, unit_file, unit_text
 from fedtune_strategies.config.node import NodeConfig, parse_node
 from fedtune_strategies.errors import ConfigError, DataError, LinkError, ProtocolError, ResourceError
@@ -102,7 +102,7 @@ def test_the_model_is_found_here_or_comes_from_the_server(membership):
     assert "comes from the server, once" in base_model(membership, {"settings": {"model.name": "/no/such/model"}})
     assert "where it is not here" in base_model(membership, {})
     # What nobody named is left to each run: a model that lies here is not fetched.
-    assert not any('model="' in word for word in supernode_command(membership, 1))
+    assert 'model="' not in node_config_words(membership)
     assert base_model(Membership("a", "b:1", "c", model="/mine"), {}) == "/mine"
     assert "comes from the server" in base_model(Membership("a", "b:1", "c", model="server"), {})
     found = {one.label: one for one in examine("", None, NodeConfig(model="server"))}
@@ -127,8 +127,7 @@ def test_a_node_s_other_keys_reach_flower_and_are_checked_before_joining(tmp_pat
     mine = Membership("alice", "b:1", str(tmp_path / "my notes.csv"), settings=settings)
     mine.save()
     assert memberships() == [mine]
-    command = supernode_command(mine, 1)
-    given = parse_config_args([command[command.index("--node-config") + 1]])
+    given = parse_config_args([node_config_words(mine)])
     assert parse_node(given) == mine.node_config()
     assert mine.node_config().columns == settings["columns"] and mine.node_config().skip_bad is True
     for wrong, line in [
@@ -158,7 +157,7 @@ def test_doctor_reads_data_as_the_node_would(tmp_path):
 
 def test_a_path_that_flower_cannot_take_is_refused():
     with pytest.raises(ConfigError, match="quote"):
-        supernode_command(Membership("a", "b:1", '/x/a"b.jsonl'), 1)
+        node_config_words(Membership("a", "b:1", '/x/a"b.jsonl'))
 
 
 def test_a_supernode_that_ends_is_started_again_and_again(membership, monkeypatch, tmp_path):

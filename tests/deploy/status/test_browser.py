@@ -93,7 +93,7 @@ def test_the_served_page_asks_for_its_token_and_follows_the_run(open_page, tmp_p
     monkeypatch.setattr(server_module, "FRESH_SECONDS", 0.0)
     ledger = begin(tmp_path / "run")
     finished_run(tmp_path / "older")
-    with serve_page(tmp_path, token="sesame") as url:
+    with serve_page(tmp_path, "sesame") as url:
         page = open_page(url.partition("#")[0])
         page.fill("#token", "wrong")
         page.keyboard.press("Enter")

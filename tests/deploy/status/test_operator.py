@@ -1,4 +1,5 @@
 import ssl
+import urllib.error
 import urllib.request
 from urllib.parse import urlsplit
 
@@ -16,11 +17,16 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "server"
 
 
-def test_on_loopback_it_is_open_to_this_machine(folder):
+def test_on_loopback_it_asks_for_the_token_too(folder):
+    """Another account of the machine reaches loopback as the operator does."""
     with operators_page(folder, "127.0.0.1:0") as url:
-        assert url.startswith("http://127.0.0.1:") and "#" not in url
-        assert b"first" in urllib.request.urlopen(url + "report.json", timeout=10).read()
-    assert not (folder / "status.token").exists()
+        assert url.startswith("http://127.0.0.1:")
+        place, _, token = url.partition("#token=")
+        for path in ("report.json", "metrics"):
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(place + path, timeout=10)
+        request = urllib.request.Request(place + "report.json", headers={"Authorization": f"Bearer {token}"})
+        assert b"first" in urllib.request.urlopen(request, timeout=10).read()
 
 
 def test_beyond_it_has_the_server_s_certificate_and_a_token_that_stays(folder):

@@ -1,0 +1,111 @@
+"""A change on its way from a node to the server: what it must look like, and what its coding kept back."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import IO
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fedtune_strategies.blocks.codec_config import Codec
+from fedtune_strategies.blocks.codecs import SIGN_ROW, decode, encode
+
+Layout = dict[str, tuple[torch.dtype, torch.Size]]
+
+
+def encode_with_feedback(
+    change: Mapping[str, Tensor], residual: Mapping[str, Tensor], codec: Codec
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Code a change and keep what coding lost for the sender's next change of the same tensors (error feedback).
+
+    Parameters
+    ----------
+    change : mapping of str to Tensor
+        The change, float32.
+    residual : mapping of str to Tensor
+        What the last coding of these tensors lost; empty at first.
+    codec : Codec
+        One of `UPLOADS`.
+
+    Returns
+    -------
+    tuple of (dict of str to Tensor, dict of str to Tensor)
+        The parts to send, and the new residual: (change + residual) - what the receiver decodes; empty where nothing
+        is lost.
+    """
+    if codec == Codec():
+        return dict(change), {}
+    wanted = {name: value + residual[name] if name in residual else value for name, value in change.items()}
+    parts = encode(wanted, codec)
+    return parts, {name: wanted[name] - received for name, received in decode(parts).items()}
+
+
+def fits(parts: Mapping[str, Tensor], tensors: Mapping[str, Tensor], upload: str) -> bool:
+    """Say whether parts are what `encode` makes of a change of these tensors: to be asked before they are decoded.
+
+    Parameters
+    ----------
+    parts : mapping of str to Tensor
+        What arrived.
+    tensors : mapping of str to Tensor
+        The tensors that changed.
+    upload : str
+        ``train.upload``.
+    """
+    shapes = {f"{name}:shape": list(tensor.shape) for name, tensor in tensors.items()}
+    return layout_of(parts) == expected_layout(tensors, upload) and all(
+        part.tolist() == shapes[name] for name, part in parts.items() if name in shapes
+    )
+
+
+def layout_of(parts: Mapping[str, Tensor]) -> Layout:
+    """Return type and shape of each part of a coded change."""
+    return {name: (part.dtype, part.shape) for name, part in parts.items()}
+
+
+def expected_layout(tensors: Mapping[str, Tensor], upload: str) -> Layout:
+    """Return type and shape of each part that `encode` makes of a change of these tensors."""
+    layout: Layout = {}
+    for name, tensor in tensors.items():
+        if tensor.dim() < 2 or upload == "float32":
+            layout[name] = (torch.float32, tensor.shape)
+        elif upload == "bf16":
+            layout[name] = (torch.bfloat16, tensor.shape)
+        elif upload == "int8":
+            layout[f"{name}:int8"] = (torch.int8, tensor.shape)
+            layout[f"{name}:scale"] = (torch.float32, tensor.shape[:-1])
+        else:
+            by_row = tensor.shape[-1] >= SIGN_ROW
+            layout[f"{name}:sign"] = (torch.uint8, torch.Size([-(-tensor.numel() // 8)]))
+            layout[f"{name}:scale"] = (torch.float32, tensor.shape[:-1] if by_row else torch.Size())
+            layout[f"{name}:shape"] = (torch.int64, torch.Size([tensor.dim()]))
+    return layout
+
+
+class Residuals(MutableMapping[int, Mapping[str, Tensor]]):
+    """Named tensors by number, in files without a name: they take no memory, and go with the process."""
+
+    def __init__(self) -> None:
+        self._files: dict[int, IO[bytes]] = {}
+
+    def __setitem__(self, key: int, tensors: Mapping[str, Tensor]) -> None:
+        if key in self._files:
+            del self[key]
+        self._files[key] = tempfile.TemporaryFile()  # noqa: SIM115  # closed when it is deleted
+        self._files[key].write(safetensors.torch.save(dict(tensors)))
+
+    def __getitem__(self, key: int) -> Mapping[str, Tensor]:
+        self._files[key].seek(0)
+        return safetensors.torch.load(self._files[key].read())
+
+    def __delitem__(self, key: int) -> None:
+        self._files.pop(key).close()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)

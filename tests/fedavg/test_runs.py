@@ -1,0 +1,50 @@
+"""Whole runs of federated averaging whose nodes send coded changes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.testing import InMemoryGrid
+from server_app.ledger import Ledger
+from server_app.run import execute
+from tests.federations import assert_resumes_exactly, make_nodes, run
+
+
+@pytest.fixture
+def settings(settings):
+    return settings | {"method.name": "fedavg", "eval.data": "", "train.lr": 1e-2}
+
+
+def test_a_run_with_signs_killed_at_any_record_resumes_to_the_same_bits(settings, data_files, tmp_path):
+    settings |= {"train.upload": "sign", "num-server-rounds": 2}
+    assert_resumes_exactly(settings, data_files, tmp_path, first=7)
+
+
+def test_a_coded_upload_is_smaller(settings, data_files, tmp_path):
+    sizes = []
+    for upload in ("float32", "bf16", "int8", "sign"):
+        ledger = run(settings | {"train.upload": upload, "run.dir": str(tmp_path / upload)}, data_files)
+        sizes.append(sum(record.body["bytes_up"] for record in ledger.records("reply")))
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_change_of_another_shape_or_not_finite_is_refused(settings, data_files):
+    settings |= {"train.upload": "sign", "strategy.min-nodes": 2, "num-server-rounds": 2}
+    nodes = make_nodes(settings, data_files)
+
+    def forged(kind, payload):
+        kind, payload = nodes[1].handle(kind, payload)
+        message = protocol.decode(kind, payload)
+        if kind == "arrays-reply":
+            if message.round == 1:
+                message.arrays["model.embed_tokens.weight:shape"].fill_(2**40)
+            else:
+                message.arrays["model.embed_tokens.weight:scale"].fill_(torch.inf)
+        return kind, protocol.encode(message)
+
+    execute(InMemoryGrid({1: forged, 2: nodes[2].handle, 3: nodes[3].handle}), settings, run_id=1)
+    ledger = Ledger.read(Path(settings["run.dir"]))
+    reasons = {record.round: record.body["reason"] for record in ledger.records("refused") if record.round}
+    assert "other tensors" in reasons[1] and "not finite" in reasons[2]
