@@ -1,7 +1,8 @@
 """Who takes part in a run: those that answered a `Hello`, hold its base model and bear a name of their own.
 
-A node that lacks the base model is sent it first. A refused node is asked again after a minute. A node that comes back
-under another id of Flower waits until its old connection is given up, and then takes over its name.
+A node's name follows from its key, by the operator's list of members. Without such a list a node is called what it
+calls itself, and one that comes back under another id of Flower waits until its old connection is given up, and then
+takes over its name. A node that lacks the base model is sent it first. A refused node is asked again after a minute.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from flwr.app import Message
@@ -19,6 +20,7 @@ from fedtune_strategies.errors import FedTuneError, FingerprintError, NodesError
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.door import refusing
 from fedtune_strategies.protocol.flower import answer, query
+from fedtune_strategies.protocol.records import from_record
 from fedtune_strategies.words import counted
 
 log = logging.getLogger("fedtune")
@@ -29,6 +31,11 @@ _CHUNK_S = 600.0
 _ASKS = 8
 # Loading a large model takes its time; after this the message is given up and the node greeted anew.
 _HELLO_S = 1800.0
+# Slower than this a node's download of the base model is not waited for.
+_LEAST_BYTES_A_SECOND = 1 << 16
+
+Members = Callable[[], Mapping[int, str]]
+"""Gives the operator's list: the name of each member by its id of Flower, which follows from its key."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +72,15 @@ class Admission:
         Nodes that are admitted already.
     supply : callable
         Answers a node that wants the base model.
+    members : callable, optional
+        Gives the operator's list; None where there is none, and nodes name themselves.
+    only : collection of str
+        Names of those that may take part; empty for all.
 
     Attributes
     ----------
     nodes : dict of int to Node
         The admitted nodes by id.
-    supplied : float
-        When a part of the base model was sent last, by the monotonic clock; 0 for never.
     """
 
     def __init__(
@@ -81,15 +90,18 @@ class Admission:
         on_event: Callable[[str, str, str], None],
         nodes: Iterable[Node],
         supply: Callable[[protocol.ModelRequest], protocol.Message],
+        members: Members | None = None,
+        only: Collection[str] = (),
     ) -> None:
         self.nodes = {node.id: node for node in nodes}
-        self.supplied = 0.0
+        self._members, self._only = members, frozenset(only)
         self._grid = grid
         self._fingerprint = fingerprint
         self._on_event = on_event
         self._supply = supply
         self._hellos: dict[str, int] = {}
         self._asks: Counter[tuple[int, int]] = Counter()
+        self._supplied: Counter[int] = Counter()
         self._refused: dict[int, tuple[float, FedTuneError]] = {}
         self._claims: dict[int, Node] = {}
 
@@ -101,9 +113,9 @@ class Admission:
         set of int
             Ids of all that are connected.
         """
-        present = set(self._grid.get_node_ids())
+        present = self._present()
         for lost in set(self.nodes) - present:
-            self.lose(lost, "is no longer connected")
+            self.lose(lost, "is no longer connected, or no longer a member")
         self._claims = {i: node for i, node in self._claims.items() if i in present}
         for claim in list(self._claims.values()):
             if not self._is_taken(claim.name):
@@ -132,10 +144,14 @@ class Admission:
             self._event("lost", node.name, line)
         return node
 
+    def allowance(self) -> float:
+        """Seconds for which the transfer of the base model may hold the run up, at most: each part counts once."""
+        return max(self._supplied.values(), default=0) / _LEAST_BYTES_A_SECOND
+
     def is_hopeless(self) -> bool:
         """Say whether all that are connected were refused, and nobody is being asked."""
         refused = bool(self._refused) and not self._hellos and not self.nodes
-        return refused and set(self._grid.get_node_ids()) <= set(self._refused)
+        return refused and self._present() <= set(self._refused)
 
     def too_few(self, found: int, count: int, wait: float) -> FedTuneError:
         """Say that only so many nodes came, and why others were refused.
@@ -173,11 +189,12 @@ class Admission:
                     f"holds another base model (fingerprint {hello.fingerprint}, the server's is {self._fingerprint}): "
                     "give it the same model folder and dtype."
                 )
+            name = self._name(node_id, hello.node)
         except FedTuneError as error:
             self._refused[node_id] = (time.monotonic(), error)
             self._event("refused", label(node_id), str(error))
             return
-        node = Node(hello.node, node_id, hello.num_examples)
+        node = Node(name, node_id, hello.num_examples)
         if self._is_taken(node.name):
             # It may be the same node under a new connection: it takes over when the old one is given up.
             self._claims[node_id] = node
@@ -185,19 +202,42 @@ class Admission:
             return
         self._join(node)
 
+    def _present(self) -> set[int]:
+        """Ids of the connected nodes; who is not on the list, or not wanted in this run, is not even asked."""
+        connected, names = set(self._grid.get_node_ids()), self._names()
+        if names is None:
+            return connected
+        return {i for i in connected if (name := names.get(_unsigned(i))) and (not self._only or name in self._only)}
+
+    def _names(self) -> Mapping[int, str] | None:
+        return self._members() if self._members else None
+
+    def _name(self, node_id: int, claimed: str) -> str:
+        """The name of a node: the list knows it by its key. What the node says must be the same."""
+        names = self._names()
+        known = claimed if names is None else names.get(_unsigned(node_id))
+        if known is None:
+            raise ProtocolError("is not on the operator's list of members.")
+        if known != claimed:
+            raise ProtocolError(f"calls itself '{claimed}', but its key is that of '{known}'.")
+        if self._only and known not in self._only:
+            raise NodesError(f"'{known}' is not among 'strategy.nodes'.")
+        return known
+
     def _send_model(self, node_id: int, wanted: protocol.ModelRequest) -> None:
-        part = (node_id, max(wanted.chunk, -1))
+        name, part = self._name(node_id, wanted.node), (node_id, max(wanted.chunk, -1))
         if self._asks[part] == _ASKS:
             raise ProtocolError(
                 f"asked {_ASKS} times for the same part of the base model: give it the model by its 'model' key."
             )
         if wanted.chunk < 0:
-            self._event("supplied", wanted.node, "lacks the base model: sending it")
+            self._event("supplied", name, "lacks the base model: sending it")
         with refusing():
             message = query(node_id, self._supply(wanted), _CHUNK_S)
+        if not self._asks[part]:
+            self._supplied[node_id] += len(from_record(message.content)[1])
         self._asks[part] += 1
         self._hellos |= dict.fromkeys(self._grid.push_messages([message]), node_id)
-        self.supplied = time.monotonic()
 
     def _join(self, node: Node) -> None:
         self.nodes[node.id] = node
@@ -213,7 +253,12 @@ class Admission:
 
 def label(node_id: int) -> str:
     """Name a node whose own name is not known."""
-    return f"node {node_id & (2**64 - 1):016x}"
+    return f"node {_unsigned(node_id):016x}"
+
+
+def _unsigned(node_id: int) -> int:
+    """Flower writes ids with a sign in some places, and without in others."""
+    return node_id & (2**64 - 1)
 
 
 def _taken(node: Node) -> str:

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from fedtune_strategies.admission import Admission, Node, label
+from fedtune_strategies.admission import Admission, Members, Node, label
 from fedtune_strategies.errors import FedTuneError, NodesError
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.flower import answer
@@ -75,6 +75,8 @@ class Fleet(Grid):
         Nodes that are admitted already.
     supply : callable
         Answers a node that wants the base model.
+    members, only
+        See `Admission`.
     """
 
     def __init__(
@@ -85,11 +87,13 @@ class Fleet(Grid):
         on_event: Callable[[str, str, str], None] = lambda kind, node, line: None,
         nodes: Iterable[Node] = (),
         supply: Callable[[protocol.ModelRequest], protocol.Message] = _nothing_to_supply,
+        members: Members | None = None,
+        only: Collection[str] = (),
     ) -> None:
         self._grid = grid
         self._poll_interval = poll_interval
         self._pause = grid.wait if isinstance(grid, StreamGrid) else time.sleep
-        self._admission = Admission(grid, fingerprint, on_event, nodes, supply)
+        self._admission = Admission(grid, fingerprint, on_event, nodes, supply, members, only)
         self._late: dict[str, tuple[Node, Message]] = {}
         self._limit = 0.0
         self._aside: set[str] = set()
@@ -125,7 +129,7 @@ class Fleet(Grid):
             self._late = {key: late for key, late in self._late.items() if late[0].id in present}
             if len(self.nodes) >= count:
                 return
-            over = time.monotonic() > max(limit, self._admission.supplied + wait)
+            over = time.monotonic() > limit + self._admission.allowance()
             if over or self._admission.is_hopeless():
                 raise self._admission.too_few(len(self.nodes), count, wait)
             self._pause(self._poll_interval)
@@ -161,7 +165,7 @@ class Fleet(Grid):
                 if task is not None:
                     pending |= self._push_next(queues, [task.metadata.dst_node_id])
                     yield self._received(task, reply)
-            if self._admission.supplied:
+            if self._admission.allowance():
                 self._admission.hear()
             if not replies:
                 self._pause(self._poll_interval)

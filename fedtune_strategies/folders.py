@@ -12,6 +12,7 @@ from pathlib import Path
 from fedtune_strategies.errors import ResourceError
 
 MARK = ".made-by-fedtune"
+MEMBERS_FILE = "FEDTUNE_MEMBERS"  # the variable by which `fedtune serve` tells ServerApps where its members.json is
 _OLD = ".old"
 
 

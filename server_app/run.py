@@ -27,6 +27,7 @@ from server_app.evaluation import evaluate, load_held_out
 from server_app.export import export_model
 from server_app.guard import Guard
 from server_app.ledger import Ledger
+from server_app.members import listed_members
 from server_app.rounds import restore, run_rounds
 from server_app.tracking import tracking
 
@@ -96,6 +97,8 @@ def _execute(grid: Grid, config: Config, ledger: Ledger, report: Callable[[], No
         fingerprint(base),
         on_event=lambda kind, node, line: _note(ledger, kind, node, line),
         supply=ModelSource(language.folder).answer,
+        members=listed_members(),
+        only=[name.strip() for name in config.strategy.nodes.split(",") if name.strip()],
     )
 
     newest = -1, ""

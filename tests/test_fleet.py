@@ -1,6 +1,7 @@
 import time
 
 import pytest
+import torch
 
 from fedtune_strategies.errors import DataError, FedTuneError, FingerprintError, NodesError
 from fedtune_strategies.fleet import Fleet
@@ -161,3 +162,57 @@ def test_nodes_set_aside_are_hidden_until_called_back():
     assert list(fleet.nodes) == ["b"]
     fleet.exclude(())
     assert list(fleet.nodes) == ["a", "b"]
+
+
+def listed(nodes, names, events=None, only=(), grid=InMemoryGrid):
+    note = (lambda *event: events.append(event)) if events is not None else (lambda *event: None)
+    return Fleet(grid(nodes), "base", poll_interval=0.01, on_event=note, members=lambda: names, only=only)
+
+
+def test_a_member_that_calls_itself_by_another_s_name_takes_neither_name_nor_place():
+    """Alice is absent; mallory, with a key of her own, answers the hello as alice."""
+    events, names = [], {1: "alice", 2: "mallory", 3: "carol"}
+    nodes = {2: greeter("alice"), 3: greeter("carol")}
+    fleet = listed(nodes, names, events)
+    fleet.wait_for_nodes(1, wait=1)
+    assert list(fleet.nodes) == ["carol"]
+    (refusal,) = [line for kind, _, line in events if kind == "refused"]
+    assert "calls itself 'alice', but its key is that of 'mallory'" in refusal
+    nodes[1] = greeter("alice")
+    fleet.wait_for_nodes(2, wait=1)
+    assert fleet.nodes["alice"].id == 1
+
+
+def test_who_is_on_no_list_or_not_named_is_not_even_asked():
+    asked, names = [], {2**64 - 1: "alice", 2: "bob"}
+
+    def spy(number, name):
+        answer = greeter(name)
+        return lambda kind, payload: asked.append(number) or answer(kind, payload)
+
+    fleet = listed({-1: spy(-1, "alice"), 2: spy(2, "bob"), 7: spy(7, "carol")}, names, only=["alice"])
+    fleet.wait_for_nodes(1, wait=1)
+    assert list(fleet.nodes) == ["alice"] and asked == [-1]
+    names.clear()  # revoked
+    with pytest.raises(NodesError):
+        fleet.wait_for_nodes(1, wait=0.05)
+    assert not fleet.nodes
+
+
+def test_a_node_that_asks_for_the_model_for_ever_is_not_waited_for():
+    """Each part counts once, and no more than a slow link would take; the eighth question for one is refused."""
+    asked = []
+
+    def greedy(kind, payload):
+        asked.append(kind)
+        wanted = protocol.ModelRequest("alice", 0)
+        return wanted.kind, protocol.encode(wanted)
+
+    chunk = torch.zeros(1 << 12, dtype=torch.uint8)
+    fleet = Fleet(
+        InMemoryGrid({1: greedy}), "base", poll_interval=0.001, supply=lambda wanted: protocol.ModelChunk(0, chunk)
+    )
+    start = time.monotonic()
+    with pytest.raises(FedTuneError, match="asked 8 times"):
+        fleet.wait_for_nodes(1, wait=0.1)
+    assert time.monotonic() - start < 20 and asked.count("model-chunk") == 8

@@ -32,7 +32,7 @@ from deploy.operator.announcement import read_announcement
 from deploy.operator.members import Members
 from deploy.operator.registration import RegistrationServer
 from fedtune_strategies.errors import LinkError, PortError
-from fedtune_strategies.folders import private_runtime_folder
+from fedtune_strategies.folders import MEMBERS_FILE, private_runtime_folder
 from fedtune_strategies.stream.offer import STREAM_ADDRESS, STREAM_FOLDER
 
 START_TIMEOUT = 180.0  # seconds; a SuperLink needs about 5, on a busy machine many times that
@@ -153,6 +153,7 @@ def serving(
         files = server_files(folder / "keys", [host])
         streams = private_runtime_folder(f"streams-{hashlib.sha256(bytes(folder)).hexdigest()[:16]}")
         place = {STREAM_FOLDER: str(streams), STREAM_ADDRESS: address}
+        place[MEMBERS_FILE] = str(folder / "members.json")  # ServerApps call nodes by it, never by what a node says
         environment = {**flower_environment(folder), **place, processes.TOKEN: token}
         control = Control(folder, environment)
         members = Members(folder)

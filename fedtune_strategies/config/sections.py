@@ -73,6 +73,7 @@ class StrategyConfig:
     """Which nodes take part and how their replies are weighed."""
 
     min_nodes: int = option(1, "Fewest nodes that must be present before a round starts.", low=1)
+    nodes: str = option("", "Names of the nodes that may take part, with commas between; empty for all members.")
     min_replies: int = option(1, "Fewest accepted replies with which a round counts.", low=1)
     weighting: str = option(
         "examples", "Weight of a reply: its node's number of examples, or equal.", choices=("examples", "uniform")

@@ -12,6 +12,7 @@ import pytest
 
 from deploy.common import processes
 from deploy.common.certificates import node_key
+from deploy.operator.members import admit
 from deploy.operator.runs import tune
 from deploy.operator.serve import serving
 from deploy.status.view import RunView
@@ -34,7 +35,10 @@ class Lab:
         self.server = stack.enter_context(serve)
         self.folder, self.port, self.data_files = folder, port, data_files
         for name in data_files:
-            self.server.control.register(node_key(folder / "keys", name).public, name)
+            key = node_key(folder / "keys", name).public
+            secret, _ = self.server.members.invite(name, 60)
+            member = self.server.members.apply(secret, key.read_text().strip(), approval=False)
+            admit(self.server.members, member, lambda _, name, key=key: self.server.control.register(key, name))
         self.nodes = {name: self._start(name) for name in data_files}
         self._done = threading.Event()
         keeper = threading.Thread(target=self._keep)
