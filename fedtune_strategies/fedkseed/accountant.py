@@ -2,22 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
 
 from fedtune_strategies.errors import ConfigError
-from fedtune_strategies.fedkseed.config import FedKSeedRunConfig
+from fedtune_strategies.fedkseed.config import FedKSeedRunConfig, GradientRunConfig
+
+PREFIX = "asked/"
 
 
-def epsilon(config: FedKSeedRunConfig, asked: Iterable[tuple[int, int]]) -> float:
-    """Return the largest epsilon of any example, at ``privacy.delta``.
-
-    Each step is a Poisson-sampled Gaussian mechanism: an example is in a batch with probability B / n, and changes the
-    sum of slopes by at most the clip. Steps compose by Rényi differential privacy (arXiv 1908.10530). Neighbouring data
-    differ by one example more or less.
+class PrivacySpent:
+    """How often each node was asked: with its task it is spent, whether or not a reply comes. Empty without privacy.
 
     Parameters
     ----------
-    config : FedKSeedRunConfig
+    config : FedKSeedRunConfig or GradientRunConfig
+        The run configuration.
+    """
+
+    def __init__(self, config: FedKSeedRunConfig | GradientRunConfig) -> None:
+        self._config = config
+        self.asked: dict[str, tuple[int, int]] = {}
+
+    def check(self) -> None:
+        """Raise `ConfigError` where the accountant is missing, before anything is spent."""
+        self.metrics()
+
+    def note(self, nodes: Mapping[str, int]) -> None:
+        """Count a task of each node; `nodes` are their numbers of examples."""
+        for name, examples in nodes.items() if self._config.privacy.clip else ():
+            self.asked[name] = (self.asked.get(name, (0, 0))[0] + 1, examples)
+
+    def metrics(self) -> dict[str, float]:
+        """Return ``privacy/epsilon``, if the run is private."""
+        return {"privacy/epsilon": epsilon(self._config, self.asked.values())} if self._config.privacy.clip else {}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what to store."""
+        return {f"{PREFIX}{node}": torch.tensor(counts) for node, counts in self.asked.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what `state` returned."""
+        counts = {key.removeprefix(PREFIX): value for key, value in tensors.items() if key.startswith(PREFIX)}
+        self.asked = {node: (int(pair[0]), int(pair[1])) for node, pair in counts.items()}
+
+
+def epsilon(config: FedKSeedRunConfig | GradientRunConfig, asked: Iterable[tuple[int, int]]) -> float:
+    """Return the largest epsilon of any example, at ``privacy.delta``.
+
+    Each step is a Poisson-sampled Gaussian mechanism: an example is in a batch with probability B / n, and changes the
+    sum of slopes by at most the clip, of one slope or in the 2-norm of all K. Steps compose by Rényi differential
+    privacy (arXiv 1908.10530). Neighbouring data differ by one example more or less.
+
+    Parameters
+    ----------
+    config : FedKSeedRunConfig or GradientRunConfig
         ``privacy``, ``train.batch-size`` and ``train.local-steps`` are read.
     asked : iterable of (int, int)
         Of each node: how often it was asked, and how many examples it has.

@@ -105,10 +105,15 @@ class FedKSeedProConfig(FedKSeedConfig):
 
 @dataclass(frozen=True)
 class PrivacyConfig:
-    """Differential privacy of each example (DPZero, arXiv 2310.09639)."""
+    """Differential privacy of each example (DPZero, arXiv 2310.09639; DP-SGD, arXiv 1607.00133)."""
 
-    clip: float = option(0.0, "Largest slope of the loss of one example that counts; 0 for no privacy.", low=0.0)
-    noise_multiplier: float = option(1.0, "Standard deviation of a scalar's noise, in units of the clip.", above=0.0)
+    clip: float = option(
+        0.0,
+        "Largest slope of the loss of one example that counts, by gradient the largest norm of all K; 0 for no "
+        "privacy.",
+        low=0.0,
+    )
+    noise_multiplier: float = option(1.0, "Standard deviation of a slope's noise, in units of the clip.", above=0.0)
     delta: float = option(1e-5, "delta, for which epsilon is reported.", above=0.0, high=0.5)
 
 
@@ -155,6 +160,7 @@ class GradientRunConfig(Config):
     train: GradientTrainConfig = field(default_factory=GradientTrainConfig)
     strategy: GradientStrategyConfig = field(default_factory=GradientStrategyConfig)
     fedkseed: GradientConfig = field(default_factory=GradientConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
 
     def check(self) -> None:
         """See `Config.check`."""
@@ -192,8 +198,8 @@ class FedKSeedRunConfig(Config):
         own, train = self.fedkseed, self.train
         if self.privacy.clip and (own.estimator != "two-sided" or own.directions > 1):
             raise ConfigError(
-                "run config: 'privacy.clip' works with 'fedkseed.estimator' = \"two-sided\" and 'fedkseed.directions' "
-                "= 1 alone: set these, or 'privacy.clip' to 0."
+                "run config: 'privacy.clip' works with 'fedkseed.estimator' = \"gradient\", and with \"two-sided\" "
+                "where 'fedkseed.directions' = 1: set one of these, or 'privacy.clip' to 0."
             )
         if self.privacy.clip and not (train.lr and own.eps):
             raise ConfigError(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import torch
 
@@ -10,14 +13,18 @@ from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.fedkseed.config import GradientRunConfig
 from fedtune_strategies.fedkseed.messages import GradientReply, GradientTask
 from fedtune_strategies.fedkseed.moved import Moved
-from fedtune_strategies.language.examples import Batch
+from fedtune_strategies.language.examples import Batch, collate
 from fedtune_strategies.language.loss import finite_mean, micro_batches, response_loss, response_tokens
 from fedtune_strategies.memory import peak_memory
 from fedtune_strategies.method import NodeContext
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.seed_gradient import LocalWalk, decode, encode, local_walk, packed_bytes, slopes
+from fedtune_strategies.seed_gradient.private import private_sum
 from fedtune_strategies.seed_gradient.slopes import Slopes
-from fedtune_strategies.seed_space import fingerprint, tuned_parameters
+from fedtune_strategies.seed_space import Pool, fingerprint, tuned_parameters
+from fedtune_strategies.zeroth_order.private import poisson_sample
+
+Find: TypeAlias = Callable[[Batch], Slopes]
 
 
 class SeedGradientClient:
@@ -49,6 +56,8 @@ class SeedGradientClient:
         walk = self.walk(task)
         levels, unit = encode(walk.theta.numpy(), self._config.fedkseed.up_bits)
         loss, counted = finite_mean(walk.loss)
+        if self._config.privacy.clip:
+            loss = math.nan  # a loss tells something about the data
         return GradientReply(
             node=self._name,
             round=task.round,
@@ -91,7 +100,11 @@ class SeedGradientClient:
     def walk(self, task: GradientTask) -> LocalWalk:
         """Take the round's steps; `take` said that the weights are there."""
         train, pool = self._config.train, self._moved.pool(task.round)
-        data = self._batches(task.round, train.local_steps)
+        find, data = self._private(pool) if self._config.privacy.clip else self._plain(pool, task.round)
+        return local_walk(self._parameters, self._moved.weights, pool, find, data, step=task.lr, beta1=train.beta1)
+
+    def _plain(self, pool: Pool, round: int) -> tuple[Find, Iterator[Batch]]:
+        """Say how a batch's slopes are found, and of which batches."""
 
         def find(batch: Batch) -> Slopes:
             cut = list(micro_batches(batch, self._micro_batch))
@@ -103,4 +116,18 @@ class SeedGradientClient:
                 sum((one.g * (weight / total) for one, weight in zip(parts, weights, strict=True)), torch.zeros(())),
             )
 
-        return local_walk(self._parameters, self._moved.weights, pool, find, data, step=task.lr, beta1=train.beta1)
+        return find, self._batches(round, self._config.train.local_steps)
+
+    def _private(self, pool: Pool) -> tuple[Find, Iterator[Batch]]:
+        """The same with each example's slopes bounded, noise, and batches that nobody can foresee."""
+        train, privacy, count = self._config.train, self._config.privacy, len(self._examples)
+        size = min(train.batch_size, count)
+
+        def find(batch: Batch) -> Slopes:
+            rows = micro_batches(batch, 1) if batch else ()
+            each = (slopes(self._model, self._parameters, response_loss, row, pool).g for row in rows)
+            total = private_sum(each, privacy.clip, privacy.noise_multiplier, pool.size)
+            return Slopes(0.0, total / size)  # no loss: a step that was skipped would tell something too
+
+        drawn = poisson_sample(count, size / count, train.local_steps)
+        return find, (collate(self._examples, indices) if indices else {} for indices in drawn)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fedtune_strategies.aggregators import robust_aggregator
 from fedtune_strategies.errors import DivergenceError, FingerprintError, ProtocolError
+from fedtune_strategies.fedkseed.accountant import PrivacySpent
 from fedtune_strategies.fedkseed.config import GradientRunConfig
 from fedtune_strategies.fedkseed.messages import GradientReply, GradientTask
 from fedtune_strategies.fedkseed.moved import Moved
@@ -68,11 +69,13 @@ class SeedGradient(TuningStrategy):
         self.forgot: set[str] = set()  # nodes that have shown since then that they need them all again
         self.unit = 0.0  # running median of the nodes' units
         self.fingerprint = ""
+        self.spent = PrivacySpent(config)
         count = sum(tensor.numel() for tensor in base.values())
         self.eta = config.train.lr or default_step(count, config.fedkseed.seeds)
 
     def summary(self) -> None:
         """Log what will be tuned and how, and why where the estimator chose."""
+        self.spent.check()
         own, train = self.config.fedkseed, self.config.train
         chosen = "as set" if train.lr else "by the model's size and K"
         log.info(
@@ -103,6 +106,10 @@ class SeedGradient(TuningStrategy):
         payloads = {held: protocol.encode(self._task(server_round, held)) for held in set(since.values())}
         kind = GradientTask.kind
         return [address(nodes[name].id, kind, payloads[since[name]], server_round) for name in chosen]
+
+    def note_asked(self, nodes: Mapping[str, int]) -> None:
+        """Count what privacy has cost each node."""
+        self.spent.note(nodes)
 
     def accept(self, round: int, reply: protocol.Message) -> bool:
         """Check type, round, starting weights and size of a reply."""
@@ -144,7 +151,7 @@ class SeedGradient(TuningStrategy):
         self.points.append((levels, unit))
         theta = self._decoded(self.points[-1])
         if metrics is not None:
-            metrics.update(mean_loss(answers, weights))
+            metrics.update({**mean_loss(answers, weights), **self.spent.metrics()})
             length = float(np.linalg.norm(mean))
             metrics["move/rms"] = float(np.linalg.norm(theta))
             metrics["move/kept"] = float(1 - np.square(theta - mean).sum() / length**2) if length else 0.0
@@ -168,12 +175,13 @@ class SeedGradient(TuningStrategy):
         tensors = {f"held/{node}": torch.tensor(rounds) for node, rounds in sorted(self.held.items())}
         levels, unit = self.points[-1]
         point = {"levels": levels, "unit": torch.tensor(unit, dtype=torch.float64)}
-        return State(tensors | {"unit": torch.tensor(self.unit, dtype=torch.float64)},
+        return State(tensors | self.spent.state() | {"unit": torch.tensor(self.unit, dtype=torch.float64)},
                      {f"point-{len(self.points)}": point})  # fmt: skip
 
     def restore(self, tensors: dict[str, Tensor], load: Callable[[str], dict[str, Tensor] | None]) -> ArrayRecord:
         """Take up what `state` returned."""
         self.unit = float(tensors["unit"])
+        self.spent.restore(tensors)
         self.held = {key.removeprefix("held/"): int(v) for key, v in tensors.items() if key.startswith("held/")}
         while (point := load(f"point-{len(self.points) + 1}")) is not None:
             self.points.append((point["levels"], float(point["unit"])))

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedtune_strategies.errors import DivergenceError, ProtocolError
-from fedtune_strategies.fedkseed.accountant import epsilon
+from fedtune_strategies.fedkseed.accountant import PrivacySpent
 from fedtune_strategies.fedkseed.aggregators import (
     forget_moments,
     make_aggregator,
@@ -88,14 +88,13 @@ class FedKSeed(TuningStrategy):
         self.eta, self.eps = config.train.lr, config.fedkseed.eps  # 0 until the first round has found them
         self.versions = Versions()
         self.amplitude = 0.0
-        self.asked: dict[str, tuple[int, int]] = {}
+        self.spent = PrivacySpent(config)
         self.fingerprint, self.last_fingerprint = "", ""
         self.last_odds = np.empty(0, dtype=np.int16)
 
     def summary(self) -> None:
         """Log what will be tuned and how."""
-        if self.config.privacy.clip:
-            epsilon(self.config, [])  # the accountant must be there before anything is spent
+        self.spent.check()
         settings, train = self.config.fedkseed, self.config.train
         log.info(
             "FedKSeed: K = %d %s seeds, tau = %d, eta = %g (%s), epsilon = %g (0: to be found), aggregated by %s",
@@ -127,8 +126,7 @@ class FedKSeed(TuningStrategy):
 
     def note_asked(self, nodes: Mapping[str, int]) -> None:
         """Count what privacy has cost each node: with its task it is spent, whether or not a reply comes."""
-        for name, examples in nodes.items() if self.config.privacy.clip else ():
-            self.asked[name] = (self.asked.get(name, (0, 0))[0] + 1, examples)
+        self.spent.note(nodes)
 
     def accept(self, round: int, reply: protocol.Message) -> bool:
         """Check type, round, length and fingerprint of a reply."""
@@ -196,9 +194,7 @@ class FedKSeed(TuningStrategy):
         if arrays is None:
             return None, metrics
         if metrics is not None:
-            metrics.update(mean_loss(answers, weights))
-            if self.config.privacy.clip:
-                metrics["privacy/epsilon"] = epsilon(self.config, self.asked.values())
+            metrics.update({**mean_loss(answers, weights), **self.spent.metrics()})
         self.amplitude = running_amplitude(self.amplitude, amplitudes)
         for answer, one in zip(answers, scalars, strict=True):
             self.observe(self.draws(answer.node, answer.round, odds[answer.round]), one)
@@ -223,9 +219,9 @@ class FedKSeed(TuningStrategy):
         own = {"theta": self.theta, "carry": self.carry, "amplitude": np.float64(self.amplitude)}
         own |= {"last_odds": self.last_odds} if self.config.strategy.late else {}
         own |= {"eta": np.float64(self.eta), "eps": np.float64(self.eps)}
-        asked = {f"asked/{node}": np.array(counts) for node, counts in self.asked.items()}
         files = {f"pool-{len(self.closed) - 1}": {"theta": torch.from_numpy(row)} for row in self.closed[-1:]}
-        return State({name: torch.tensor(value) for name, value in (own | asked).items()} | moments(self.inner), files)
+        tensors = {name: torch.tensor(value) for name, value in own.items()}
+        return State(tensors | self.spent.state() | moments(self.inner), files)
 
     def restore(self, tensors: dict[str, Tensor], load: Callable[[str], dict[str, Tensor] | None]) -> ArrayRecord:
         """Take up what `state` returned."""
@@ -237,8 +233,7 @@ class FedKSeed(TuningStrategy):
         if self.config.strategy.late:
             self.last_odds = tensors["last_odds"].numpy()
         self.eta, self.eps = float(tensors["eta"]), float(tensors["eps"])
-        counts = {key.removeprefix("asked/"): value for key, value in tensors.items() if key.startswith("asked/")}
-        self.asked = {node: (int(pair[0]), int(pair[1])) for node, pair in counts.items()}
+        self.spent.restore(tensors)
         return arrays_of(theta=tensors["theta"])
 
     def lr(self, round: int) -> float:

@@ -4,9 +4,12 @@ import math
 
 import pytest
 
-from fedtune_strategies.config import parse
+from fedtune_strategies.config import defaults, parse
 from fedtune_strategies.errors import ConfigError
+from fedtune_strategies.fedkseed import gradient_client
 from fedtune_strategies.fedkseed.accountant import epsilon
+from fedtune_strategies.language.loss import response_loss
+from fedtune_strategies.protocol import messages as protocol
 from tests.federations import final_state, run
 
 pytest.importorskip("dp_accounting", reason="the extra 'privacy' is not installed")
@@ -35,7 +38,12 @@ def test_epsilon_grows_with_rounds_and_falls_with_noise_and_data():
     assert epsilon(config(), []) == 0
 
 
-def test_a_private_run_reports_epsilon_and_no_loss(settings, data_files, tmp_path):
+GRADIENT = {"fedkseed.estimator": "gradient", "train.lr": "auto"}
+
+
+@pytest.mark.parametrize("own", [{}, GRADIENT], ids=["two-sided", "gradient"])
+def test_a_private_run_reports_epsilon_and_no_loss(settings, data_files, tmp_path, own):
+    settings = {key: value for key, value in settings.items() if key in defaults("fedkseed", own)} | own
     settings |= {"privacy.clip": 1.0, "privacy.noise-multiplier": 0.7, "num-server-rounds": 2, "eval.answers": 0}
     ledger = run(settings, data_files)
     spent = [record.body["metrics"]["privacy/epsilon"] for record in ledger.records("round")]
@@ -44,6 +52,15 @@ def test_a_private_run_reports_epsilon_and_no_loss(settings, data_files, tmp_pat
     other = settings | {"run.dir": str(tmp_path / "other")}
     run(other, data_files)
     assert final_state(other) != final_state(settings), "noise must not repeat"
+
+
+def test_what_a_private_node_sends_does_not_say_that_a_loss_was_not_finite(settings, data_files, monkeypatch):
+    settings = {key: value for key, value in settings.items() if key in defaults("fedkseed", GRADIENT)} | GRADIENT
+    settings |= {"privacy.clip": 1.0, "num-server-rounds": 1, "eval.data": ""}
+    monkeypatch.setattr(gradient_client, "response_loss", lambda model, batch: response_loss(model, batch) * math.nan)
+    ledger = run(settings, data_files)
+    replies = [protocol.decode("gradient-reply", record.blob) for record in ledger.records("reply")]
+    assert len(replies) == 3 and all(reply.skipped == 0 and reply.unit > 0 for reply in replies)
 
 
 @pytest.mark.parametrize(
