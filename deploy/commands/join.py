@@ -11,7 +11,18 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from deploy.commands.output import Format, FormatOption, NodeSetOption, agree, console, log, setting, show, words
+from deploy.commands.output import (
+    ColumnsOption,
+    Format,
+    FormatOption,
+    NodeSetOption,
+    agree,
+    console,
+    log,
+    node_changes,
+    show,
+    words,
+)
 from fedtune_strategies.errors import ConfigError
 from fedtune_strategies.words import counted
 
@@ -33,6 +44,7 @@ def join(
     data_format: Annotated[
         str, typer.Option("--data-format", help="Format of the data, where it is not plain.")
     ] = "auto",
+    columns: ColumnsOption = "",
     model: Annotated[
         str,
         typer.Option(help="Folder of the base model, or `server` to get it from there."),
@@ -63,17 +75,17 @@ def join(
 
     if not token:
         membership = find_membership(name)
-        if data or model or device or changes or data_format != "auto":
+        if data or columns or model or device or changes or data_format != "auto":
             raise ConfigError(
-                f"{membership.name} starts as it joined: leave out --data, --data-format, --model, --device and --set, "
-                "or `fedtune leave` and join anew"
+                f"{membership.name} starts as it joined: leave out --data, --data-format, --columns, --model, --device "
+                "and --set, or `fedtune leave` and join again"
             )
     else:
         if data is None:
             raise ConfigError("--data is missing: name the file with your examples, such as --data ~/notes.jsonl")
         word = sys.stdin.readline() if token == "-" else token
         node = {"data": str(data.expanduser().resolve()), "format": data_format, "model": model, "device": device}
-        membership = _join(word, {**node, "settings": dict(map(setting, changes or []))}, yes, form)
+        membership = _join(word, {**node, "settings": node_changes(columns, changes)}, yes, form)
     show(_facts(membership), form, lambda: None)
     if install_service:
         from deploy.owner.service import install

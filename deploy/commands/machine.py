@@ -10,7 +10,17 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy.commands.output import Format, FormatOption, NodeSetOption, SetOption, console, setting, show
+from deploy.commands.output import (
+    ColumnsOption,
+    Format,
+    FormatOption,
+    NodeSetOption,
+    SetOption,
+    console,
+    node_changes,
+    setting,
+    show,
+)
 from deploy.commands.plan import ModelOption, methods, task_seconds
 
 EXAMPLES = 1000  # of a node, where nobody says
@@ -40,6 +50,7 @@ def doctor(
     token: Annotated[str, typer.Argument(envvar="FEDTUNE_TOKEN", help="A join token, to check before joining.")] = "",
     data: Annotated[Path | None, typer.Option(help="Your data: reads all of it, and shows the first bad line.")] = None,
     data_format: Annotated[str, typer.Option("--data-format", help="Format of the data.")] = "auto",
+    columns: ColumnsOption = "",
     model: ModelOption = "",
     device: DeviceOption = "cpu",
     changes: NodeSetOption = None,
@@ -56,7 +67,7 @@ def doctor(
     from fedtune_strategies.errors import FedTuneError
 
     joined = memberships()
-    given = dict(map(setting, changes or []))
+    given = node_changes(columns, changes)
     own = Membership("", "", str(data or ""), data_format, model, device, given).node_config()
     if token:
         known = decode_token(token)

@@ -54,6 +54,11 @@ def agree(question: str, form: Format) -> None:
         raise typer.Exit(1)
 
 
+def node_changes(columns: str, changes: list[str] | None) -> dict[str, Scalar]:
+    """The keys of a node that its owner gave."""
+    return dict(map(setting, changes or [])) | ({"columns": columns} if columns else {})
+
+
 def show(facts: Any, form: Format, as_text: Callable[[], None]) -> None:
     """Print ``facts`` as JSON, or call ``as_text`` to print them for a person."""
     if form is Format.json:
@@ -76,6 +81,10 @@ def setting(text: str) -> tuple[str, Scalar]:
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change a key that `fedtune config` lists, as `key=value`; repeat for several."),
+]
+ColumnsOption = Annotated[
+    str,
+    typer.Option(help="Which column of the data is which, as `prompt=question,completion=answer`; see docs/data.md."),
 ]
 NodeSetOption = Annotated[
     list[str] | None,

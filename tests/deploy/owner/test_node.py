@@ -140,7 +140,12 @@ def test_a_node_s_other_keys_reach_flower_and_are_checked_before_joining(tmp_pat
 
 
 def test_a_start_without_a_token_takes_no_other_settings(membership):
-    for option, value in [("--data", "/other.jsonl"), ("--set", "micro-batch=4"), ("--device", "cuda")]:
+    for option, value in [
+        ("--data", "/other.jsonl"),
+        ("--columns", "text=note"),
+        ("--set", "micro-batch=4"),
+        ("--device", "cuda"),
+    ]:
         code, _, error = call("join", option, value)
         assert code == ConfigError.exit_code and "alice starts as it joined" in error
 
@@ -148,7 +153,7 @@ def test_a_start_without_a_token_takes_no_other_settings(membership):
 def test_doctor_reads_data_as_the_node_would(tmp_path):
     data = tmp_path / "notes.jsonl"
     data.write_text('{"question": "a", "answer": "b"}\n{"question": "a", "answer": 3}\n')
-    columns = ("--set", "columns=prompt=question,completion=answer")
+    columns = ("--columns", "prompt=question,completion=answer")
     code, out, _ = call("doctor", "--data", str(data), *columns)
     assert code == DataError.exit_code and "line 2" in out and "skip-bad=true" in out
     code, out, _ = call("doctor", "--data", str(data), *columns, "--set", "skip-bad=true")
