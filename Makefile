@@ -6,7 +6,7 @@ KERNELS := .venv/kernels
 # Every node is a process of its own, and would compile all that it imports again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test lint format config docs bench compare clean
+.PHONY: help demo test lint format config docs wheel bench compare clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
@@ -31,6 +31,12 @@ config: $(INSTALLED) ## Write the run configuration's defaults into pyproject.to
 
 docs: $(INSTALLED) ## Build the documentation as a site in site/, with every link checked.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# A build folder from before would bring files along that are gone.
+wheel: $(INSTALLED) ## Build dist/fedtune-*.whl, its constraints beside it: it installs where no clone is.
+	rm -rf build dist
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+	cp constraints.txt dist/
 
 # Those that need no data; the others say on their first lines how they are called.
 bench: $(INSTALLED) ## Measure speed, memory and bytes on this machine.
