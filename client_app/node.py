@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from client_app.history import LEFT, MODEL, History
+from client_app.terms import beyond, beyond_bytes, beyond_model, beyond_round, run_name
 from fedtune_strategies.config import from_flower, parse
-from fedtune_strategies.config.node import NodeConfig, parse_node
-from fedtune_strategies.errors import FedTuneError, ModelError, ResourceError
+from fedtune_strategies.config.node import FIRST, PUBLIC, NodeConfig, Terms, parse_node
+from fedtune_strategies.errors import FedTuneError, ModelError, ResourceError, TermsError
 from fedtune_strategies.language.data import read_rows
 from fedtune_strategies.language.examples import tokenise
 from fedtune_strategies.language.model import base_tensors, check_context, load_model
@@ -20,9 +24,13 @@ from fedtune_strategies.memory import peak_memory, release_memory
 from fedtune_strategies.method import NodeContext, register_messages
 from fedtune_strategies.model_transfer import ModelCache, as_bytes
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.protocol.door import clean
 from fedtune_strategies.seed_space import fingerprint
 
 log = logging.getLogger("fedtune")
+
+# Answers that tell nothing of what was learnt from the data, of every method.
+_SHARED = (protocol.HelloReply, protocol.ModelRequest, protocol.Ack, protocol.StateMissing, protocol.Failure)
 
 
 class Node:
@@ -36,9 +44,13 @@ class Node:
         The node's own configuration, see `NodeConfig`.
     node_id : int
         Flower's id of the node; names it where its configuration does not.
+    on_step : callable
+        Called with (steps begun, steps of the round) while the node works.
 
     Raises
     ------
+    TermsError
+        The run is wider than the owner agreed to; neither data nor model were touched.
     FedTuneError
         A configuration, the data or the model is not usable.
     """
@@ -46,11 +58,23 @@ class Node:
     answer: Callable[[protocol.Message], protocol.Message] | None = None
     base_fingerprint = ""
 
-    def __init__(self, run_config: Mapping[str, Any], node_config: Mapping[str, Any], node_id: int) -> None:
-        self.config = parse(from_flower(run_config))
+    def __init__(
+        self,
+        run_config: Mapping[str, Any],
+        node_config: Mapping[str, Any],
+        node_id: int,
+        on_step: Callable[[int, int], object] = lambda begun, steps: None,
+    ) -> None:
+        self._asked = from_flower(run_config)
+        self.config = parse(self._asked)
+        own = parse_node(node_config)
+        self.name = own.name or _unnamed(node_id)
+        self.history = History(Path(own.folder).expanduser() if own.folder else None)
+        self._terms, self._on_step = own.terms, on_step
+        self._check_terms()
+        key = own.batch_key or self.history.key()
+        self._node = own = replace(own, batch_key="" if key == PUBLIC else key)
         self._method = register_messages(self.config.method.name)
-        own = self._node = parse_node(node_config)
-        self.name = own.name or f"node-{node_id & (2**64 - 1):016x}"
         self._rows = read_rows(own.data, own.format, own.columns, own.skip_bad)
         self._cache = ModelCache(_cache_folder(own), int(own.cache_gb * 1e9))
         self._from_server = own.model == "server"
@@ -63,12 +87,17 @@ class Node:
     def _load(self, model: str) -> None:
         self.language = load_model(model, self.config.model.dtype, self._node.device)
         check_context(self.language, self.config.train.seq_length)
-        self.examples = tokenise(self._rows, self.language.tokenizer, self.config.train.seq_length)
         self.base = base_tensors(self.language)
         self.base_fingerprint = fingerprint(self.base)
-        context = NodeContext(self.config, self.name, self.language.model, self.base, self.examples, self._node)
+        self._check_model(self.base_fingerprint)
+        self.examples = tokenise(self._rows, self.language.tokenizer, self.config.train.seq_length)
+        context = NodeContext(
+            self.config, self.name, self.language.model, self.base, self.examples, self._node, self._on_step
+        )
         self.answer = self._method.client(context)
-        log.info("%s: %d examples, model %s", self.name, len(self.examples), self.language.folder)
+        terms = self.history.agreement(self._terms).terms
+        bound = "its owner has set no terms: any run is answered" if terms == Terms() else f"terms: {terms}"
+        log.info("%s: %d examples, model %s; %s", self.name, len(self.examples), self.language.folder, bound)
 
     def handle(self, kind: str, payload: bytes) -> tuple[str, bytes]:
         """Do one task.
@@ -87,18 +116,19 @@ class Node:
         """
         with about(node=self.name) as facts:
             reply = self._reply(kind, payload, facts)
-        encoded = protocol.encode(reply)
+            answer = self._let_out(reply, int(facts.get("round", 0)))
         release_memory()
-        return reply.kind, encoded
+        return answer
 
     def _reply(self, kind: str, payload: bytes, facts: dict[str, str | int]) -> protocol.Message:
         try:
             message = protocol.decode(kind, payload)
             facts["round"] = getattr(message, "round", 0)
+            self._check_terms(int(facts["round"]))
             reply = self._answer(message)
         except FedTuneError as error:
             log.error("%s: %s", self.name, error)
-            reply = protocol.Failure(error.exit_code, error.public)
+            reply = _failure(error)
         except MemoryError:
             reply = protocol.Failure(ResourceError.exit_code, "not enough memory for the task on this node.")
         except Exception as error:
@@ -111,6 +141,7 @@ class Node:
         match message:
             case protocol.Hello():
                 if self._from_server and message.fingerprint != self.base_fingerprint:
+                    self._check_model(message.fingerprint)
                     return protocol.ModelRequest(self.name, -1)
                 return self._hello()
             case protocol.ModelManifest():
@@ -128,12 +159,83 @@ class Node:
         self._load(str(result))
         return self._hello()
 
+    def _let_out(self, reply: protocol.Message, round: int) -> tuple[str, bytes]:
+        """Encode a reply and write down that it leaves; what is too large or cannot be written down does not."""
+        encoded = protocol.encode(reply)
+        result = not isinstance(reply, _SHARED)
+        if result and (reasons := beyond_bytes(self.history.agreement(self._terms), len(encoded))):
+            with contextlib.suppress(OSError):
+                self.history.refuse(self._asked, run_name(self.config), reasons)
+            return self._let_out(_failure(TermsError(_beyond(reasons))), round)
+        try:
+            self.history.append(
+                LEFT, run=run_name(self.config), round=round, method=self.config.method.name, kind=reply.kind,
+                bytes=len(encoded), result=result,
+            )  # fmt: skip
+        except OSError as error:
+            log.error("%s: nothing was sent, as it cannot be written down: %s", self.name, error)
+            reply = _failure(ResourceError("this node cannot write down what leaves it: its disk may be full."))
+            encoded = protocol.encode(reply)
+        return reply.kind, encoded
+
+    def _check_terms(self, round: int = 0) -> None:
+        """Refuse a run, or a task of it, that is wider than the owner agreed to."""
+        agreement, spent = self.history.agreement(self._terms), self.history.spent()
+        reasons = beyond(agreement, self.config, spent)
+        if reasons or (reasons := beyond_round(agreement, self.config, spent, round) if round else []):
+            self._refuse(reasons)
+
+    def _check_model(self, found: str) -> None:
+        """Refuse another base model than agreed; where the first one was agreed to, it is this."""
+        agreed = self.history.agreement(self._terms).terms.model
+        if reasons := beyond_model(self.history.model(agreed), found):
+            self._refuse(reasons)
+        if agreed == FIRST and not self.history.model(agreed):
+            self.history.append(MODEL, fingerprint=found)
+
+    def _refuse(self, reasons: list[str]) -> None:
+        self.history.refuse(self._asked, run_name(self.config), reasons)
+        raise TermsError(_beyond(reasons))
+
     def _hello(self) -> protocol.HelloReply:
         return protocol.HelloReply(
             self.name, protocol.PROTOCOL_VERSION, len(self.examples), self.base_fingerprint, peak_memory()
         )
 
 
+def _beyond(reasons: Sequence[str]) -> str:
+    return f"its owner must agree first: {'; '.join(reasons)}."
+
+
+def _failure(error: FedTuneError) -> protocol.Failure:
+    return protocol.Failure(error.exit_code, error.public)
+
+
+def with_folder(node_config: Mapping[str, Any], node_id: int) -> dict[str, Any]:
+    """Give a node that is told of no folder one below ``$FEDTUNE_HOME``, by its name."""
+    own = parse_node(node_config)
+    folder = own.folder or str(_home() / "nodes" / (own.name or _unnamed(node_id)))
+    return {**node_config, "folder": folder}
+
+
+def note_failure(run_config: Mapping[str, Any], node_config: Mapping[str, Any], node_id: int, size: int) -> None:
+    """Write down that a node which could not be made said why; the same again is not written twice."""
+    with contextlib.suppress(FedTuneError, OSError):
+        history = History(Path(with_folder(node_config, node_id)["folder"]).expanduser())
+        method = clean(str(run_config.get("method.name", "")), 80)
+        facts = {"run": "", "round": 0, "method": method, "kind": "failure", "bytes": size, "result": False}
+        last = [row for row in history.rows() if row["event"] == LEFT][-1:]
+        if not last or facts.items() - last[0].items():
+            history.append(LEFT, **facts)
+
+
+def _unnamed(node_id: int) -> str:
+    return f"node-{node_id & (2**64 - 1):016x}"
+
+
 def _cache_folder(own: NodeConfig) -> Path:
-    home = Path(os.environ.get("FEDTUNE_HOME", "~/.fedtune"))
-    return Path(own.cache or home / "models").expanduser()
+    return Path(own.cache).expanduser() if own.cache else _home() / "models"
+
+
+def _home() -> Path:
+    return Path(os.environ.get("FEDTUNE_HOME", "~/.fedtune")).expanduser()

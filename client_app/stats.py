@@ -1,4 +1,4 @@
-"""What a worker has done, in a file for whoever watches this machine: ``fedtune join --metrics`` does."""
+"""What a worker does and has done, in a file for whoever watches this machine: ``fedtune join`` does."""
 
 from __future__ import annotations
 
@@ -12,16 +12,27 @@ from fedtune_strategies.memory import peak_memory
 
 # Names the file; where it is not set, nothing is written.
 VARIABLE = "FEDTUNE_FACTS"
+STEP_EVERY = 2.0  # seconds between two notes of a task's steps; what takes less is not worth one
 
 
 class Stats:
-    """Counts a worker's tasks since it was started; `note` writes them."""
+    """Counts a worker's tasks since it was started; `note` and `step` write them."""
 
     def __init__(self) -> None:
         self.path = Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None
         self.counts: dict[str, Any] = {
             "tasks": 0, "failures": 0, "seconds": 0.0, "bytes_down": 0, "bytes_up": 0, "started": time.time(),
         }  # fmt: skip
+        self._stepped = 0.0
+
+    def step(self, begun: int, steps: int) -> None:
+        """Say how far the task is."""
+        now = time.monotonic()
+        if begun == 1:
+            self._stepped = now
+        elif now - self._stepped > STEP_EVERY:
+            self._stepped = now
+            self._write({"step": begun, "steps": steps})
 
     def note(self, kind: str, reply: str, down: int, up: int, seconds: float) -> None:
         """Count one task.
@@ -41,12 +52,15 @@ class Stats:
         counts["seconds"] += seconds
         counts["bytes_down"] += down
         counts["bytes_up"] += up
+        counts |= {"last_kind": kind, "last_seconds": seconds, "last_time": time.time(), "peak_memory": peak_memory()}
+        self._write({})
+
+    def _write(self, more: dict[str, Any]) -> None:
         if self.path is None:
             return
-        newest = {"last_kind": kind, "last_seconds": seconds, "last_time": time.time(), "peak_memory": peak_memory()}
         partial = self.path.with_suffix(".partial")
         try:
-            partial.write_text(json.dumps(counts | newest | {"pid": os.getpid()}))
+            partial.write_text(json.dumps(self.counts | more | {"pid": os.getpid()}))
             partial.replace(self.path)
         except OSError:
             # Whoever watches sees no news; the task is done all the same.

@@ -22,7 +22,7 @@ from queue import Empty, SimpleQueue
 import grpc
 import psutil
 
-from client_app.node import Node
+from client_app.node import Node, note_failure, with_folder
 from client_app.stats import Stats
 from client_app.stream import Stream
 from client_app.worker_client import DO, FOLLOW, GRPC_OPTIONS, SERVICE, WorkerSpec, running_worker
@@ -61,12 +61,15 @@ class Service:
             start = time.monotonic()
             try:
                 if self._node is None:
-                    self._node = Node(self._spec.run_config, self._spec.node_config, self._spec.node_id)
+                    spec = self._spec
+                    own = with_folder(spec.node_config, spec.node_id)
+                    self._node = Node(spec.run_config, own, spec.node_id, self._facts.step)
                 name, body = self._node.handle(kind, payload)
             except FedTuneError as error:
                 log.error("%s", error)
                 failure = protocol.Failure(error.exit_code, error.public)
                 name, body = failure.kind, protocol.encode(failure)
+                note_failure(self._spec.run_config, self._spec.node_config, self._spec.node_id, len(body))
             self.last_used = time.monotonic()
             self._facts.note(kind, name, len(payload), len(body), self.last_used - start)
         return name, body

@@ -16,6 +16,7 @@ from deploy.commands import ledger
 from deploy.commands.compare import compare
 from deploy.commands.configuration import config
 from deploy.commands.demo import demo
+from deploy.commands.history import history
 from deploy.commands.join import join, leave
 from deploy.commands.keys import keys
 from deploy.commands.machine import bench, doctor, show_version, version
@@ -65,7 +66,7 @@ app = typer.Typer(
 PANELS: dict[str, list[Callable[..., None]]] = {
     "Try it": [demo],
     "Operators": [serve, run, status, runs, stop, resume, plan, talk, export, evaluate, compare, parts, keys],
-    "Device owners": [join, leave, doctor],
+    "Device owners": [join, leave, history, doctor],
     "Everybody": [config, bench, version],
 }
 NAMES = {evaluate: "eval", talk: "try"}

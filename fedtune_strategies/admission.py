@@ -2,7 +2,8 @@
 
 A node's name follows from its key, by the operator's list of members. Without such a list a node is called what it
 calls itself, and one that comes back under another id of Flower waits until its old connection is given up, and then
-takes over its name. A node that lacks the base model is sent it first. A refused node is asked again after a minute.
+takes over its name. A node that lacks the base model is sent it first. A refused node is asked again after a minute,
+sooner where its owner must agree first.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedtune_strategies.errors import FedTuneError, FingerprintError, NodesError, ProtocolError
+from fedtune_strategies.errors import FedTuneError, FingerprintError, NodesError, ProtocolError, TermsError
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.door import refusing
 from fedtune_strategies.protocol.flower import answer, query
@@ -26,6 +27,8 @@ from fedtune_strategies.words import counted
 log = logging.getLogger("fedtune")
 
 _REFUSED_FOR_S = 60.0
+# A node's owner who is asked may agree at any moment.
+_ASKING_FOR_S = 10.0
 _CHUNK_S = 600.0
 # So often a node may ask for the same part of the base model, on a bad link too; after that it is refused.
 _ASKS = 8
@@ -81,6 +84,8 @@ class Admission:
     ----------
     nodes : dict of int to Node
         The admitted nodes by id.
+    asked : float
+        When it turned out last that a node's owner must agree first, by the monotonic clock; 0 for never.
     """
 
     def __init__(
@@ -95,6 +100,7 @@ class Admission:
     ) -> None:
         self.nodes = {node.id: node for node in nodes}
         self._members, self._only = members, frozenset(only)
+        self.asked = 0.0
         self._grid = grid
         self._fingerprint = fingerprint
         self._on_event = on_event
@@ -103,6 +109,7 @@ class Admission:
         self._asks: Counter[tuple[int, int]] = Counter()
         self._supplied: Counter[int] = Counter()
         self._refused: dict[int, tuple[float, FedTuneError]] = {}
+        self._asking: dict[int, str] = {}
         self._claims: dict[int, Node] = {}
 
     def greet(self) -> set[int]:
@@ -121,7 +128,7 @@ class Admission:
             if not self._is_taken(claim.name):
                 self._join(self._claims.pop(claim.id))
         now = time.monotonic()
-        self._refused = {i: r for i, r in self._refused.items() if i in present and now - r[0] < _REFUSED_FOR_S}
+        self._refused = {i: r for i, r in self._refused.items() if i in present and now - r[0] < _patience(r[1])}
         strangers = sorted(present - {*self.nodes, *self._hellos.values(), *self._refused, *self._claims})
         self._hellos = {key: node_id for key, node_id in self._hellos.items() if node_id in present}
         if strangers:
@@ -149,8 +156,9 @@ class Admission:
         return max(self._supplied.values(), default=0) / _LEAST_BYTES_A_SECOND
 
     def is_hopeless(self) -> bool:
-        """Say whether all that are connected were refused, and nobody is being asked."""
-        refused = bool(self._refused) and not self._hellos and not self.nodes
+        """Say whether all that are connected were refused for good, and nobody is being asked."""
+        asking = any(isinstance(error, TermsError) for _, error in self._refused.values())
+        refused = bool(self._refused) and not asking and not self._hellos and not self.nodes
         return refused and self._present() <= set(self._refused)
 
     def too_few(self, found: int, count: int, wait: float) -> FedTuneError:
@@ -192,7 +200,13 @@ class Admission:
             name = self._name(node_id, hello.node)
         except FedTuneError as error:
             self._refused[node_id] = (time.monotonic(), error)
-            self._event("refused", label(node_id), str(error))
+            if not isinstance(error, TermsError):
+                self._event("refused", label(node_id), str(error))
+            elif self._asking.get(node_id) != str(error):  # told of once while its owner thinks it over
+                self.asked = self.asked if node_id in self._asking else time.monotonic()
+                self._asking[node_id] = str(error)
+                known = (self._names() or {}).get(_unsigned(node_id), "")
+                self._event("refused", known, str(error) if known else f"{label(node_id)}: {error}")
             return
         node = Node(name, node_id, hello.num_examples)
         if self._is_taken(node.name):
@@ -249,6 +263,10 @@ class Admission:
     def _event(self, kind: str, node: str, line: str) -> None:
         log.info("%s %s", node, line, extra={"node": node})
         self._on_event(kind, node, line)
+
+
+def _patience(error: FedTuneError) -> float:
+    return _ASKING_FOR_S if isinstance(error, TermsError) else _REFUSED_FOR_S
 
 
 def label(node_id: int) -> str:

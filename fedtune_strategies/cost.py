@@ -86,6 +86,8 @@ class Cost:
         Bytes that a round adds to the server's record of the run.
     tasks : float
         Messages a node and round.
+    largest : int
+        Bytes of the largest reply; 0 where each has `up` of them.
     """
 
     memory: int
@@ -94,6 +96,7 @@ class Cost:
     down: int
     record: int
     tasks: float = 1.0
+    largest: int = 0
 
     def link_seconds(self, bits: float) -> float:
         """Seconds on the wire a round at so many bits a second each way."""

@@ -123,6 +123,12 @@ class DivergenceError(FedTuneError):
         self.facts = facts or {}
 
 
+class TermsError(FedTuneError):
+    """A run asks for more than the owner of a node agreed to."""
+
+    exit_code = 22
+
+
 def error_from_code(exit_code: int, message: str) -> FedTuneError:
     """Rebuild an error that travelled as (exit code, message).
 

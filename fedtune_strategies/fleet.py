@@ -129,7 +129,8 @@ class Fleet(Grid):
             self._late = {key: late for key, late in self._late.items() if late[0].id in present}
             if len(self.nodes) >= count:
                 return
-            over = time.monotonic() > limit + self._admission.allowance()
+            # An owner who must agree first has as long from then on.
+            over = time.monotonic() > max(limit + self._admission.allowance(), self._admission.asked + wait)
             if over or self._admission.is_hopeless():
                 raise self._admission.too_few(len(self.nodes), count, wait)
             self._pause(self._poll_interval)

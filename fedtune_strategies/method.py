@@ -46,6 +46,8 @@ class NodeContext:
         The owner's data, tokenised.
     node : NodeConfig
         The node's own configuration: how it uses its memory.
+    on_step : callable
+        Called with (steps begun, steps of the round) as `batches` is drawn from.
     """
 
     config: Any
@@ -54,9 +56,13 @@ class NodeContext:
     base: Mapping[str, Tensor]
     examples: Examples
     node: NodeConfig
+    on_step: Callable[[int, int], object] = lambda begun, steps: None
 
     def batches(self, round: int, steps: int) -> Iterator[Batch]:
         """Draw a round's batches, ``train.batch-size`` examples each; see `language.examples.batches`.
+
+        Their order depends on the run's seed, the round and the node's ``batch-key``, which the operator does not know:
+        who cannot tell which examples a step was about can make less of what leaves.
 
         Parameters
         ----------
@@ -65,16 +71,18 @@ class NodeContext:
         steps : int
             How many.
 
-        Returns
-        -------
-        iterator of dicts of tensors
+        Yields
+        ------
+        dict of tensors
             The same ones each time that the node is asked for the round.
         """
         from fedtune_strategies.language.examples import batches
 
-        train = self.config.train
-        key = (train.seed, round, self.name)
-        return batches(self.examples, train.batch_size, steps, key)
+        train, own = self.config.train, self.node.batch_key
+        key = (train.seed, round, self.name, *([own] if own else []))
+        for step, batch in enumerate(batches(self.examples, train.batch_size, steps, key), start=1):
+            self.on_step(step, steps)
+            yield batch
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 
-from fedtune_strategies.errors import DataError, FedTuneError, FingerprintError, NodesError
+from fedtune_strategies.errors import DataError, FedTuneError, FingerprintError, NodesError, TermsError
 from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.flower import task
@@ -53,6 +53,22 @@ def test_joining_and_leaving_are_events():
     fleet.wait_for_nodes(2, wait=1)
     assert [event[:2] for event in events] == [("joined", "a"), ("joined", "b"), ("lost", "a"), ("joined", "a")]
     assert fleet.nodes["a"].id == 3
+
+
+def test_an_owner_who_must_agree_first_is_waited_for_and_told_of_once(monkeypatch):
+    monkeypatch.setattr("fedtune_strategies.admission._ASKING_FOR_S", 0.02)
+    events, asked = [], []
+    waits, agrees = failing(TermsError.exit_code, "its owner must agree first"), greeter("a")
+
+    def agreeing_at_the_third_hello(kind, payload):
+        asked.append(kind)
+        return (agrees if len(asked) > 2 else waits)(kind, payload)
+
+    fleet = make({1: agreeing_at_the_third_hello}, events)
+    fleet.wait_for_nodes(1, wait=5)
+    assert [event[0] for event in events] == ["refused", "joined"] and len(asked) == 3
+    with pytest.raises(TermsError, match="0 of 1 node can take part"):
+        make({1: waits}).wait_for_nodes(1, wait=0.1)
 
 
 @pytest.mark.parametrize(

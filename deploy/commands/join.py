@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
+from deploy.commands.agreement import agree_to_waiting, ask_about, invite
 from deploy.commands.output import (
     ColumnsOption,
     Format,
@@ -24,10 +23,9 @@ from deploy.commands.output import (
     words,
 )
 from fedtune_strategies.errors import ConfigError
-from fedtune_strategies.words import counted
 
 NameOption = Annotated[str | None, typer.Option("--name", help="Which federation, where this machine joined several.")]
-YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Agree without being asked.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Say yes without being asked.")]
 
 
 def join(
@@ -52,7 +50,14 @@ def join(
     device: Annotated[str, typer.Option(help="Where the model runs: `cpu`, `cuda`, `cuda:1`. Default: `cpu`.")] = "",
     changes: NodeSetOption = None,
     name: NameOption = None,
-    yes: YesOption = False,
+    yes: Annotated[
+        bool,
+        typer.Option("--yes", "-y", help="Agree without being asked, and to every run that asks while this runs."),
+    ] = False,
+    to_waiting: Annotated[
+        bool,
+        typer.Option("--agree", help="Show the run that waits for you, ask, and end; the node that runs takes it up."),
+    ] = False,
     metrics: Annotated[
         str, typer.Option(help="Where this node's `/metrics` and `/healthz` listen, as host:port. Default: nowhere.")
     ] = "",
@@ -65,6 +70,9 @@ def join(
 
     Checks the server against the token, reads your data, shows what will be tuned, what it takes of this machine and
     **exactly what leaves it**, and asks once. Then it runs Flower's SuperNode, and reconnects for ever.
+
+    A run that asks for more than you agreed to is refused, and you are asked; a service waits for
+    `fedtune join --agree`.
 
     Next time `fedtune join` alone is enough. `fedtune leave` gives the membership back.
     """
@@ -80,6 +88,10 @@ def join(
                 f"{membership.name} starts as it joined: leave out --data, --data-format, --columns, --model, --device "
                 "and --set, or `fedtune leave` and join again"
             )
+        if to_waiting:
+            agree_to_waiting(membership, yes, form)
+            show(_facts(membership), form, lambda: console.print("Agreed."))
+            return
     else:
         if data is None:
             raise ConfigError("--data is missing: name the file with your examples, such as --data ~/notes.jsonl")
@@ -96,7 +108,7 @@ def join(
     log(f"{membership.name} takes part at {membership.address}; Ctrl-C pauses it, `fedtune leave` ends it")
     paused = "paused: you are still a member; `fedtune join` takes part again, `fedtune leave` ends it"
     with told_on_ctrl_c(paused), node_page(membership.folder, metrics):
-        run_node(membership, log)
+        run_node(membership, log, lambda run: ask_about(membership, run, yes, form))
 
 
 def leave(
@@ -107,7 +119,10 @@ def leave(
     ] = False,
     form: FormatOption = Format.text,
 ) -> None:
-    """Leave a federation: the server forgets this node's key, and this machine the federation. Your data stay."""
+    """Leave a federation: the server forgets this node's key, and this machine the federation. Your data stay.
+
+    A node that runs here ends by itself.
+    """
     from deploy.owner.join import find_membership, unregister
     from deploy.owner.service import remove
 
@@ -117,8 +132,9 @@ def leave(
     if not yes:
         agree("Leave?", form)
     remove(membership)
-    unregister(membership, tell_server=not force)
-    show(_facts(membership), form, lambda: console.print("Left."))
+    record = unregister(membership, tell_server=not force)
+    kept = f" What left this machine is on record in {record}" if record else ""
+    show({**_facts(membership), "record": record}, form, lambda: console.print(f"Left.{kept}", markup=False))
 
 
 def _facts(membership: Any) -> dict[str, Any]:
@@ -131,36 +147,19 @@ def _join(word: str, node: dict[str, Any], yes: bool, form: Format) -> Any:
 
     token = decode_token(word)
     membership = Membership(token.name, token.address, **node)
-    if (membership.folder / "node.json").exists():
+    if membership.file.exists():
         raise ConfigError(
             f"this machine is {membership.folder.name} already: `fedtune join` starts it, `fedtune leave` ends it"
         )
     token.check_time()
     authority, server = fetch_server_info(token)
-    _tell(membership, server["offer"], words(form))
-    if not yes:
-        agree("\nDo you agree?", form)
-    return register(
+    agreement = invite(membership, server["offer"], yes, form)
+    register(
         token,
         authority,
         membership,
         lambda key: log(f"waiting for the operator to approve this node; tell them its key: {key}"),
     )
-
-
-def _tell(membership: Any, offer: dict[str, Any], out: Console) -> None:
-    """Show what a device owner agrees to."""
-    from deploy.owner.consent import NEVER, base_model, leaves, terms
-    from fedtune_strategies.language.data import read_rows
-
-    own = membership.node_config()
-    rows = read_rows(own.data, own.format, own.columns, own.skip_bad)
-    out.print(f"[bold]You are invited[/bold] to {escape(membership.address)} as [bold]{membership.name}[/bold].\n")
-    usable = "bad rows left out" if own.skip_bad else "all readable"
-    told = [("your data", f"{own.data}: {counted(len(rows), 'example')}, {usable}")]
-    told += [("model", base_model(membership, offer)), *terms(offer)]
-    for label, text in told:
-        out.print(f"  {label:12}{text}", markup=False)
-    out.print(f"\n{NEVER}")
-    for line in leaves(offer):
-        out.print(f"  • {line}", markup=False)
+    if agreement is not None:
+        membership.history.agree(agreement)
+    return membership

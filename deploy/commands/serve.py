@@ -146,12 +146,14 @@ def list_nodes(folder: Path) -> list[dict[str, Any]]:
 
 def _uninvited(members: Any, names: list[str]) -> list[str]:
     """Those who have neither joined nor an unused token: a second `serve` must not void what was given out."""
+    from deploy.operator.members import GONE
+
     known = members.all()
     fresh = []
     for name in names:
         if (
             name in known
-            and known[name].state != "revoked"
+            and known[name].state not in GONE
             and (known[name].public_key or known[name].expires > time.time())
         ):
             hint = "" if known[name].public_key else f"; `fedtune nodes invite {name}` makes another token"
@@ -181,7 +183,7 @@ def _print_tokens(tokens: dict[str, str], hours: float) -> None:
 
 
 def _print_nodes(rows: list[dict[str, Any]]) -> None:
-    colours = {"online": "green", "offline": "yellow", "waiting": "cyan", "revoked": "red"}
+    colours = {"online": "green", "offline": "yellow", "waiting": "cyan", "left": "red", "revoked": "red"}
     table = Table("name", "state", "key", box=None, header_style="bold", pad_edge=False)
     for row in rows:
         colour = colours.get(row["state"], "default")

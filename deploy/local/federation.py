@@ -29,6 +29,8 @@ from fedtune_strategies.folders import remove_folder
 # Seconds. A server needs about 8, four nodes on two cores about 20; a busy machine, many times that.
 START_TIMEOUT = 300.0
 SERVER = "server"  # its log's name
+# All nodes are one person's: any run is answered, and what they compute can be repeated.
+OWN = ("--yes", "--set", "terms.methods=any", "--set", "batch-key=public")
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ def federation(
                 "FEDTUNE_HOME": str(folder / name),
                 "FEDTUNE_TOKEN": replace(decode_token(word), address=proxy.address(name)).encode(),
             }
-            command = ["fedtune", "join", "--yes", "--data", str(data[name].resolve())]
+            command = ["fedtune", "join", *OWN, "--data", str(data[name].resolve())]
             nodes[name] = processes.start(command, environment, logs / f"{name}.log")
         _wait_online(nodes, logs)
         node_ids = {row["name"]: row["node_id"] for row in _fedtune(["nodes"], operator)}

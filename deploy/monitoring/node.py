@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from client_app.stats import VARIABLE
 from deploy.common.httpd import Answer, Site, serving, split_listen
 from deploy.monitoring.metrics import CONTENT_TYPE, worker_metrics
 from deploy.status.operator import kept_token
@@ -19,12 +17,12 @@ from deploy.status.operator import kept_token
 
 @contextlib.contextmanager
 def node_page(folder: Path, where: str) -> Iterator[str]:
-    """Serve ``/metrics`` and ``/healthz`` of a node until left; the node is started within.
+    """Serve ``/metrics`` and ``/healthz`` of a node until left.
 
     Parameters
     ----------
     folder : Path
-        The membership's folder, which gets the worker's facts; its ``metrics.token`` is asked for.
+        The membership's folder, where its worker's facts are; its ``metrics.token`` is asked for.
     where : str
         ``host:port``; empty for nowhere.
 
@@ -52,12 +50,7 @@ def node_page(folder: Path, where: str) -> Iterator[str]:
         token=token,
     )
     with serving(site, host, port) as url:
-        # The SuperNode inherits it, and its worker from the SuperNode.
-        os.environ[VARIABLE] = str(file)
-        try:
-            yield url
-        finally:
-            del os.environ[VARIABLE]
+        yield url
 
 
 def _facts(file: Path) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 from deploy.common.paths import write_json
 from fedtune_strategies.config import Scalar, parse
 from fedtune_strategies.errors import FedTuneError
+from server_app.ledger import Ledger
 
 EXAMPLES = 1000  # of a node, for the plan: nobody knows them yet
+BEGINS_WITHIN = 600.0  # seconds; a run that has not begun by then will not
 
 
 def announce(folder: Path, settings: Mapping[str, Scalar], nodes: int) -> None:
@@ -28,15 +31,21 @@ def announce(folder: Path, settings: Mapping[str, Scalar], nodes: int) -> None:
     nodes : int
         Size of the fleet.
     """
-    write_json(folder / "offer.json", {"settings": dict(settings), "plan": _plan(settings, max(nodes, 1))})
+    offer = {"settings": dict(settings), "plan": _plan(settings, max(nodes, 1)), "time": time.time()}
+    write_json(folder / "offer.json", offer)
 
 
 def read_announcement(folder: Path) -> dict[str, Any]:
-    """What `announce` wrote last; empty where there is nothing."""
+    """What `announce` wrote last: of a run, while it goes on or is about to begin; otherwise empty."""
     try:
-        return dict(json.loads((folder / "offer.json").read_text()))
+        offer = dict(json.loads((folder / "offer.json").read_text()))
     except (OSError, ValueError):
         return {}
+    named = str(offer["settings"].get("run.dir", ""))
+    run = Path(named)
+    begun = bool(named) and (run / "ledger.sqlite").exists()
+    going_on = Ledger.is_written(run) if begun else time.time() - offer["time"] < BEGINS_WITHIN
+    return offer if going_on or not named else {}
 
 
 def _plan(settings: Mapping[str, Scalar], nodes: int) -> dict[str, Any] | None:

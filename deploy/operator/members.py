@@ -20,6 +20,7 @@ from deploy.common.paths import private_folder, write_json
 from fedtune_strategies.errors import ConfigError, LinkError, NodesError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+GONE = ("left", "revoked")
 CURVES = ("secp256r1", "secp384r1", "secp521r1")
 
 
@@ -32,7 +33,8 @@ class Member:
     name : str
         Unique in the federation.
     state : str
-        ``invited``, ``waiting`` (for approval), ``approved`` (its key is being registered), ``member`` or ``revoked``.
+        ``invited``, ``waiting`` (for approval), ``approved`` (its key is being registered), ``member``,
+        ``left`` by its own wish, or ``revoked``.
     secret_hash : str
         SHA-256 of the registration secret; the secret itself is kept nowhere.
     expires : int
@@ -91,7 +93,7 @@ class Members:
     def knows(self, secret: bytes) -> bool:
         """Whether this secret was given out and not revoked."""
         return any(
-            secrets.compare_digest(member.secret_hash, _hash(secret)) and member.state != "revoked"
+            secrets.compare_digest(member.secret_hash, _hash(secret)) and member.state not in GONE
             for member in self.all().values()
         )
 
@@ -121,7 +123,7 @@ class Members:
             raise ConfigError(f"node name {name!r}: use letters, digits, dots, hyphens and underscores, at most 63")
         secret, expires = secrets.token_bytes(16), int(time.time() + lifetime)
         with self._changing() as members:
-            if name in members and members[name].public_key and members[name].state != "revoked":
+            if name in members and members[name].public_key and members[name].state not in GONE:
                 raise NodesError(
                     f"node {name!r} has joined: `fedtune nodes revoke {name}` first, or choose another name"
                 )
@@ -155,7 +157,7 @@ class Members:
         _check_key(public_key)
         with self._changing() as members:
             known = [member for member in members.values() if secrets.compare_digest(member.secret_hash, _hash(secret))]
-            if not known or known[0].state == "revoked":
+            if not known or known[0].state in GONE:
                 raise LinkError("the server does not know this join token (any more): ask the operator for another")
             member = known[0]
             if member.public_key and member.public_key != public_key:

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from deploy.common.certificates import ServerFiles
 from deploy.common.flower_cli import Control
 from deploy.common.join_token import JOIN, LONGEST, leaving
-from deploy.operator.members import Members, admit
+from deploy.operator.members import GONE, Members, admit
 from fedtune_strategies.errors import FedTuneError, LinkError, ProtocolError
 
 PATIENCE = 30.0  # seconds for a request to arrive
@@ -142,17 +142,17 @@ class RegistrationServer:
             key.verify(base64.b64decode(signature), leaving(name, at), ec.ECDSA(hashes.SHA256()))
         except InvalidSignature:
             raise LinkError(f"only the holder of the key of {name!r} can give its membership back") from None
-        revoke(self._members, self._control, name)
+        revoke(self._members, self._control, name, "left")
         self._on_event(f"{name} left")
-        return {"state": "revoked"}
+        return {"state": "left"}
 
 
-def revoke(members: Members, control: Control, name: str) -> None:
+def revoke(members: Members, control: Control, name: str, state: str = "revoked") -> None:
     """End a membership: the token is void, and the SuperLink forgets the key."""
-    member = members.change(name, "revoked", expected=("invited", "waiting", "approved", "member", "revoked"))
+    member = members.change(name, state, expected=("invited", "waiting", "approved", "member", *GONE))
     if member.node_id:
         control.unregister(member.node_id)
-        members.change(name, "revoked", expected=("revoked",), node_id=0)
+        members.change(name, state, expected=(state,), node_id=0)
 
 
 def _text(request: dict[str, Any], key: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Screen:
             yield _nodes(report["nodes"])
         for note in report["notes"][:MOST_NOTES]:
             at = time.strftime("%H:%M:%S", time.localtime(note["time"]))
-            yield Text(f"{at} {note['kind']}: {note['node']} {note['reason']}".rstrip(), style="yellow")
+            yield Text(f"{at} {_told(note)}", style="yellow")
         run = report["run"]
         if run["message"]:
             yield Text(run["message"], style="red" if run["exit_code"] else "")
@@ -59,7 +60,7 @@ class Lines:
         lines = [_round_line(one, total) for one in rounds[self._rounds :]]
         for one in report["evaluations"][self._evaluations :]:
             lines.append(f"round {one['round']}/{total}: held-out loss {one['loss']:.4f}")
-        lines += [f"{note['kind']}: {note['node']} {note['reason']}" for note in notes[self._notes :]]
+        lines += [_told(note) for note in notes[self._notes :]]
         waiting = phase if (phase := report["run"]["phase"]).startswith("waiting") else ""
         lines += [waiting] if waiting and waiting != self._waiting else []
         self._rounds, self._evaluations, self._notes = len(rounds), len(report["evaluations"]), len(notes)
@@ -71,6 +72,10 @@ def _round_line(one: dict[str, Any], total: int) -> str:
     loss = f", training loss {one['train_loss']:.4f}" if one["train_loss"] is not None else ""
     traffic = f"up {size(one['bytes_up'])}, down {size(one['bytes_down'])}"
     return f"round {one['round']}/{total}: {one['replies']} of {one['asked']} replies{loss}, {traffic}"
+
+
+def _told(note: Mapping[str, Any]) -> str:
+    return f"{note['kind']}: " + " ".join(filter(None, (note["node"], note["reason"])))
 
 
 def sparkline(values: list[float], width: int = 40) -> str:

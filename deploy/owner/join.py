@@ -16,19 +16,22 @@ from typing import Any
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from filelock import FileLock, Timeout
 
+from client_app.history import FILE, History
 from deploy.common.address import split_address
 from deploy.common.certificates import node_key
 from deploy.common.join_token import JOIN, LONGEST, JoinToken, authority_hash, leaving
-from deploy.common.paths import nodes_folder, private_folder, write_json, write_private
-from fedtune_strategies.config.node import NodeConfig
+from deploy.common.paths import home, nodes_folder, private_folder, write_json, write_private
+from fedtune_strategies.config.node import NONE, NodeConfig
 from fedtune_strategies.config.options import Scalar, section
-from fedtune_strategies.errors import ConfigError, LinkError, ProtocolError, error_from_code
+from fedtune_strategies.errors import ConfigError, LinkError, ProtocolError, ResourceError, error_from_code
 from fedtune_strategies.folders import remove_folder
 from fedtune_strategies.protocol.door import clean
 
 TIMEOUT = 60.0  # seconds for an answer; over a bad link the handshake alone takes several
 ATTEMPTS = 5  # at redeeming a token: a lost answer is no reason to give up, and asking again gives the same one
+ENDS_WITHIN = 60.0  # seconds for a node that runs to see that it has left
 APPROVAL_PAUSE = 3.0  # seconds between two looks whether the operator has approved
 
 
@@ -76,14 +79,34 @@ class Membership:
     def node_config(self) -> NodeConfig:
         """What the node is started with; `ConfigError` for a key that there is not, or a value that it cannot have."""
         own = {"name": self.name, "data": self.data, "format": self.format, "model": self.model, "device": self.device}
+        if self.name:
+            own["folder"] = str(self.folder)
+        # Whoever sets no terms is asked about each run instead.
+        if self.name and not self.has_own_terms():
+            own["terms.methods"] = NONE
         if twice := own.keys() & self.settings.keys():
             raise ConfigError(f"--set {min(twice)}: this key has an option of its own, or comes with the token")
         given = {key: value for key, value in own.items() if value}
         return section(NodeConfig, "", {**self.settings, **given}, where="node config")
 
+    def has_own_terms(self) -> bool:
+        """Whether the owner set the terms by hand, with ``--set terms.…``."""
+        return any(key.startswith("terms.") for key in self.settings)
+
+    @property
+    def history(self) -> History:
+        """What its owner agreed to, and what left."""
+        return History(self.folder)
+
+    @property
+    def file(self) -> Path:
+        """The membership itself; a node ends when it is gone."""
+        return self.folder / "node.json"
+
     def save(self) -> None:
         """Keep the membership for the next start."""
-        write_json(private_folder(self.folder) / "node.json", asdict(self))
+        private_folder(self.folder)
+        write_json(self.file, asdict(self))
 
 
 def memberships() -> list[Membership]:
@@ -173,13 +196,20 @@ def register(token: JoinToken, authority: str, membership: Membership, on_wait: 
         time.sleep(APPROVAL_PAUSE)
 
 
-def unregister(membership: Membership, *, tell_server: bool = True) -> None:
-    """Leave a federation: the server forgets the key, and this machine the membership.
+def unregister(membership: Membership, *, tell_server: bool = True) -> Path | None:
+    """Leave a federation: the server forgets the key, the node ends, and this machine forgets the membership.
+
+    Returns
+    -------
+    Path or None
+        Where the record of what left this machine is kept; None where nothing did.
 
     Raises
     ------
     LinkError
         The server cannot be reached or refused; nothing was removed here.
+    ResourceError
+        The node does not end.
     """
     if tell_server:
         now = int(time.time())
@@ -189,7 +219,23 @@ def unregister(membership: Membership, *, tell_server: bool = True) -> None:
         request = {"do": "leave", "name": membership.name, "time": now}
         request["signature"] = base64.b64encode(signature).decode()
         ask(membership.address, request, membership.authority.read_text())
-    remove_folder(membership.folder)
+    membership.file.unlink(missing_ok=True)
+    try:
+        with FileLock(membership.folder / "node.lock", timeout=ENDS_WITHIN):
+            return _forget(membership.folder)
+    except Timeout:
+        raise ResourceError(
+            f"the server has forgotten {membership.name}, but its node still runs here: end it, then remove "
+            f"{membership.folder}"
+        ) from None
+
+
+def _forget(folder: Path) -> Path | None:
+    record, kept = folder / FILE, private_folder(home() / "history") / f"{folder.name}-{int(time.time())}.jsonl"
+    if record.exists():
+        record.replace(kept)
+    remove_folder(folder)
+    return kept if kept.exists() else None
 
 
 def ask(address: str, request: dict[str, Any], authority: str | None) -> dict[str, Any]:

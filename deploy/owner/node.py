@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import secrets
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from client_app.history import History, Row
+from client_app.stats import VARIABLE
 from deploy.common import processes
 from deploy.common.flower_cli import flower_environment
 from deploy.flower.commands import Runtime
@@ -22,6 +25,8 @@ from fedtune_strategies.protocol.door import clean
 from fedtune_strategies.stream.offer import STREAM_ADDRESS
 
 LOOK_EVERY = 0.5
+STEPS_EVERY = 10.0  # seconds between two lines about a task's steps
+STILL_ASKED = 3600.0  # seconds for which a run that was refused while nobody looked is told of
 
 # What SuperNode and tasks log, and what that means; \\1 is what the pattern's group found.
 MEANINGS = [
@@ -34,8 +39,10 @@ MEANINGS = [
 ]
 
 
-def run_node(membership: Membership, on_event: Callable[[str], None]) -> None:
-    """Run a node until the caller is interrupted; whatever ends is started again, with pauses that grow.
+def run_node(
+    membership: Membership, on_event: Callable[[str], None], on_waiting: Callable[[Row], None] = lambda run: None
+) -> None:
+    """Run a node until it leaves or the caller is interrupted; what ends is started again, with pauses that grow.
 
     Parameters
     ----------
@@ -43,6 +50,8 @@ def run_node(membership: Membership, on_event: Callable[[str], None]) -> None:
         The federation.
     on_event : callable
         Called with a line when something changed.
+    on_waiting : callable
+        Called with a run that was refused as wider than its owner agreed to; see `client_app.history`.
 
     Raises
     ------
@@ -51,7 +60,13 @@ def run_node(membership: Membership, on_event: Callable[[str], None]) -> None:
     """
     folder = membership.folder
     token = secrets.token_hex(16)
-    environment = {**flower_environment(folder), STREAM_ADDRESS: membership.address, processes.TOKEN: token}
+    environment = {
+        **flower_environment(folder),
+        STREAM_ADDRESS: membership.address,
+        VARIABLE: str(folder / "facts.json"),
+        processes.TOKEN: token,
+    }
+    look = _watcher(membership, on_event, on_waiting)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(FileLock(folder / "node.lock", timeout=0))
@@ -68,7 +83,10 @@ def run_node(membership: Membership, on_event: Callable[[str], None]) -> None:
         while True:
             started = time.monotonic()
             runtime = Runtime(folder / "runtime", processes.free_port())
-            code = _run_once(membership, runtime, environment, log, on_event)
+            code = _run_once(membership, runtime, environment, log, on_event, look)
+            if not membership.file.exists():
+                on_event(f"left: this machine is no member of {membership.address} any more")
+                return
             pause = processes.next_pause(pause, time.monotonic() - started)
             on_event(f"the SuperNode ended with code {code}; starting it again in {pause:.0f} s")
             time.sleep(pause)
@@ -83,8 +101,36 @@ def node_config_words(membership: Membership) -> str:
     return " ".join(f'{key}="{value}"' for key, value in settings.items())
 
 
+def _watcher(
+    membership: Membership, on_event: Callable[[str], None], on_waiting: Callable[[Row], None]
+) -> Callable[[], bool]:
+    """Make a function that tells what the worker wrote down, and says whether the node is still a member."""
+    history, facts = History(membership.folder), membership.folder / "facts.json"
+    told, stepped = time.time() - STILL_ASKED, time.monotonic()
+
+    def look() -> bool:
+        nonlocal told, stepped
+        waiting = history.waiting()
+        if waiting and waiting["time"] > told:
+            told = waiting["time"]
+            on_waiting(waiting)
+        if time.monotonic() - stepped > STEPS_EVERY:
+            stepped = time.monotonic()
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                now = json.loads(facts.read_text())
+                on_event(f"step {now['step']} of {now['steps']}")
+        return membership.file.exists()
+
+    return look
+
+
 def _run_once(
-    membership: Membership, runtime: Runtime, environment: dict[str, str], log: Path, on_event: Callable[[str], None]
+    membership: Membership,
+    runtime: Runtime,
+    environment: dict[str, str],
+    log: Path,
+    on_event: Callable[[str], None],
+    look: Callable[[], bool],
 ) -> int:
     words = node_config_words(membership)
     command = runtime.supernode(membership.address, membership.authority, membership.key, words)
@@ -103,6 +149,9 @@ def _run_once(
             last = meaning
         if code is not None:
             return code
+        if not look():
+            processes.stop([one for one in (executor, process) if one])
+            return 0
         # Whoever took the port meanwhile lacks the certificate: the executor talks to this SuperNode alone.
         if (executor is None or executor.poll() is not None) and processes.answers(runtime.port):
             executor = processes.start(runtime.executor(process.pid), environment, log, follow=True)

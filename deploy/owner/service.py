@@ -21,7 +21,7 @@ Wants=network-online.target
 After=network-online.target
 
 [Service]
-ExecStart="{python}" -m deploy.cli join --name "{folder}" --yes
+ExecStart="{python}" -m deploy.cli join --name "{folder}"
 Environment="FEDTUNE_HOME={home}"
 Restart=always
 RestartSec=5

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from fedtune_strategies.config.options import option, options, section
+from fedtune_strategies.config.options import Scalar, option, options, section, values
 from fedtune_strategies.errors import ConfigError, ProtocolError
 from fedtune_strategies.protocol.door import check_name
+
+ANY, NONE, ALL, FIRST, PUBLIC = "any", "none", "all", "first", "public"
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On what terms the node takes part; each default agrees to anything. See `client_app.terms`."""
+
+    methods: str = option(
+        ANY, "Methods that may run here, separated by commas; 'any', or 'none' until the owner has agreed to a run."
+    )
+    rounds: int = option(0, "Most rounds in which something of the data leaves, of all runs; 0 for any number.", low=0)
+    steps: int = option(0, "Most local steps of a round; 0 for any number.", low=0)
+    batch: int = option(1, "Fewest examples in a local step.", low=1)
+    bytes: int = option(0, "Most bytes of one reply; 0 for any number.", low=0)
+    parameters: str = option(
+        ANY, "What may be tuned: 'any', 'all' for all parameters at once, or 'train.parameters' as it must be."
+    )
+    noise: float = option(0.0, "Least 'privacy.noise-multiplier'; 0 for a run without noise too.", low=0.0)
+    model: str = option("", "Fingerprint of the base model; 'first' for that of the first run, empty for any.")
 
 
 @dataclass(frozen=True)
 class NodeConfig:
-    """Keys of a SuperNode's ``--node-config``; those below ``device`` say how a result is computed."""
+    """Keys of a SuperNode's ``--node-config``; those from ``device`` on say how a result is computed."""
 
     name: str = option("", "The node's name, unique in the federation; empty for one made of Flower's node id.")
     data: str = option("", "File or folder with the owner's data; required.")
@@ -28,6 +47,15 @@ class NodeConfig:
     )
     cache: str = option("", "Folder for models that come from servers; empty for ~/.fedtune/models.")
     cache_gb: float = option(50.0, "Most gigabytes in it.", above=0.0)
+    folder: str = option(
+        "", "Folder for what the node remembers, its history above all; empty for ~/.fedtune/nodes/<name>."
+    )
+    terms: Terms = field(default_factory=Terms)
+    batch_key: str = option(
+        "",
+        "Decides the order of batches; empty for a key that is made once in that folder, 'public' for an order that "
+        "everybody can compute.",
+    )
     device: str = option("cpu", "Where the model runs: cpu, cuda, cuda:1.")
     micro_batch: int = option(0, "Examples computed at once, for less memory; 0 for the whole batch.", low=0)
     checkpoint: bool = option(False, "Compute activations again in the backward pass instead of keeping them.")
@@ -60,8 +88,8 @@ def parse_node(given: Mapping[str, Any]) -> NodeConfig:
         ``data`` is missing, a value is not accepted, or ``name`` is none that a server takes.
     """
     known = {name: kind for name, kind, _ in options(NodeConfig)}
-    values = {name: _typed(given[name], kind) for name, kind in known.items() if name in given}
-    config = section(NodeConfig, "", values, where="node config")
+    own = {name: _typed(given[name], kind) for name, kind in known.items() if name in given}
+    config = section(NodeConfig, "", own, where="node config")
     if not config.data:
         raise ConfigError(
             "node config: 'data' is missing; start the node with --node-config 'data=\"/path/to/data.jsonl\"'."
@@ -73,13 +101,10 @@ def parse_node(given: Mapping[str, Any]) -> NodeConfig:
     return config
 
 
-def node_settings(config: NodeConfig) -> dict[str, Any]:
+def node_settings(config: NodeConfig) -> dict[str, Scalar]:
     """Return the keys that differ from their default, as `parse_node` takes them."""
-    return {
-        field.name.replace("_", "-"): value
-        for field in dataclasses.fields(config)
-        if (value := getattr(config, field.name)) != field.default
-    }
+    usual = values(NodeConfig())
+    return {name: value for name, value in values(config).items() if value != usual[name]}
 
 
 def _typed(value: Any, kind: type) -> Any:

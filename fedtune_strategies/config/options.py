@@ -67,6 +67,18 @@ def options(cls: type, prefix: str = "") -> Iterator[tuple[str, type, dataclasse
             yield name, hints[spec.name], spec
 
 
+def values(config: Any, prefix: str = "") -> dict[str, Scalar]:
+    """Return every key of a configuration with its value; a number that is left open is 0."""
+    found: dict[str, Scalar] = {}
+    for spec in dataclasses.fields(config):
+        name, value = prefix + spec.name.replace("_", "-"), getattr(config, spec.name)
+        if dataclasses.is_dataclass(value):
+            found |= values(value, name + ".")
+        elif spec.metadata:
+            found[name] = value
+    return found
+
+
 def build(cls: type, prefix: str, values: Mapping[str, Scalar]) -> Any:
     """Build a dataclass of dataclasses from checked values by key."""
     hints = typing.get_type_hints(cls)

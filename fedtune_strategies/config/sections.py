@@ -164,6 +164,7 @@ class RunConfig:
         "Folder of the run's ledger and export; empty for $FEDTUNE_HOME/runs/<run id> (default ~/.fedtune).",
         path=True,
     )
+    purpose: str = option("", "Why, in one line: the owners of the nodes read it before they agree.")
     resume: str = option(
         "auto",
         "What to do with a ledger that is there: continue it, insist on one, or refuse.",

@@ -46,6 +46,7 @@ def cost(config: FedCyBGDRunConfig, shape: Shape, fleet: Fleet) -> Cost:
         down=round(turns * (moved * rest + 4 * block * _trained_before(config, count, at_once, fleet.nodes) + HEADER)),
         record=round(at_once * (up + 4 * block)),
         tasks=turns,
+        largest=round(UPLOAD_WIDTHS[train.upload] * max(sizes)) + HEADER,
     )
 
 

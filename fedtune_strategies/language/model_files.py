@@ -18,6 +18,9 @@ from fedtune_strategies.tiny import MODEL_FOLDER
 EMBEDDED_NAME = "fedtune-tiny"
 """Name of the model that comes with the package."""
 
+LONGEST_PART = 255
+"""Most characters of a file's name."""
+
 ADAPTER_CONFIG = "adapter_config.json"
 """File of peft that makes transformers attach an adapter on loading."""
 
@@ -41,6 +44,8 @@ def model_folder(name: str) -> Path:
         There is none, or it is a GGUF file or an adapter.
     """
     folder = MODEL_FOLDER if name == EMBEDDED_NAME else Path(name).expanduser()
+    if any(len(part) > LONGEST_PART for part in folder.parts):
+        raise ModelError(f"{name[:40]!r}…: too long for the name of a model")
     if folder.is_file():
         kind = "a GGUF file: give the folder of the original model, as safetensors"
         raise ModelError(f"{name}: is {kind if _is_gguf(folder) else 'a file: give the folder that holds it'}")

@@ -157,13 +157,13 @@ def test_a_task_of_another_method_is_refused(node, block_node):
 
 
 def test_a_change_counts_from_the_theta_that_the_node_holds(node):
-    full = ask(node, seed_task(700, round=4))
+    full = ask(node, seed_task(700, round=3))
     ask(node, seed_task(500, round=2))
-    changed = ask(node, seed_task(200, round=4, since=1))
+    changed = ask(node, seed_task(200, round=3, since=1))
     assert torch.equal(changed.scalars, full.scalars) and changed.fingerprint == full.fingerprint
-    assert torch.equal(ask(node, seed_task(200, round=4, since=1)).scalars, full.scalars), "asked twice"
+    assert torch.equal(ask(node, seed_task(200, round=3, since=1)).scalars, full.scalars), "asked twice"
 
 
 def test_a_node_that_does_not_hold_theta_says_so_and_takes_it_in_full(node):
-    assert isinstance(ask(node, seed_task(200, round=4, since=1)), protocol.StateMissing)
-    assert isinstance(ask(node, seed_task(700, round=4)), SeedReply)
+    assert isinstance(ask(node, seed_task(200, round=3, since=1)), protocol.StateMissing)
+    assert isinstance(ask(node, seed_task(700, round=3)), SeedReply)

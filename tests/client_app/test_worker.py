@@ -38,7 +38,8 @@ def host(monkeypatch, tmp_path):
 
 @pytest.fixture
 def spec(settings, tmp_path):
-    return WorkerSpec(settings, {"name": "node-0", "data": str(write_rows(tmp_path / "data.jsonl", 9))}, 1)
+    own = {"name": "node-0", "data": str(write_rows(tmp_path / "data.jsonl", 9)), "folder": str(tmp_path / "own")}
+    return WorkerSpec(settings, own, 1)
 
 
 def wait_until(condition, seconds=15):

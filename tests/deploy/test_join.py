@@ -208,7 +208,7 @@ def test_a_node_joins_and_leaves(desk, monkeypatch):
     monkeypatch.setattr(joining, "ask", lossy)
     assert register(token, authority, mine) == mine and lost[0]["state"] == "member"
     unregister(mine)
-    assert desk.members.get("alice").state == "revoked" and not mine.folder.exists()
+    assert desk.members.get("alice").state == "left" and not mine.folder.exists()
     assert FakeControl.registered[1001] is None
     with pytest.raises(ConfigError, match="has joined no such federation"):
         find_membership(None)

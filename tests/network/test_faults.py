@@ -51,9 +51,11 @@ class Lab:
             "flower-supernode", "--grpc-rere", "--superlink", f"localhost:{self.port}",
             "--root-certificates", str(self.server.authority), "--host", "127.0.0.1",
             "--auth-supernode-private-key", str(node_key(self.folder / "keys", name).private),
-            "--node-config", f'name="{name}" data="{self.data_files[name]}"', "--port", str(processes.free_port()),
+            "--node-config", f'name="{name}" data="{self.data_files[name]}" batch-key="public"',
+            "--port", str(processes.free_port()),
         ]  # fmt: skip
         environment = self.server.control.environment | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+        environment["FEDTUNE_HOME"] = str(self.folder / "home")
         return processes.start(command, environment, self.folder / "logs" / f"{name}.log")
 
     def _keep(self):

@@ -107,13 +107,14 @@ def test_an_owner_s_words_and_questions(tmp_path, monkeypatch):
     word = JoinToken("server.example:9092", "alice", bytes(32), bytes(16), 2_000_000_000).encode()
     monkeypatch.setattr(owner_join, "fetch_server_info", lambda token: ("", {"offer": {}}))
     monkeypatch.setattr(owner_join, "register", lambda token, authority, mine, waits: mine.save() or mine)
-    monkeypatch.setattr(owner_node, "run_node", lambda membership, log: None)
+    monkeypatch.setattr(owner_node, "run_node", lambda membership, log, asked: None)
     monkeypatch.setattr(service, "_systemctl", lambda *_: False)
     result = CliRunner().invoke(app, ["join", word, "--data", str(data), "--format", "json"], input="y\n")
     mine = Membership("alice", "server.example:9092", str(data))
     found = json.loads(result.stdout)
+    assert "Do you agree?" in result.stderr and "begins here only once you have agreed" in result.stderr
     assert found.pop("folder") == str(mine.folder) and Membership(**found) == mine
-    assert "Your texts never leave" in result.stderr and "Do you agree?" in result.stderr
+    assert "Your texts never leave" in result.stderr
     assert facts("join", "--install-service")["name"] == "alice"
     assert facts("leave", "--force", text="y\n")["name"] == "alice" and not mine.folder.exists()
 

@@ -1,7 +1,9 @@
 """Following, resuming and showing runs; Flower's control interface is a stand-in that writes ledgers itself."""
 
+import contextlib
 import io
 import json
+import shutil
 
 import pytest
 from rich.console import Console
@@ -211,6 +213,20 @@ def test_the_offer_says_what_a_run_takes(tmp_path, tiny_llama):
     assert read_announcement(tmp_path)["plan"] is None
     with pytest.raises(ConfigError, match=r"train\.lr"):
         announce(tmp_path, {"train.lr": -1.0}, 3)
+
+
+def test_an_earlier_run_is_not_announced(tmp_path, tiny_llama):
+    """To who joins: a run is announced until it ends, one that never began for ten minutes."""
+    run = tmp_path / "run"
+    announce(tmp_path, {"method.name": "fedkseed", "model.name": str(tiny_llama), "run.dir": str(run)}, 3)
+    assert read_announcement(tmp_path)
+    with contextlib.closing(Ledger(run)):
+        assert read_announcement(tmp_path)
+    assert read_announcement(tmp_path) == {}
+    shutil.rmtree(run)
+    offer = json.loads((tmp_path / "offer.json").read_text())
+    (tmp_path / "offer.json").write_text(json.dumps(offer | {"time": offer["time"] - 601}))
+    assert read_announcement(tmp_path) == {}
 
 
 def test_what_cannot_work_is_not_submitted(tmp_path, monkeypatch, capsys):

@@ -1,26 +1,33 @@
 """A device owner's commands: what they check, say, write and run; the federation itself is in test_machines."""
 
+import io
 import json
 import os
 import shutil
 import stat
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import asdict, replace
 
 import pytest
 from flwr.common.config import parse_config_args
 from typer.testing import CliRunner
 
 from deploy.cli import app
+from deploy.commands.agreement import ask_about
+from deploy.commands.output import Format
 from deploy.common import processes
 from deploy.common.join_token import JoinToken
-from deploy.owner.consent import ALWAYS, base_model, leaves, terms
+from deploy.owner.consent import ALWAYS, BOUND, UNKNOWN, base_model, propose
 from deploy.owner.doctor import examine
-from deploy.owner.join import Membership, memberships
+from deploy.owner.join import Membership, memberships, unregister
 from deploy.owner.node import meanings, node_config_words, run_node
 from deploy.owner.service import install, remove, unit_file, unit_text
-from fedtune_strategies.config.node import NodeConfig, parse_node
+from fedtune_strategies.config import parse
+from fedtune_strategies.config.node import NodeConfig, Terms, parse_node
+from fedtune_strategies.cost import Cost
 from fedtune_strategies.errors import ConfigError, DataError, LinkError, ProtocolError, ResourceError
 from fedtune_strategies.method import installed_methods
 
@@ -84,29 +91,103 @@ def test_joining_refuses_before_it_connects(tmp_path):
         assert code == error.exit_code and line in shown and shown.count("\n") == 1 and old not in shown
 
 
-def test_owners_are_told_what_leaves_by_the_method():
-    assert leaves({"settings": {"method.name": "fedkseed", "train.local-steps": 7}})[0].startswith(
-        "fedkseed, every round: 7"
-    )
-    told = leaves({})  # nothing announced: any installed method may come
-    assert [line.partition(",")[0] for line in told[: -len(ALWAYS)]] == list(installed_methods())
-    assert any("all parameters of the model" in line for line in told)
-    assert "unknown here" in leaves({"settings": {"method.name": "mine"}})[0]
-    plan = {"memory": 1 << 60, "disk": 10**6, "up": 1000, "down": 2000, "tasks": 1.0}
-    rows = dict(terms({"settings": {"method.name": "fedkseed"}, "plan": plan}))
-    assert "NOT ENOUGH" in rows["memory"] and rows["each round"].startswith("1.0 kB up and 2.0 kB down")
+LABELS = ["why", "method", "model", "tuned", "rounds", "each round", "noise", "memory", "disk", "bytes"]
+
+
+@pytest.mark.parametrize("name", installed_methods())
+def test_owners_are_told_all_of_it_for_every_method(membership, name):
+    asked = propose({"method.name": name, "num-server-rounds": 4, "train.batch-size": 6}, membership, 100)
+    rows = dict(asked.rows)
+    assert list(rows) == LABELS and all(rows.values())
+    assert rows["method"].startswith(f"{name}: ") and rows["rounds"].startswith("at most 4")
+    assert "6 examples in a step" in rows["each round"] and "here in" in rows["model"]
+    assert "are free here" in rows["memory"] and "at most" in rows["bytes"] and "[!]" not in rows["each round"]
+    assert all(line.startswith(f"{name}, ") for line in asked.leaves[: -len(ALWAYS)])
+    assert len(asked.leaves) > len(ALWAYS)
+    assert asked.agreement.terms.methods == name and asked.agreement.terms.bytes > 1000
+
+
+def test_owners_are_warned_of_what_makes_more_of_what_leaves(membership):
+    settings = {"method.name": "fedkseed", "train.parameters": "embed", "train.batch-size": 1}
+    rows = dict(propose(settings, membership, 100).rows)
+    assert "[!] only parameters with a match for 'embed'" in rows["tuned"] and "[!] FEW" in rows["each round"]
+
+
+def test_without_the_model_the_figures_are_the_operator_s_or_there_are_none(membership):
+    settings = {"method.name": "fedkseed", "model.name": "/no/such/model"}
+    plan = asdict(Cost(memory=1 << 60, disk=10**6, up=1000, down=2000, record=1))
+    asked = propose(settings, membership, 100, plan)
+    rows = dict(asked.rows)
+    assert "NOT ENOUGH" in rows["memory"] and "by the operator's figures" in rows["memory"]
+    assert "comes from the server, once" in rows["model"] and asked.agreement.terms.bytes == 5346
+    for forged in (None, {}, plan | {"up": "1\x1b[2K"}, plan | {"more": 1}):
+        asked = propose(settings, membership, 100, forged)
+        assert dict(asked.rows)["bytes"] == UNKNOWN and asked.agreement.terms.bytes == 0
 
 
 def test_the_model_is_found_here_or_comes_from_the_server(membership):
-    assert "here in" in base_model(membership, {"settings": {"model.name": "fedtune-tiny"}})
-    assert "comes from the server, once" in base_model(membership, {"settings": {"model.name": "/no/such/model"}})
-    assert "where it is not here" in base_model(membership, {})
+    tiny = parse({})
+    assert "here in" in base_model(tiny, membership)
     # What nobody named is left to each run: a model that lies here is not fetched.
     assert 'model="' not in node_config_words(membership)
-    assert base_model(Membership("a", "b:1", "c", model="/mine"), {}) == "/mine"
-    assert "comes from the server" in base_model(Membership("a", "b:1", "c", model="server"), {})
+    assert "which is /mine here" in base_model(tiny, Membership("a", "b:1", "c", model="/mine"))
+    assert "comes from the server" in base_model(tiny, Membership("a", "b:1", "c", model="server"))
     found = {one.label: one for one in examine("", None, NodeConfig(model="server"))}
     assert found["model"].ok and "comes from the server" in found["model"].detail
+
+
+def given_to_flower(membership):
+    return parse_node(parse_config_args([node_config_words(membership)]))
+
+
+def test_a_node_that_joined_takes_part_in_nothing_until_its_owner_agrees_or_sets_terms(membership):
+    assert given_to_flower(membership).terms == Terms(methods="none")
+    own = replace(membership, settings={"terms.methods": "fedkseed", "terms.batch": 4})
+    assert given_to_flower(own).terms == Terms(methods="fedkseed", batch=4)
+
+
+def refused(membership, **changes):
+    membership.history.refuse({"method.name": "fedkseed", **changes}, "run", ["batches of 1, agreed were at least 2"])
+
+
+def test_a_run_that_waits_is_shown_and_agreed_to_by_a_command(membership, tmp_path):
+    (tmp_path / "my notes.jsonl").write_text('{"text": "a"}\n')
+    code, _, error = call("join", "--agree")
+    assert code == ConfigError.exit_code and "no run waits" in error
+    refused(membership, **{"train.batch-size": 1})
+    code, out, _ = call("join", "--agree", text="n\n")
+    assert code == 1 and "batches of 1" in out and "[!] FEW" in out and BOUND in out
+    assert membership.history.waiting() and "fedtune join --agree" in call("history")[1]
+    assert call("join", "--agree", text="y\n")[0] == 0
+    assert membership.history.waiting() is None
+    assert membership.history.agreement(Terms()).terms.batch == 1
+
+
+def test_a_service_waits_and_says_so_and_who_said_yes_to_all_is_not_asked(membership, tmp_path, monkeypatch):
+    (tmp_path / "my notes.jsonl").write_text('{"text": "a"}\n')
+    said = []
+    monkeypatch.setattr("deploy.commands.agreement.log", said.append)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    refused(membership)
+    ask_about(membership, membership.history.waiting(), False, Format.text)
+    assert membership.history.waiting() and "`fedtune join --agree` shows it and asks you" in said[0]
+    ask_about(membership, membership.history.waiting(), True, Format.text)
+    assert membership.history.waiting() is None and said[-1] == "agreed, as --yes says"
+    # A run that nobody could show is not agreed to, not even by who says yes to all.
+    for config in ({"method.name": "mine"}, {"model.name": "x" * 10**6}):
+        membership.history.refuse(config, "run", ["more"])
+        ask_about(membership, membership.history.waiting(), True, Format.text)
+        assert membership.history.waiting() and "cannot be agreed to here" in said[-1]
+
+
+def test_history_says_what_left_and_to_whom(membership):
+    reply = {"run": "[/x]", "method": "fedkseed", "kind": "seed-reply", "bytes": 900, "result": True}
+    for round in (1, 2):
+        membership.history.append("left", round=round, **reply)
+    code, out, _ = call("history")
+    assert code == 0 and "2 replies, 1.8 kB, left alice for server.example:9092" in out and "[/x]" in out
+    told = json.loads(call("history", "--format", "json", "--last", "1")[1])
+    assert told["bytes"] == 1800 and [event["round"] for event in told["events"]] == [2]
 
 
 def test_the_log_of_a_supernode_is_told_in_plain_words():
@@ -243,13 +324,14 @@ def test_a_home_of_odd_characters_stays_one_path_in_the_unit(membership, tmp_pat
         install(membership)
 
 
-def test_an_offer_cannot_draw_on_the_owner_s_terminal(membership):
+def test_an_operator_cannot_draw_on_the_owner_s_terminal(membership):
     evil = "\x1b[2K\x1b[1A[/x]\n" + "y" * 10**6
-    for key in ("method.name", "model.name", "num-server-rounds"):
-        offer = {"settings": {"method.name": "fedkseed", key: evil}}
-        told = [base_model(membership, offer), *leaves(offer)]
-        told += [] if key == "method.name" else [text for _, text in terms(offer)]
-        assert all(line.isprintable() and len(line) < 1000 for line in told)
+    pattern = "(" + "a|" * 999 + "b)"
+    settings = {"method.name": "fedkseed", "model.name": evil, "run.purpose": evil, "train.parameters": pattern}
+    asked = propose(settings, membership, 1)
+    told = [*asked.leaves, *(text for _, text in asked.rows)]
+    assert all(line.isprintable() and len(line) < 1000 for line in told)
+    assert dict(asked.rows)["why"].startswith("the operator's words: “")
 
 
 def test_a_membership_is_kept_for_its_owner_alone(membership):
@@ -261,3 +343,25 @@ def test_leaving_asks_first(membership):
     code, out, _ = call("leave", text="n\n")
     assert code == 1 and membership.folder.exists() and "Your data stay" in out
     assert call("leave", "--yes", "--force")[0] == 0 and not membership.folder.exists()
+
+
+def test_a_node_that_runs_ends_when_its_owner_leaves_and_its_record_stays(membership, monkeypatch, tmp_path):
+    program = tmp_path / "bin" / "flower-supernode"
+    program.parent.mkdir()
+    program.write_text(f"#!{sys.executable}\nimport time\nprint('SuperNode ID: 7', flush=True)\ntime.sleep(600)\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(processes, "environment_path", lambda: f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    membership.history.append("left", kind="hello-reply", bytes=1)
+    said, left = [], []
+    leaving = threading.Thread(target=lambda: left.append(unregister(membership, tell_server=False)))
+
+    def say(line):
+        said.append(line)
+        if line == "connected":
+            leaving.start()
+
+    run_node(membership, say)
+    leaving.join(30)
+    assert said == ["connected", "left: this machine is no member of server.example:9092 any more"]
+    assert not membership.folder.exists() and "hello-reply" in left[0].read_text()
+    assert stat.S_IMODE(left[0].stat().st_mode) == 0o600
