@@ -30,6 +30,9 @@ def serve(
     approval: Annotated[
         bool, typer.Option("--approval", help="Let each joining node wait for `fedtune nodes approve`.")
     ] = False,
+    connections: Annotated[
+        int, typer.Option(min=8, help="Most connections to the port; a node takes one or two, an address a quarter.")
+    ] = 4096,
     hours: HoursOption = 48.0,
     status: Annotated[
         str,
@@ -59,7 +62,9 @@ def serve(
     folder = folder or server_folder()
     place = address if ":" in address else f"{address or own_host()}:9092"
     with (
-        serving(folder, address=place, listen=listen, approval=approval, on_event=log) as server,
+        serving(
+            folder, address=place, listen=listen, approval=approval, connections=connections, on_event=log
+        ) as server,
         operators_page(folder, status) as page,
     ):
         if changes:

@@ -9,11 +9,30 @@ CHUNK = 1 << 16
 
 
 async def relay(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, counts: list[int], way: int, bandwidth: float = math.inf
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    counts: list[int],
+    way: int,
+    bandwidth: float = math.inf,
+    *,
+    first: float | None = None,
+    idle: float | None = None,
 ) -> None:
-    """Pass on one direction of a connection until its end, and count its bytes in ``counts[way]``."""
-    while data := await reader.read(CHUNK):
+    """Pass on one direction of a connection until its end, and count its bytes in ``counts[way]``.
+
+    Raises
+    ------
+    TimeoutError
+        Nothing came within ``first`` seconds, or within ``idle`` seconds after something had; None waits for ever.
+    """
+    patience = first
+    while True:
+        async with asyncio.timeout(patience):
+            data = await reader.read(CHUNK)
+        if not data:
+            break
         counts[way] += len(data)
+        patience = idle
         await asyncio.sleep(len(data) / bandwidth)
         writer.write(data)
         await writer.drain()

@@ -29,9 +29,9 @@ from deploy.common.join_token import JOIN, LONGEST, leaving
 from deploy.operator.members import GONE, Members, admit
 from fedtune_strategies.errors import FedTuneError, LinkError, ProtocolError
 
-PATIENCE = 30.0  # seconds for a request to arrive
+PATIENCE = 10.0  # seconds for a handshake, and for a request to arrive
 CLOCKS = 300.0  # seconds by which a leaving node's clock may differ
-MOST_AT_ONCE = 16
+MOST_AT_ONCE = 16  # requests that are answered at a time; who has not asked yet takes no place
 
 
 class RegistrationServer:
@@ -67,24 +67,37 @@ class RegistrationServer:
         self._offer, self._approval, self._on_event = offer, approval, on_event
         self._places = asyncio.Semaphore(MOST_AT_ONCE)
         self._listener: asyncio.Server | None = None
+        self._connections: set[asyncio.Task[None]] = set()
 
     async def open(self) -> int:
         """Begin to listen on a free port of 127.0.0.1; returns the port."""
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(self._server.certificate, self._server.key)
         context.set_alpn_protocols([JOIN])
-        self._listener = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=context, limit=LONGEST)
+        self._listener = await asyncio.start_server(
+            self._serve, "127.0.0.1", 0, ssl=context, ssl_handshake_timeout=PATIENCE, limit=LONGEST, backlog=1024
+        )
         return int(self._listener.sockets[0].getsockname()[1])
 
     async def close(self) -> None:
-        """Stop listening."""
+        """Stop listening, and hang up."""
         if self._listener:
             self._listener.close()
+        for connection in self._connections:
+            connection.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, ValueError, TimeoutError), contextlib.closing(writer):
+        connection = asyncio.current_task()
+        assert connection is not None
+        self._connections.add(connection)
+        connection.add_done_callback(self._connections.discard)
+        with (
+            contextlib.suppress(OSError, ValueError, TimeoutError, asyncio.CancelledError),
+            contextlib.closing(writer),
+        ):
+            line = await asyncio.wait_for(reader.readline(), PATIENCE)
             async with self._places:
-                line = await asyncio.wait_for(reader.readline(), PATIENCE)
                 answer = await asyncio.to_thread(self.answer, line)
             writer.write(json.dumps(answer).encode() + b"\n")
             await asyncio.wait_for(writer.drain(), PATIENCE)
@@ -131,17 +144,18 @@ class RegistrationServer:
             return self._control.register(Path(file.name), name)
 
     def _leave(self, name: str, at: Any, signature: str) -> dict[str, Any]:
-        member = self._members.get(name)
+        member = self._members.all().get(name)
         if not isinstance(at, int) or abs(time.time() - at) > CLOCKS:
             raise LinkError("the clocks of this machine and of the server differ by more than five minutes: set yours")
-        key = load_ssh_public_key(member.public_key.encode()) if member.public_key else None
+        # One answer for a wrong key and for a name that there is not: strangers learn no names.
+        key = load_ssh_public_key(member.public_key.encode()) if member and member.public_key else None
         assert key is None or isinstance(key, ec.EllipticCurvePublicKey)
         try:
             if key is None:
                 raise InvalidSignature
             key.verify(base64.b64decode(signature), leaving(name, at), ec.ECDSA(hashes.SHA256()))
         except InvalidSignature:
-            raise LinkError(f"only the holder of the key of {name!r} can give its membership back") from None
+            raise LinkError("only the holder of a member's key can give its membership back") from None
         revoke(self._members, self._control, name, "left")
         self._on_event(f"{name} left")
         return {"state": "left"}

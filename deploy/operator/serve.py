@@ -27,7 +27,7 @@ from deploy.common.join_token import JoinToken, authority_hash
 from deploy.common.paths import private_folder, write_json
 from deploy.flower import commands
 from deploy.flower.commands import make_secret
-from deploy.operator.alpn_router import Front
+from deploy.operator.alpn_router import CONNECTIONS, Front, room_for
 from deploy.operator.announcement import read_announcement
 from deploy.operator.members import Members
 from deploy.operator.registration import RegistrationServer
@@ -115,6 +115,7 @@ def serving(
     address: str,
     listen: str,
     approval: bool = False,
+    connections: int = CONNECTIONS,
     on_event: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Server]:
     """Run a server until the block is left; then stop all that was started, also after kill -9.
@@ -129,6 +130,8 @@ def serving(
         Address of this machine to listen on.
     approval : bool
         Let joining nodes wait for the operator.
+    connections : int
+        Most connections to the published port; a node has one, and one more while it works over a stream.
     on_event : callable
         Called with a line about everything that changed.
 
@@ -150,6 +153,8 @@ def serving(
     with contextlib.ExitStack() as stack:
         _take(stack, folder)
         processes.check_port(listen, port)
+        if (room := room_for(connections)) < connections:
+            on_event(f"room for {room} connections, not {connections}: raise the limit of open files (`ulimit -n`)")
         files = server_files(folder / "keys", [host])
         streams = private_runtime_folder(f"streams-{hashlib.sha256(bytes(folder)).hexdigest()[:16]}")
         place = {STREAM_FOLDER: str(streams), STREAM_ADDRESS: address}
@@ -171,7 +176,7 @@ def serving(
         desk = RegistrationServer(
             files, members, control, offer=lambda: read_announcement(folder), approval=approval, on_event=on_event
         )
-        front = stack.enter_context(_open(desk, fleet_port, streams, listen, port, on_event))
+        front = stack.enter_context(_open(desk, fleet_port, streams, listen, port, on_event, room))
         write_json(folder / "serve.json", {"address": address, "pid": os.getpid(), "control": control_port})
         stack.callback((folder / "serve.json").unlink, missing_ok=True)
         yield Server(address, control, members, files.authority, services, front, on_event)
@@ -249,7 +254,13 @@ def _wait(service: Service, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _open(
-    desk: RegistrationServer, fleet: int, streams: Path, listen: str, port: int, on_event: Callable[[str], None]
+    desk: RegistrationServer,
+    fleet: int,
+    streams: Path,
+    listen: str,
+    port: int,
+    on_event: Callable[[str], None],
+    connections: int,
 ) -> Iterator[Front]:
     """Run desk and front in an event loop in a thread of its own."""
     loop = asyncio.new_event_loop()
@@ -259,7 +270,7 @@ def _open(
     def call(work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, loop).result(30.0)
 
-    front = Front(fleet, call(desk.open()), streams, on_event)
+    front = Front(fleet, call(desk.open()), streams, on_event, connections)
     try:
         try:
             call(front.open(listen, port))

@@ -153,13 +153,13 @@ def fetch_server_info(token: JoinToken) -> tuple[str, dict[str, Any]]:
         The server cannot be reached, or is not the one that made the token. Nothing secret was sent then.
     """
     # The first connection trusts nobody: it carries no secret, and its one result is checked by its hash.
-    authority = str(ask(token.address, {"do": "hello"}, None)["authority"])
+    authority = str(_ask_again(token.address, {"do": "hello"}, None)["authority"])
     if not secrets.compare_digest(authority_hash(authority), token.authority):
         raise LinkError(
             f"{token.address} is not the server that made this token (its authority differs): do not join; "
             "ask the operator, and check that the address is right"
         )
-    return authority, ask(token.address, {"do": "hello", "secret": token.secret.hex()}, authority)
+    return authority, _ask_again(token.address, {"do": "hello", "secret": token.secret.hex()}, authority)
 
 
 def register(token: JoinToken, authority: str, membership: Membership, on_wait: Any = lambda key: None) -> Membership:
@@ -298,7 +298,7 @@ def ask(address: str, request: dict[str, Any], authority: str | None) -> dict[st
     return answer
 
 
-def _ask_again(address: str, request: dict[str, Any], authority: str) -> dict[str, Any]:
+def _ask_again(address: str, request: dict[str, Any], authority: str | None) -> dict[str, Any]:
     for _ in range(ATTEMPTS - 1):
         with contextlib.suppress(UnreachableError):
             return ask(address, request, authority)

@@ -21,9 +21,9 @@ from deploy.common.certificates import node_key, server_files
 from deploy.common.flower_cli import Control
 from deploy.common.join_token import JOIN, JoinToken, authority_hash, decode_token
 from deploy.common.tls_hello import protocols, server_name
-from deploy.operator.alpn_router import Front
+from deploy.operator.alpn_router import Front, room_for
 from deploy.operator.members import Members
-from deploy.operator.registration import RegistrationServer
+from deploy.operator.registration import PATIENCE, RegistrationServer
 from deploy.owner import join as joining
 from deploy.owner.join import Membership, fetch_server_info, find_membership, memberships, register, unregister
 from fedtune_strategies.errors import ConfigError, LinkError, NodesError, ProtocolError
@@ -72,7 +72,7 @@ def desk(tmp_path, monkeypatch):
     front = Front(fleet.getsockname()[1], call(desk.open()), streams, said.append)
     call(front.open("127.0.0.1", 0))
     desk.said, desk.members, desk.files, desk.fleet, desk.streams = said, members, files, fleet, streams
-    desk.port = front._server.sockets[0].getsockname()[1]
+    desk.port, desk.front = front._server.sockets[0].getsockname()[1], front
     yield desk
     call(front.close())
     call(desk.close())
@@ -243,6 +243,81 @@ def test_a_server_that_did_not_make_the_token_gets_no_secret(desk, monkeypatch):
     assert sent == [{"do": "hello"}]
 
 
+def silent(desk, count, host):
+    """Connections from an address of this machine that say hello to the desk, and nothing more."""
+    opened, hello = [], hello_of([JOIN])
+    for _ in range(count):
+        one = socket.create_connection(("127.0.0.1", desk.port), 10, source_address=(host, 0))
+        one.sendall(hello)
+        opened.append(one)
+    return opened
+
+
+def ended(link):
+    link.settimeout(30)
+    with contextlib.suppress(ConnectionResetError):
+        while link.recv(4096):
+            pass
+    return True
+
+
+def test_two_thousand_silent_connections_keep_no_joiner_out_and_are_hung_up_on(desk):
+    assert room_for(4096) >= 1024
+    token = token_for(desk, "alice")
+    opened = silent(desk, 2000, "127.0.0.2")
+    assert len(desk.front._places) <= 1024, "an address has a quarter of all places"
+    register(token, fetch_server_info(token)[0], membership(token))
+    assert desk.members.get("alice").state == "member"
+    assert all(ended(one) for one in opened)
+
+
+def test_who_has_said_nothing_makes_way_also_for_one_from_the_same_address(desk):
+    desk.front._most, desk.front._share = 8, 2
+    opened = silent(desk, 8, "127.0.0.1")
+    token = token_for(desk, "alice")
+    register(token, fetch_server_info(token)[0], membership(token))
+    assert sum(ended(one) for one in opened[:6]) == 6
+
+
+def test_a_full_port_says_so_once(desk):
+    desk.front._most = 1
+    context = ssl.create_default_context(cafile=desk.files.authority)
+    context.set_alpn_protocols([JOIN])
+    with (
+        socket.create_connection(("127.0.0.1", desk.port), 10) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as link,
+    ):
+        link.sendall(b"{")  # it has a place, and has not asked yet
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", desk.port), 10) as late:
+                assert ended(late)
+    assert [line for line in desk.said if "all are taken" in line and "--connections" in line] == desk.said
+
+
+def test_sixteen_who_ask_nothing_delay_nobody(desk):
+    """A request is answered when it is there; who has a connection and is silent takes no turn."""
+    context = ssl.create_default_context(cafile=desk.files.authority)
+    context.set_alpn_protocols([JOIN])
+    with contextlib.ExitStack() as stack:
+        for _ in range(20):
+            plain = stack.enter_context(socket.create_connection(("127.0.0.1", desk.port), 10))
+            stack.enter_context(context.wrap_socket(plain, server_hostname="localhost"))
+        token, start = token_for(desk, "alice"), time.monotonic()
+        fetch_server_info(token)
+        assert time.monotonic() - start < PATIENCE / 2
+
+
+def test_leaving_gets_one_answer_whether_the_name_is_known_or_not(desk):
+    token = token_for(desk, "alice")
+    register(token, fetch_server_info(token)[0], membership(token))
+    forged = base64.b64encode(b"x").decode()
+    said = [
+        desk.answer(json.dumps({"do": "leave", "name": name, "time": int(time.time()), "signature": forged}).encode())
+        for name in ("alice", "nobody", "../x")
+    ]
+    assert said[0] == said[1] == said[2] and "alice" not in str(said)
+
+
 def test_strangers_learn_nothing_and_cannot_end_memberships(desk, tmp_path):
     authority = desk.files.authority.read_text()
     address = f"localhost:{desk.port}"
@@ -251,7 +326,7 @@ def test_strangers_learn_nothing_and_cannot_end_memberships(desk, tmp_path):
     mine = register(token, authority, membership(token))
     stranger = node_key(tmp_path, "stranger").private
     stranger.replace(mine.key)
-    with pytest.raises(LinkError, match="only the holder of the key"):
+    with pytest.raises(LinkError, match="only the holder of a member's key"):
         unregister(mine)
     assert mine.folder.exists() and desk.members.get("alice").state == "member"
     for request in ({}, {"do": "join"}, {"do": "join", "secret": 1, "public_key": ""}, {"do": "leave", "name": "x"}):
