@@ -18,8 +18,8 @@ from deploy.common.checks import Check, check
 from deploy.common.paths import home
 from deploy.common.units import size
 from deploy.owner.join import Membership, ask
-from fedtune_strategies.config.node import NodeConfig
-from fedtune_strategies.errors import ConfigError, LinkError, ResourceError
+from fedtune_strategies.config.node import NONE, NodeConfig
+from fedtune_strategies.errors import ConfigError, LinkError, ResourceError, TermsError
 from fedtune_strategies.words import counted
 
 PACKAGES = {"flwr": "1.39", "torch": "", "transformers": "", "grpcio": "", "numba": ""}
@@ -70,6 +70,17 @@ def examine_membership(membership: Membership) -> Iterator[Check]:
     """Look at a federation that this machine joined."""
     authority = membership.authority.read_text() if membership.authority.exists() else None
     yield from examine(membership.address, authority, membership.node_config())
+    yield check("agreement", lambda: _agreement(membership))
+
+
+def _agreement(membership: Membership) -> str:
+    history = membership.history
+    if waiting := history.waiting():
+        raise TermsError(f"a run waits for you, {'; '.join(waiting['reasons'])}: `fedtune join --agree` shows it")
+    terms = history.agreement(membership.node_config().terms).terms
+    if terms.methods == NONE:
+        return "to no run yet: you are asked when one begins"
+    return f"{terms.methods}, {history.spent().replies} answers given"
 
 
 def _python() -> str:

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from client_app.history import AGREED, LEFT, History
 from client_app.node import Node
 from client_app.terms import Agreement, Spent, agreement_to, beyond
+from client_app.worker import Service
+from client_app.worker_client import WorkerSpec
 from fedtune_strategies.config import parse
 from fedtune_strategies.config.node import ALL, NONE, Terms
 from fedtune_strategies.errors import DataError, ResourceError, TermsError
@@ -21,6 +23,7 @@ from fedtune_strategies.fedkseed.messages import SeedReply, SeedTask
 from fedtune_strategies.fedkseed.packing import pack
 from fedtune_strategies.method import installed_methods
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.testing import InMemoryGrid
 from server_app.run import execute
 from tests.federations import final_state, make_grid
 from tests.models import make_tokenizer
@@ -98,6 +101,16 @@ def test_a_run_that_asks_for_more_is_refused_by_name_before_data_are_touched(set
     History(own_folder(agreed)).agree(agreement_to(parse(waiting["config"])))
     with pytest.raises(DataError):
         Node(wider, agreed | {"data": "/no/such/file"}, 1)
+
+
+@pytest.mark.parametrize("changes", [{"method.name": "fedavg"}, {"train.batch-size": 1}], ids=str)
+def test_an_operator_s_run_gets_nothing_from_a_worker_whose_owner_agreed_to_another(settings, agreed, changes):
+    wider = settings | changes | {"strategy.min-nodes": 1, "round.node-wait": 0.2}
+    worker = Service(WorkerSpec(dict(wider), agreed, 1))
+    with pytest.raises(TermsError, match="its owner must agree first"):
+        execute(InMemoryGrid({1: worker.do}), wider, run_id=1)
+    left = [row for row in History(own_folder(agreed)).rows() if row["event"] == LEFT]
+    assert {row["kind"] for row in left} == {"failure"} and max(row["bytes"] for row in left) < 300
 
 
 NARROWER = [

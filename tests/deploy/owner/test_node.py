@@ -21,14 +21,14 @@ from deploy.commands.output import Format
 from deploy.common import processes
 from deploy.common.join_token import JoinToken
 from deploy.owner.consent import ALWAYS, BOUND, UNKNOWN, base_model, propose
-from deploy.owner.doctor import examine
+from deploy.owner.doctor import examine, examine_membership
 from deploy.owner.join import Membership, memberships, unregister
 from deploy.owner.node import meanings, node_config_words, run_node
 from deploy.owner.service import install, remove, unit_file, unit_text
 from fedtune_strategies.config import parse
 from fedtune_strategies.config.node import NodeConfig, Terms, parse_node
 from fedtune_strategies.cost import Cost
-from fedtune_strategies.errors import ConfigError, DataError, LinkError, ProtocolError, ResourceError
+from fedtune_strategies.errors import ConfigError, DataError, LinkError, ProtocolError, ResourceError, TermsError
 from fedtune_strategies.method import installed_methods
 
 
@@ -158,6 +158,8 @@ def test_a_run_that_waits_is_shown_and_agreed_to_by_a_command(membership, tmp_pa
     code, out, _ = call("join", "--agree", text="n\n")
     assert code == 1 and "batches of 1" in out and "[!] FEW" in out and BOUND in out
     assert membership.history.waiting() and "fedtune join --agree" in call("history")[1]
+    (found,) = [one for one in examine_membership(membership) if one.label == "agreement"]
+    assert found.exit_code == TermsError.exit_code and "batches of 1" in found.detail
     assert call("join", "--agree", text="y\n")[0] == 0
     assert membership.history.waiting() is None
     assert membership.history.agreement(Terms()).terms.batch == 1
