@@ -8,7 +8,7 @@ rule is known by which one value of them gives less away than another, and a met
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from fedtune_strategies.config import Config, Scalar
@@ -17,10 +17,8 @@ from fedtune_strategies.config.options import values
 from fedtune_strategies.protocol.door import clean
 
 # What the server does with replies, and what every run has of its own, is no matter of the node's owner.
-_FREE_GROUPS = ("strategy", "round", "eval", "run")
-_FREE_KEYS = {
-    "num-server-rounds", "method.name", "model.name", "train.seed", "train.lr", "train.lr-schedule", "train.warmup",
-}  # fmt: skip
+_FREE_GROUPS = {spec.name for spec in fields(Config)} - {"train", "model"}
+_FREE_KEYS = {"num-server-rounds", "model.name", "train.seed", "train.lr", "train.lr-schedule", "train.warmup"}
 STEPS, PARAMETERS = "train.local-steps", "train.parameters"
 CLIP, NOISE = "privacy.clip", "privacy.noise-multiplier"
 # A round whose answer was lost is asked again; so many answers for each agreed round bound how often.

@@ -28,7 +28,7 @@ log = logging.getLogger("fedtune")
 
 _REFUSED_FOR_S = 60.0
 # A node's owner who is asked may agree at any moment.
-_ASKING_FOR_S = 10.0
+_ASKING_FOR_S = 5.0
 _CHUNK_S = 600.0
 # So often a node may ask for the same part of the base model, on a bad link too; after that it is refused.
 _ASKS = 8

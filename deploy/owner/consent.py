@@ -106,7 +106,9 @@ def propose(
 
 def by_hand(terms: Terms) -> tuple[list[tuple[str, str]], list[str]]:
     """Show terms that the owner has set by ``--set terms.…``: labelled lines, and what leaves at the usual settings."""
-    rows = [(name, f"{getattr(terms, spec.name)}: {spec.metadata['help']}") for name, _, spec in options(Terms)]
+    rows = [
+        (name, f"{getattr(terms, spec.name) or 'any'}: {spec.metadata['help']}") for name, _, spec in options(Terms)
+    ]
     names = installed_methods() if terms.methods == ANY else [name.strip() for name in terms.methods.split(",")]
     lines = [f"{name}, {line}" for name in names for line in load_method(name).leaves(parse({"method.name": name}))]
     return rows, [*(clean(line, 900) for line in lines), *ALWAYS]
@@ -127,7 +129,7 @@ def base_model(config: Config, membership: Membership) -> str:
 
 def _tuned(terms: Terms) -> str:
     if terms.parameters == ALL:
-        return "no parameter is left out, but where the method says so below"
+        return "all parameters, or the part of them that is named below"
     shown = clean(terms.parameters, 200)
     return f"[!] only parameters with a match for {shown!r}: with fewer, more can be made of what leaves"
 

@@ -115,7 +115,7 @@ def test_an_operator_s_run_gets_nothing_from_a_worker_whose_owner_agreed_to_anot
 
 NARROWER = [
     {"train.local-steps": 2}, {"num-server-rounds": 1}, {"train.lr": 1e-5}, {"train.seed": 9},
-    {"strategy.weighting": "uniform"}, {"eval.answers": 0}, {"round.deadline": 9.0},
+    {"stream.listen": "host:1"}, {"strategy.weighting": "uniform"}, {"eval.answers": 0}, {"round.deadline": 9.0},
 ]  # fmt: skip
 
 
