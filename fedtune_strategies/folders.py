@@ -43,19 +43,29 @@ def private_runtime_folder(name: str) -> Path:
     ResourceError
         It cannot be made, or belongs to somebody else.
     """
-    root = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"fedtune-{os.getuid()}"
+    # Where the path really leads: a link in it could be pointed elsewhere after we have looked.
+    base = Path(os.path.realpath(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()))
+    root = base / f"fedtune-{os.getuid()}"
     try:
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        found = root.lstat()
-        # In a folder that all may write to, another account may have made it first, or put a link in its place.
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-            raise ResourceError(f"{root} belongs to another user: set XDG_RUNTIME_DIR to a folder of yours.")
+        for folder in [*reversed(base.parents), base, root]:
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(mode=0o700)
+            _check_owner(folder, (os.getuid(),) if folder == root else (0, os.getuid()))
         root.chmod(0o700)
         return make_folder(root / name)
     except OSError as error:
         raise ResourceError(
             f"cannot use {root / name}: {error.strerror}; set XDG_RUNTIME_DIR to a folder of yours."
         ) from None
+
+
+def _check_owner(folder: Path, owners: tuple[int, ...]) -> None:
+    """Raise `ResourceError` where another user could put something else in a folder's place, or into it."""
+    found = folder.lstat()
+    # In a sticky folder, such as /tmp, nobody can rename what is another's; but they may have made it first.
+    shared = found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid not in owners or (shared and 0 in owners):
+        raise ResourceError(f"{folder} belongs to another user: set XDG_RUNTIME_DIR to a folder of yours.")
 
 
 def is_ours(folder: Path) -> bool:

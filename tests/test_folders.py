@@ -1,12 +1,13 @@
 """What FedTune removes and replaces is what it made, and nothing else."""
 
+import os
 import re
 from pathlib import Path
 
 import pytest
 
 from fedtune_strategies.errors import ResourceError
-from fedtune_strategies.folders import MARK, make_folder, publish_folder, remove_folder
+from fedtune_strategies.folders import MARK, make_folder, private_runtime_folder, publish_folder, remove_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,3 +68,29 @@ def test_an_empty_folder_may_be_taken(tmp_path):
     (tmp_path / "empty").mkdir()
     assert (make_folder(tmp_path / "empty") / MARK).exists()
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_a_runtime_folder_is_made_below_no_folder_and_no_link_of_another_user(tmp_path, monkeypatch):
+    """As on a shared /tmp, where another account was first: a folder, a link, a link to a folder of the victim's."""
+    precious = make_folder(tmp_path / "precious")
+    (precious / "mine.txt").write_text("precious")
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    os.chown(theirs, 65534, 65534)
+    open_to_all = tmp_path / "open"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / f"fedtune-{os.getuid()}").symlink_to(precious)
+    link = tmp_path / "link"
+    link.symlink_to(theirs)
+    for base in (theirs, theirs / "below", open_to_all, mine, link, tmp_path / "precious/mine.txt"):
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
+        with pytest.raises(ResourceError, match="set XDG_RUNTIME_DIR") as caught:
+            private_runtime_folder("1-2")
+        assert "\n" not in str(caught.value)
+    assert (precious / "mine.txt").read_text() == "precious" and not (precious / "1-2").exists()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    folder = private_runtime_folder("1-2")
+    assert {path.stat().st_mode & 0o777 for path in (folder, folder.parent)} == {0o700}

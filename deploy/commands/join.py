@@ -33,7 +33,8 @@ def join(
         str,
         typer.Argument(
             envvar="FEDTUNE_TOKEN",
-            help="The join token; `-` reads it from standard input. Leave it out to start a node that has joined.",
+            help="File that holds the join token, or `-` to paste it or read it from standard input. Leave it out to "
+            "start a node that has joined.",
         ),
     ] = "",
     data: Annotated[
@@ -95,7 +96,7 @@ def join(
     else:
         if data is None:
             raise ConfigError("--data is missing: name the file with your examples, such as --data ~/notes.jsonl")
-        word = sys.stdin.readline() if token == "-" else token
+        word = _read_token(token)
         node = {"data": str(data.expanduser().resolve()), "format": data_format, "model": model, "device": device}
         membership = _join(word, {**node, "settings": node_changes(columns, changes)}, yes, form)
     show(_facts(membership), form, lambda: None)
@@ -141,13 +142,22 @@ def _facts(membership: Any) -> dict[str, Any]:
     return {**asdict(membership), "folder": membership.folder}
 
 
+def _read_token(given: str) -> str:
+    """The token itself; as a word of the command it would stand in the list of processes, for every account to read."""
+    if given == "-":
+        asked = sys.stdin.isatty()
+        return str(typer.prompt("Join token", hide_input=True, err=True)) if asked else sys.stdin.readline()
+    file = Path(given).expanduser()
+    return file.read_text(errors="replace").strip() if len(given) < 4096 and file.is_file() else given
+
+
 def _join(word: str, node: dict[str, Any], yes: bool, form: Format) -> Any:
     from deploy.common.join_token import decode_token
-    from deploy.owner.join import Membership, fetch_server_info, register
+    from deploy.owner.join import Membership, fetch_server_info, is_redeemed, register
 
     token = decode_token(word)
     membership = Membership(token.name, token.address, **node)
-    if membership.file.exists():
+    if is_redeemed(membership, token):
         raise ConfigError(
             f"this machine is {membership.folder.name} already: `fedtune join` starts it, `fedtune leave` ends it"
         )

@@ -181,10 +181,12 @@ def _print_server(facts: dict[str, Any], hours: float) -> None:
 
 def _print_tokens(tokens: dict[str, str], hours: float) -> None:
     until = time.strftime("%a %d %b %H:%M", time.localtime(time.time() + hours * 3600))
-    console.print(f"\nGive each owner their line, where only they read it. It works once, until {until}:")
+    console.print(f"\nGive each owner their token, where only they read it. It works once, until {until}:")
     for name, token in tokens.items():
         console.print(f"\n[bold]{name}[/bold]")
-        console.print(f"fedtune join {token} --data FILE", markup=False)
+        console.print(token, markup=False)
+    # In the command itself each account of the owner's machine could read it.
+    console.print("\nThey save it as token.txt and say: fedtune join token.txt --data FILE", markup=False)
 
 
 def _print_nodes(rows: list[dict[str, Any]]) -> None:

@@ -7,16 +7,21 @@ import contextlib
 import json
 import os
 import subprocess
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import httpx
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 
 from deploy.common import processes
 from deploy.common.paths import private_folder, write_private
 from fedtune_strategies.errors import ConfigError, FedTuneError, LinkError, RunError
 
 CONNECTION = "fedtune"
+CONTROL_TOKEN = "control.secret"  # in a server's folder: what its control interface asks for
 COMMAND_TIMEOUT = 180.0  # seconds; a command needs 2, on a busy machine many times that
 
 
@@ -96,6 +101,32 @@ class Control:
         """Forget a node's key: the node is refused from now on."""
         self._flwr(["supernode", "unregister", str(node_id), CONNECTION], LinkError)
 
+    def registered_keys(self) -> dict[str, int]:
+        """Ids of the nodes that the SuperLink knows, by public key as in `key_words`; ``flwr`` lists no keys."""
+        from flwr.proto.control_pb2 import ListNodesRequest
+        from flwr.supercore.constant import NodeStatus
+        from flwr.supercore.control import ControlHttpClient
+        from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+
+        place = tomllib.loads((self.folder / "flower" / "config.toml").read_text())["superlink"][CONNECTION]
+        shown = {"Authorization": f"Bearer {(self.folder / CONTROL_TOKEN).read_text().strip()}"}
+        version = RuntimeVersionHttpInterceptor(component_name="flwr CLI")
+        try:
+            with ControlHttpClient(
+                f"https://{place['address']}", interceptors=[version], verify=place["root-certificates"]
+            ) as client:
+                client._client.headers.update(shown)
+                nodes = client.ListNodes(ListNodesRequest()).nodes_info
+        except httpx.HTTPError as error:
+            raise LinkError(f"the SuperLink does not list its nodes ({type(error).__name__})") from None
+        return {
+            key_words(
+                load_pem_public_key(node.public_key).public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+            ): node.node_id
+            for node in nodes
+            if node.public_key and node.status != NodeStatus.UNREGISTERED
+        }
+
     def node_states(self) -> dict[int, str]:
         """Registered nodes by id: ``online``, ``offline``, or ``registered`` where one never came."""
         nodes = self._flwr(["supernode", "list", CONNECTION], LinkError)["nodes"]
@@ -111,6 +142,11 @@ class Control:
             reason = answer.get("error-message") or done.stderr or done.stdout or f"exit code {done.returncode}"
             raise error(f"flwr {arguments[0]} failed: {' '.join(str(reason).split())}")
         return answer
+
+
+def key_words(public_key: str) -> str:
+    """An OpenSSH public key without its comment."""
+    return " ".join(public_key.split()[:2])
 
 
 def flower_environment(folder: Path) -> dict[str, str]:

@@ -172,8 +172,10 @@ class Members:
                 members[member.name] = member
         return member
 
-    def change(self, name: str, state: str, *, expected: tuple[str, ...], node_id: int | None = None) -> Member:
-        """Move a member to another state.
+    def change(
+        self, name: str, state: str, *, expected: tuple[str, ...], node_id: int | None = None, key: str = ""
+    ) -> Member:
+        """Move a member to another state; only while it has this key, where one is given.
 
         Raises
         ------
@@ -181,7 +183,7 @@ class Members:
             There is no such member, or it is in none of the expected states.
         """
         with self._changing() as members:
-            if name not in members or members[name].state not in expected:
+            if name not in members or members[name].state not in expected or key not in ("", members[name].public_key):
                 found = members[name].state if name in members else "unknown"
                 raise NodesError(f"node {name!r} is {found}, not {' or '.join(expected)}: see `fedtune nodes`")
             member = replace(members[name], state=state)
@@ -202,13 +204,37 @@ def key_fingerprint(public_key: str) -> str:
     return " ".join(digest[i : i + 4] for i in range(0, 20, 4))
 
 
-def admit(members: Members, member: Member, register: Callable[[str, str], int]) -> Member:
-    """Register an approved member's key with the SuperLink; ``register`` takes key and name, gives Flower's id."""
+def admit(
+    members: Members, member: Member, register: Callable[[str, str], int], unregister: Callable[[int], object]
+) -> Member:
+    """Register an approved member's key with the SuperLink; take it back if the member was revoked meanwhile.
+
+    Parameters
+    ----------
+    members : Members
+        The list.
+    member : Member
+        As `Members.apply` returned it; one that is not approved stays as it is.
+    register : callable
+        Takes key and name, gives Flower's id; registering again gives the same.
+    unregister : callable
+        Takes Flower's id.
+
+    Raises
+    ------
+    NodesError
+        It was revoked meanwhile.
+    """
     if member.state != "approved":
         return member
-    return members.change(
-        member.name, "member", expected=("approved", "member"), node_id=register(member.public_key, member.name)
-    )
+    node_id = register(member.public_key, member.name)
+    try:
+        return members.change(
+            member.name, "member", expected=("approved", "member"), node_id=node_id, key=member.public_key
+        )
+    except NodesError:
+        unregister(node_id)
+        raise
 
 
 def _hash(secret: bytes) -> str:

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
 from deploy.common.certificates import ServerFiles
-from deploy.common.flower_cli import Control
+from deploy.common.flower_cli import Control, key_words
 from deploy.common.join_token import JOIN, LONGEST, leaving
 from deploy.operator.members import GONE, Members, admit
 from fedtune_strategies.errors import FedTuneError, LinkError, ProtocolError
@@ -133,7 +133,7 @@ class RegistrationServer:
     def _join(self, secret: str, public_key: str) -> dict[str, Any]:
         member = self._members.apply(bytes.fromhex(secret), public_key, approval=self._approval)
         if member.state == "approved":
-            member = admit(self._members, member, self._register)
+            member = admit(self._members, member, self._register, self._control.unregister)
             self._on_event(f"{member.name} joined with key {member.fingerprint}")
         return {"state": member.state, "name": member.name, "key": member.fingerprint}
 
@@ -141,7 +141,27 @@ class RegistrationServer:
         with tempfile.NamedTemporaryFile("w", suffix=".pub") as file:
             file.write(public_key + "\n")
             file.flush()
-            return self._control.register(Path(file.name), name)
+            try:
+                return self._control.register(Path(file.name), name)
+            except LinkError:
+                # Perhaps it is registered already, by a server that was killed before it could write that down.
+                if node_id := self._control.registered_keys().get(key_words(public_key)):
+                    return node_id
+                raise
+
+    def reconcile(self) -> None:
+        """Make the SuperLink's list equal to ours, whatever was cut short between the two."""
+        known = self._control.registered_keys()
+        for member in self._members.all().values():
+            node_id = known.pop(key_words(member.public_key), 0) if member.state in ("approved", "member") else 0
+            if member.state == "member" and node_id != member.node_id:
+                member = self._members.change(member.name, "approved", expected=("member",), node_id=0)
+            if member.state == "approved":
+                admit(self._members, member, self._register, self._control.unregister)
+                self._on_event(f"{member.name} joined with key {member.fingerprint}")
+        for node_id in known.values():
+            self._control.unregister(node_id)
+            self._on_event(f"node {node_id} is no member (any more): its key is forgotten")
 
     def _leave(self, name: str, at: Any, signature: str) -> dict[str, Any]:
         member = self._members.all().get(name)

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from deploy.common import processes
 from deploy.common.address import split_address
 from deploy.common.certificates import ServerFiles, server_files
-from deploy.common.flower_cli import Control, flower_environment, write_connection
+from deploy.common.flower_cli import CONTROL_TOKEN, Control, flower_environment, write_connection
 from deploy.common.join_token import JoinToken, authority_hash
 from deploy.common.paths import private_folder, write_json
 from deploy.flower import commands
@@ -166,7 +166,7 @@ def serving(
         stack.enter_context(processes.watchdog(token))
         stack.callback(processes.sweep, token)
         control_port, fleet_port = _distinct_ports()
-        control_token = make_secret(folder / "control.secret")
+        control_token = make_secret(folder / CONTROL_TOKEN)
         write_connection(folder, control_port, files.authority, control_token)
         services = _services(folder, files, control_token, control_port, fleet_port)
         (folder / "logs").mkdir(exist_ok=True)
@@ -176,6 +176,7 @@ def serving(
         desk = RegistrationServer(
             files, members, control, offer=lambda: read_announcement(folder), approval=approval, on_event=on_event
         )
+        desk.reconcile()
         front = stack.enter_context(_open(desk, fleet_port, streams, listen, port, on_event, room))
         write_json(folder / "serve.json", {"address": address, "pid": os.getpid(), "control": control_port})
         stack.callback((folder / "serve.json").unlink, missing_ok=True)

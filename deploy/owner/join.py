@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import json
 import secrets
 import socket
@@ -126,7 +127,7 @@ def find_membership(name: str | None) -> Membership:
     found = [one for one in memberships() if name in (None, one.name, one.folder.name)]
     if not found:
         raise ConfigError(
-            "this machine has joined no such federation: join with a token, `fedtune join TOKEN --data …`"
+            "this machine has joined no such federation: join with a token, `fedtune join token.txt --data …`"
         )
     if len(found) > 1:
         names = ", ".join(one.folder.name for one in found)
@@ -182,6 +183,7 @@ def register(token: JoinToken, authority: str, membership: Membership, on_wait: 
         Saved.
     """
     private_folder(membership.folder)
+    _forget_other_key(membership, token)
     public = node_key(membership.folder, "key").public.read_text().strip()
     told, request = False, {"do": "join", "secret": token.secret.hex(), "public_key": public}
     while True:
@@ -194,6 +196,32 @@ def register(token: JoinToken, authority: str, membership: Membership, on_wait: 
             on_wait(clean(str(answer["key"])))
             told = True
         time.sleep(APPROVAL_PAUSE)
+
+
+def is_redeemed(membership: Membership, token: JoinToken) -> bool:
+    """Whether this machine has joined with this very token."""
+    return membership.file.exists() and _token_file(membership).exists() and not _is_other(membership, token)
+
+
+def _forget_other_key(membership: Membership, token: JoinToken) -> None:
+    """Remove the key of an earlier token: Flower never takes a key again that it has forgotten once."""
+    if _is_other(membership, token):
+        for file in (membership.key, membership.key.with_suffix(".pub")):
+            file.unlink(missing_ok=True)
+        write_private(_token_file(membership), _token_hash(token))
+
+
+def _is_other(membership: Membership, token: JoinToken) -> bool:
+    file = _token_file(membership)
+    return not file.exists() or file.read_bytes() != _token_hash(token)
+
+
+def _token_file(membership: Membership) -> Path:
+    return membership.folder / "token.sha256"
+
+
+def _token_hash(token: JoinToken) -> bytes:
+    return hashlib.sha256(token.secret).hexdigest().encode()
 
 
 def unregister(membership: Membership, *, tell_server: bool = True) -> Path | None:

@@ -18,14 +18,22 @@ from typer.testing import CliRunner
 
 from deploy.cli import app
 from deploy.common.certificates import node_key, server_files
-from deploy.common.flower_cli import Control
+from deploy.common.flower_cli import Control, key_words
 from deploy.common.join_token import JOIN, JoinToken, authority_hash, decode_token
 from deploy.common.tls_hello import protocols, server_name
 from deploy.operator.alpn_router import Front, room_for
-from deploy.operator.members import Members
-from deploy.operator.registration import PATIENCE, RegistrationServer
+from deploy.operator.members import Members, admit
+from deploy.operator.registration import PATIENCE, RegistrationServer, revoke
 from deploy.owner import join as joining
-from deploy.owner.join import Membership, fetch_server_info, find_membership, memberships, register, unregister
+from deploy.owner.join import (
+    Membership,
+    fetch_server_info,
+    find_membership,
+    is_redeemed,
+    memberships,
+    register,
+    unregister,
+)
 from fedtune_strategies.errors import ConfigError, LinkError, NodesError, ProtocolError
 from fedtune_strategies.folders import private_runtime_folder, remove_folder
 from fedtune_strategies.stream.offer import new_name, socket_of
@@ -34,16 +42,24 @@ SECRET = bytes(range(16))
 
 
 class FakeControl(Control):
-    """Registers keys in a dict."""
+    """Registers keys in a dict, and like Flower takes none again that it has known."""
 
     registered: dict = {}  # noqa: RUF012
 
     def register(self, public_key, name):
-        self.registered[name] = public_key.read_text().strip()
-        return 1000 + len(self.registered)
+        key = public_key.read_text().strip()
+        if key in self.registered.values():
+            raise LinkError("flwr supernode failed: code 23: Public key already in use")
+        node_id = 1000 + sum(isinstance(one, int) for one in self.registered) + 1
+        self.registered |= {name: key, node_id: key}
+        return node_id
 
     def unregister(self, node_id):
+        self.registered["gone", node_id] = self.registered[node_id]
         self.registered[node_id] = None
+
+    def registered_keys(self):
+        return {key_words(key): one for one, key in self.registered.items() if isinstance(one, int) and key}
 
 
 @pytest.fixture
@@ -316,6 +332,76 @@ def test_leaving_gets_one_answer_whether_the_name_is_known_or_not(desk):
         for name in ("alice", "nobody", "../x")
     ]
     assert said[0] == said[1] == said[2] and "alice" not in str(said)
+
+
+def test_a_revoked_node_that_is_invited_again_joins_with_another_key(desk):
+    keys = []
+    for _ in range(3):
+        token = token_for(desk, "alice")
+        mine = register(token, fetch_server_info(token)[0], membership(token))
+        keys.append((mine.folder / "key.pub").read_text())
+        assert register(token, desk.files.authority.read_text(), mine) == mine, "asking again changes nothing"
+        assert (mine.folder / "key.pub").read_text() == keys[-1] and is_redeemed(mine, token)
+        revoke(desk.members, desk._control, "alice")
+        assert desk._control.registered_keys() == {}
+    assert len(set(keys)) == 3
+
+
+class Killed(BaseException):
+    """Stands for kill -9."""
+
+
+def approved(desk, tmp_path, name):
+    """A member whose key is about to be registered."""
+    key = node_key(tmp_path / "keys-of-nodes", name).public.read_text().strip()
+    return desk.members.apply(desk.members.invite(name, 60)[0], key, approval=False)
+
+
+def test_a_server_killed_between_flower_s_list_and_ours_knows_its_member_at_the_next_start(desk, tmp_path, monkeypatch):
+    member = approved(desk, tmp_path, "alice")
+    change = Members.change
+
+    def killed(*_, **__):
+        raise Killed
+
+    monkeypatch.setattr(Members, "change", killed)
+    with pytest.raises(Killed):
+        admit(desk.members, member, desk._register, desk._control.unregister)
+    monkeypatch.setattr(Members, "change", change)
+    assert desk.members.get("alice").state == "approved"
+    desk.reconcile()
+    found = desk.members.get("alice")
+    assert found.state == "member" and desk._control.registered_keys() == {key_words(member.public_key): found.node_id}
+    desk.reconcile()
+    assert desk.members.get("alice") == found, "once is enough"
+
+
+def test_a_node_that_is_revoked_while_its_key_is_registered_stays_out(desk, tmp_path):
+    member = approved(desk, tmp_path, "alice")
+
+    def slow(key, name):
+        node_id = desk._register(key, name)
+        revoke(desk.members, desk._control, name)
+        return node_id
+
+    with pytest.raises(NodesError, match="revoked"):
+        admit(desk.members, member, slow, desk._control.unregister)
+    assert desk._control.registered_keys() == {} and desk.members.get("alice").state == "revoked"
+
+
+def test_at_each_start_both_lists_become_equal(desk, tmp_path):
+    """Revoked and then killed; known to Flower alone; known to us alone, as after a lost database."""
+    for name in ("alice", "bob"):
+        admit(desk.members, approved(desk, tmp_path, name), desk._register, desk._control.unregister)
+    desk.members.change("alice", "revoked", expected=("member",))
+    desk._control.register(node_key(tmp_path, "stray").public, "stray")
+    desk.reconcile()
+    bob = desk.members.get("bob")
+    assert desk._control.registered_keys() == {key_words(bob.public_key): bob.node_id}
+    FakeControl.registered.clear()
+    desk.reconcile()
+    bob = desk.members.get("bob")
+    assert bob.state == "member" and desk._control.registered_keys() == {key_words(bob.public_key): bob.node_id}
 
 
 def test_strangers_learn_nothing_and_cannot_end_memberships(desk, tmp_path):

@@ -34,11 +34,12 @@ class Lab:
         serve = serving(folder, address=f"localhost:{port}", listen="127.0.0.1", on_event=self.events.append)
         self.server = stack.enter_context(serve)
         self.folder, self.port, self.data_files = folder, port, data_files
+        control = self.server.control
         for name in data_files:
             key = node_key(folder / "keys", name).public
             secret, _ = self.server.members.invite(name, 60)
             member = self.server.members.apply(secret, key.read_text().strip(), approval=False)
-            admit(self.server.members, member, lambda _, name, key=key: self.server.control.register(key, name))
+            admit(self.server.members, member, lambda _, name, key=key: control.register(key, name), control.unregister)
         self.nodes = {name: self._start(name) for name in data_files}
         self._done = threading.Event()
         keeper = threading.Thread(target=self._keep)

@@ -10,6 +10,7 @@ import pytest
 
 from deploy.common import processes
 from deploy.common.certificates import node_key, server_files
+from deploy.common.flower_cli import key_words
 from deploy.operator.serve import serving
 from deploy.owner.doctor import examine
 from deploy.owner.node import meanings
@@ -45,7 +46,9 @@ def node(server, tmp_path, name, authority, key):
 def test_strangers_are_refused_and_no_secret_shows(server, tmp_path):
     keys, others = server.folder / "keys", tmp_path / "other"
     other = server_files(others)
-    server.control.register(node_key(keys, "member").public, "member")
+    public = node_key(keys, "member").public
+    node_id = server.control.register(public, "member")
+    assert server.control.registered_keys() == {key_words(public.read_text()): node_id}
     member, _ = node(server, tmp_path, "member", server.authority, node_key(keys, "member").private)
     strangers = {
         "unregistered": (server.authority, node_key(others, "stranger").private),

@@ -17,7 +17,7 @@ def test_the_list_is_what_the_operator_s_commands_wrote(tmp_path, monkeypatch):
     for number, name in enumerate(["alice", "bob", "carol"], start=1):
         key = node_key(tmp_path / name, "key").public.read_text().strip()
         member = members.apply(members.invite(name, 60)[0], key, approval=name == "carol")
-        admit(members, member, lambda key, name, number=number: number)
+        admit(members, member, lambda key, name, number=number: number, print)
     members.change("bob", "revoked", expected=("member",))
     assert listed_members()() == {1: "alice"}
     for text in ("{", "[1]", json.dumps({"a": {}}), json.dumps({"a": {"state": "member", "node_id": "x"}})):

@@ -367,3 +367,12 @@ def test_a_node_that_runs_ends_when_its_owner_leaves_and_its_record_stays(member
     assert said == ["connected", "left: this machine is no member of server.example:9092 any more"]
     assert not membership.folder.exists() and "hello-reply" in left[0].read_text()
     assert stat.S_IMODE(left[0].stat().st_mode) == 0o600
+
+
+def test_a_token_is_read_from_a_file_or_from_standard_input(tmp_path):
+    old = JoinToken("127.0.0.1:1", "alice", bytes(32), bytes(16), int(time.time()) - 60).encode()
+    (tmp_path / "token.txt").write_text(old + "\n")
+    code, _, shown = call("join", str(tmp_path / "token.txt"), "--data", "notes")
+    assert code == LinkError.exit_code and "expired" in shown
+    code, _, shown = call("join", str(tmp_path / "nothing.txt"), "--data", "notes")
+    assert code == LinkError.exit_code and "no join token" in shown
