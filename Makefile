@@ -11,8 +11,8 @@ unexport PYTHONDONTWRITEBYTECODE
 help: ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
 
-demo: $(INSTALLED) ## Tune the embedded model over a real federation, by every method (about 5 minutes).
-	@$(BIN)/fedtune demo $(DEMO)
+demo: $(INSTALLED) ## Tune a model over a real federation (about 5 minutes; MODEL=smollm2: a real one, 15).
+	@$(BIN)/fedtune demo $(if $(MODEL),--model $(MODEL)) $(DEMO)
 
 test: lint $(KERNELS) ## Check everything: style, types, unit tests and networked tests.
 	HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal $(TESTS)

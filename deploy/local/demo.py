@@ -16,13 +16,14 @@ from deploy.common.units import clock
 from deploy.local.federation import Federation, federation
 from deploy.local.proxy import Traffic
 from deploy.local.report import Result, as_facts, markdown, samples, summarise, table
+from deploy.local.smollm2 import NAME, fetch_smollm2, smollm2_folder
 from deploy.status import write_page
 from fedtune_strategies.config import Scalar, parse
 from fedtune_strategies.errors import ConfigError, DataError, ResourceError
 from fedtune_strategies.folders import check_ours, make_folder, remove_folder
 from fedtune_strategies.words import counted
 
-# What suits the embedded model and two cores; everything else is as in the run configuration.
+# What suits a model and two cores, by method; everything else is as in the run configuration.
 COMMON: dict[str, Scalar] = {"train.seq-length": 64, "eval.answers": 45, "eval.max-new-tokens": 20}
 SEEDS: dict[str, Scalar] = {
     "num-server-rounds": 4,
@@ -30,18 +31,19 @@ SEEDS: dict[str, Scalar] = {
     "train.local-steps": 60,
     "train.lr": 4e-4,
 }
-GRADIENT: dict[str, Scalar] = {
-    "method.name": "fedkseed",
-    "fedkseed.estimator": "gradient",
-    "num-server-rounds": 4,
-    "train.local-steps": 24,
-}
-SETTINGS: dict[str, dict[str, Scalar]] = {
-    "gradient": GRADIENT,
+GRADIENT: dict[str, Scalar] = {"method.name": "fedkseed", "fedkseed.estimator": "gradient", "num-server-rounds": 4}
+EMBEDDED: dict[str, dict[str, Scalar]] = {
+    "gradient": GRADIENT | {"train.local-steps": 24},
     "fedkseed": SEEDS,
     "fedkseed-pro": SEEDS,
     "fedcybgd": {"num-server-rounds": 6, "train.lr": 3e-4},
 }
+# Sixty times as large: few short steps, and blocks from the last down, for which a backward pass is short.
+SMOLLM2: dict[str, dict[str, Scalar]] = {
+    "gradient": GRADIENT | {"train.local-steps": 8},
+    "fedcybgd": {"num-server-rounds": 6, "train.local-steps": 16, "train.lr": 3e-4, "fedcybgd.order": "descending"},
+}
+SHORT: dict[str, Scalar] = {"train.batch-size": 2, "eval.every": 2, "eval.max-examples": 72, "eval.answers": 27}
 HELD_OUT = 200  # most examples held out of a user's own file
 
 
@@ -64,9 +66,9 @@ def run_demo(
     nodes : int
         Number of nodes.
     methods : sequence of str
-        Names of methods.
+        Names of methods; empty for all that the demo has settings for.
     model : str
-        Base model, as in ``model.name``.
+        Base model, as in ``model.name``, or `smollm2.NAME`, which is fetched.
     data : Path or None
         A data file to deal out to the nodes; None makes the embedded data.
     changes : mapping
@@ -86,10 +88,13 @@ def run_demo(
         Something a user can act on; everything that was started has been stopped.
     """
     started = time.monotonic()
-    configs = [_config(method, model, nodes, out, changes) for method in methods]
+    configs = [_config(method, model, nodes, out, changes) for method in methods or _settings(model)]
+    methods = [Path(str(config["run.dir"])).name for config in configs]
     for folder in [out / "data", *(out / method for method in methods)]:
         check_ours(folder)
     with _alone(out):
+        if model == NAME:
+            fetch_smollm2(console.print)
         node_files, _ = _data(out / "data", nodes, data)
         console.print(
             f"[bold]FedTune demo[/bold]: {counted(nodes, 'node')}, {', '.join(methods)}; "
@@ -125,18 +130,23 @@ def _alone(out: Path) -> Iterator[None]:
 
 def _config(method: str, model: str, nodes: int, out: Path, changes: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """Make a method's run configuration, checked before anything is started."""
-    if method not in SETTINGS:
-        raise ConfigError(f"unknown method {method!r}: choose from {', '.join(SETTINGS)}")
+    if method not in _settings(model):
+        raise ConfigError(f"unknown method {method!r}: choose from {', '.join(_settings(model))}")
     own: dict[str, Scalar] = {
-        "model.name": model,
+        "model.name": str(smollm2_folder()) if model == NAME else model,
         "eval.data": str(out / "data" / "heldout.jsonl"),
         "run.dir": str(out / method),
     }
     if taken := own.keys() & changes.keys():
         raise ConfigError(f"the demo sets {', '.join(sorted(taken))}: use --methods, --model, --data and --out")
-    config = {"method.name": method, **COMMON, "strategy.min-nodes": nodes, **SETTINGS[method], **changes, **own}
+    suited = {"method.name": method, **COMMON, "strategy.min-nodes": nodes, **_settings(model)[method]}
+    config = suited | changes | own
     parse(config)
     return config
+
+
+def _settings(model: str) -> dict[str, dict[str, Scalar]]:
+    return {method: SHORT | own for method, own in SMOLLM2.items()} if model == NAME else EMBEDDED
 
 
 def _tune(running: Federation, config: Mapping[str, Scalar], console: Console) -> Result:
