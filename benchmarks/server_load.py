@@ -91,7 +91,6 @@ def measure(count: int, method: str, seeds: int, steps: int) -> Load:
             seconds=1.0,
             peak_memory=10,
             lr=1e-4,
-            eps=1e-3,
             noise=0.0,
         )
         for i, name in enumerate(names)

@@ -12,7 +12,7 @@ from fedtune_strategies.config import Config
 from fedtune_strategies.cost import Cost, Fleet, Shape
 from fedtune_strategies.errors import ConfigError
 from fedtune_strategies.language.model import freeze_other_modalities
-from fedtune_strategies.language.model_files import weight_files
+from fedtune_strategies.language.model_files import weight_files, weights_dtype
 from fedtune_strategies.method import load_method
 
 
@@ -38,7 +38,7 @@ def shape_of(folder: Path, config: Config) -> Shape:
         vocabulary=text.vocab_size,
         model=model,
         stored=sum(file.stat().st_size for file in weight_files(folder)),
-        width=int(getattr(torch, config.model.dtype).itemsize),
+        width=weights_dtype(folder, config.model.dtype).itemsize,
     )
 
 

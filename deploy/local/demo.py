@@ -140,7 +140,7 @@ def _config(method: str, model: str, nodes: int, out: Path, changes: Mapping[str
     if taken := own.keys() & changes.keys():
         raise ConfigError(f"the demo sets {', '.join(sorted(taken))}: use --methods, --model, --data and --out")
     suited = {"method.name": method, **COMMON, "strategy.min-nodes": nodes, **_settings(model)[method]}
-    config = suited | changes | own
+    config = {**suited, **changes, **own}
     parse(config)
     return config
 

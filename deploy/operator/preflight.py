@@ -15,7 +15,7 @@ from fedtune_strategies.config import Scalar, parse
 from fedtune_strategies.errors import LedgerError, NodesError, ResourceError
 from fedtune_strategies.language.data import read_rows
 from fedtune_strategies.language.model import check_model
-from fedtune_strategies.language.model_files import count_parameters, model_folder, weight_files
+from fedtune_strategies.language.model_files import count_parameters, model_folder, weight_files, weights_dtype
 from fedtune_strategies.method import load_method
 from fedtune_strategies.words import counted
 
@@ -58,7 +58,7 @@ def room(settings: Mapping[str, Scalar]) -> str:
     """Check that the run's folder has room for its record and for the exported model."""
     config = parse(settings)
     base = model_folder(config.model.name)
-    needed = 4 * count_parameters(weight_files(base))  # the export
+    needed = weights_dtype(base, config.model.dtype).itemsize * count_parameters(weight_files(base))  # the export
     if load_method(config.method.name).cost is not None:
         nodes = int(config.strategy.min_nodes)
         needed += config.num_server_rounds * plan(config, base, nodes, EXAMPLES).record

@@ -30,7 +30,9 @@ class ModelConfig:
         "fedtune-tiny", "Hugging Face causal LM: a folder, a Hub id, or the embedded model 'fedtune-tiny'."
     )
     dtype: str = option(
-        "float32", "Type of the weights in memory and in the export.", choices=("float32", "bfloat16", "float16")
+        "auto",
+        "Type of the weights in memory and in the export; 'auto': that of the model's files.",
+        choices=("auto", "float32", "bfloat16", "float16"),
     )
 
 

@@ -95,7 +95,7 @@ class FedCyBGD(TuningStrategy):
         self.settings = config.fedcybgd
         self.takes_late = config.strategy.late > 0
         self.trained = [block.index for block in blocks if not block.frozen]
-        codec, dtype = parse_codec(self.settings.rest), getattr(torch, config.model.dtype)
+        codec, dtype = parse_codec(self.settings.rest), next(iter(base.values())).dtype
         self.store = BlockStore(base, blocks, codec, dtype, measure)
         self.node_states = NodeStates(len(blocks))
         self.width = self.settings.nodes_per_round if self.settings.structure == "parallel" else 1

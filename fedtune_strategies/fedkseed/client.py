@@ -73,7 +73,6 @@ class FedKSeedClient:
             seconds=time.monotonic() - start,
             peak_memory=peak_memory(),
             lr=found.lr,
-            eps=found.eps,
             noise=found.noise,
         )
 
@@ -106,7 +105,7 @@ class FedKSeedClient:
         return True
 
     def calibrate(self, task: SeedTask) -> Calibration:
-        """Find what a task leaves open; in the first round, also say how noisy slopes are.
+        """Find the step size where a task leaves it open, and say then how noisy slopes are.
 
         Parameters
         ----------
@@ -116,11 +115,11 @@ class FedKSeedClient:
         Returns
         -------
         Calibration
-            Step size, distance and noise; no noise where it was not measured.
+            Step size and noise; no noise where it was not measured.
         """
+        if task.lr:
+            return Calibration(task.lr, math.nan)
         settings = self._config.fedkseed
-        if task.round > 1 or self._config.privacy.clip:  # what is found here tells something about the data
-            return Calibration(task.lr, task.eps, math.nan)
         self._rebuild(task)
         found = calibrate(
             self._model,
@@ -128,13 +127,13 @@ class FedKSeedClient:
             loss_in_parts(self._micro_batch),
             next(self._batches(0, 1)),
             range(min(DIRECTIONS, settings.seeds)),
-            lr=task.lr,
             eps=task.eps,
+            steps=self._config.train.local_steps,
             pattern=self._pattern,
             signs=settings.estimator == "sign",
         )
         exact = settings.estimator == "forward"
-        return Calibration(found.lr, found.eps, math.nan) if exact else found
+        return Calibration(found.lr, math.nan) if exact else found
 
     def train(self, task: SeedTask, found: Calibration) -> tuple[LocalSteps, str]:
         """Take the round's local steps.
@@ -144,7 +143,7 @@ class FedKSeedClient:
         task : SeedTask
             The task; `take` said that theta is there.
         found : Calibration
-            Step size and distance.
+            The step size.
 
         Returns
         -------
@@ -169,7 +168,7 @@ class FedKSeedClient:
             loss,
             data,
             seeds,
-            eps=found.eps,
+            eps=task.eps,
             lr=found.lr,
             limit=task.limit,
             pattern=self._pattern,

@@ -23,7 +23,10 @@ class SeedTrainConfig(LocalTrainConfig):
 
     local_steps: int = option(200, "tau, zeroth-order steps of a node in a round.", low=1, high=100_000)
     lr: float = option(
-        1e-4, "eta, step size along one direction; 'auto': the nodes find it in the first round.", above=0.0, auto=True
+        "auto",
+        "eta, step size along one direction; 'auto': the nodes find it in the first round.",
+        above=0.0,
+        auto=True,
     )
     weight_decay: float = option(
         0.0, "Part by which theta shrinks in a round, towards the base model.", low=0.0, high=1.0
@@ -72,8 +75,9 @@ class FedKSeedConfig:
     )
     directions: int = option(1, "Steps in a row that share one batch and are taken at once.", low=1)
     eps: float = option(
-        1e-3,
-        "epsilon, distance of the two loss evaluations from the weights; 'auto': the nodes find it in the first round.",
+        "auto",
+        "epsilon, distance of the two loss evaluations from the weights; 'auto': by their type, 1e-3 in float32, 3e-3 "
+        "in float16, 1e-2 in bfloat16.",
         above=0.0,
         auto=True,
     )
@@ -201,10 +205,10 @@ class FedKSeedRunConfig(Config):
                 "run config: 'privacy.clip' works with 'fedkseed.estimator' = \"gradient\", and with \"two-sided\" "
                 "where 'fedkseed.directions' = 1: set one of these, or 'privacy.clip' to 0."
             )
-        if self.privacy.clip and not (train.lr and own.eps):
+        if self.privacy.clip and not train.lr:
             raise ConfigError(
-                "run config: 'train.lr' and 'fedkseed.eps' must be numbers where 'privacy.clip' is set: finding them "
-                "tells something about the data."
+                "run config: 'train.lr' must be a number where 'privacy.clip' is set: finding it tells something about "
+                "the data."
             )
         if self.strategy.late and self.strategy.aggregation in COMPARED:
             raise ConfigError(

@@ -32,7 +32,7 @@ class SeedTask:
     lr : float
         Step size along one direction in this round; 0 where the node shall find one, in the first round.
     eps : float
-        Distance of the losses from the weights; 0 as above.
+        Distance of the losses from the weights.
     limit : float
         Largest magnitude of a scalar; larger ones are clipped. Infinite where nothing is known yet.
     """
@@ -62,17 +62,16 @@ class SeedReply(TrainReply):
         not finite; see `protocol.packing.read_scalars`.
     unit : float
         Unit of the scalars.
-    lr, eps : float
-        Step size and distance that the node took: its own where the task left them open.
+    lr : float
+        Step size that the node took: its own where the task left it open.
     noise : float
-        Share of error in its slopes, measured in the first round; otherwise not a number. See `calibrate`.
+        Share of error in its slopes, where the node found the step size; otherwise not a number. See `calibrate`.
     """
 
     kind: ClassVar[str] = "seed-reply"
     scalars: Tensor
     unit: float
     lr: float
-    eps: float
     noise: float
 
 

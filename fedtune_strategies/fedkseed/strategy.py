@@ -57,6 +57,7 @@ from fedtune_strategies.strategy import (
     shares,
     step_size,
 )
+from fedtune_strategies.zeroth_order.calibrate import default_distance
 
 # Share of error in a node's slopes above which less than half of their mean square is signal.
 NOISE_LIMIT = 0.7
@@ -85,7 +86,8 @@ class FedKSeed(TuningStrategy):
         self.closed: list[NDArray[np.float32]] = []
         self.theta = np.zeros(config.fedkseed.seeds, dtype=np.float32)
         self.carry = np.zeros(config.fedkseed.seeds, dtype=np.float32)
-        self.eta, self.eps = config.train.lr, config.fedkseed.eps  # 0 until the first round has found them
+        self.eta = config.train.lr  # 0 until the first round has found it
+        self.eps = config.fedkseed.eps or default_distance(base.values())
         self.versions = Versions()
         self.amplitude = 0.0
         self.spent = PrivacySpent(config)
@@ -97,9 +99,9 @@ class FedKSeed(TuningStrategy):
         self.spent.check()
         settings, train = self.config.fedkseed, self.config.train
         log.info(
-            "FedKSeed: K = %d %s seeds, tau = %d, eta = %g (%s), epsilon = %g (0: to be found), aggregated by %s",
-            settings.seeds, settings.pool, train.local_steps, self.eta, train.lr_schedule, self.eps,
-            type(self.inner).__name__,
+            "FedKSeed: K = %d %s seeds, tau = %d, eta = %s (%s), epsilon = %g, aggregated by %s",
+            settings.seeds, settings.pool, train.local_steps, self.eta or "found in round 1", train.lr_schedule,
+            self.eps, type(self.inner).__name__,
         )  # fmt: skip
 
     def initial_arrays(self) -> ArrayRecord:
@@ -161,7 +163,7 @@ class FedKSeed(TuningStrategy):
                 f"{reply.node} sent {tuple(reply.scalars.shape)} scalars of {reply.scalars.dtype}, not "
                 f"{steps} of {SCALAR_TYPES[settings.scalar_bits]}: the reply is left out."
             )
-        if not (0 < reply.lr < math.inf and 0 < reply.eps < math.inf):
+        if not 0 < reply.lr < math.inf:
             raise DivergenceError(f"{reply.node} found no step size: its losses are not finite. The reply is left out.")
         scalars = read_scalars(reply.scalars, reply.unit)
         if not np.isfinite(scalars).any():
@@ -218,7 +220,7 @@ class FedKSeed(TuningStrategy):
         """
         own = {"theta": self.theta, "carry": self.carry, "amplitude": np.float64(self.amplitude)}
         own |= {"last_odds": self.last_odds} if self.config.strategy.late else {}
-        own |= {"eta": np.float64(self.eta), "eps": np.float64(self.eps)}
+        own |= {"eta": np.float64(self.eta)}
         files = {f"pool-{len(self.closed) - 1}": {"theta": torch.from_numpy(row)} for row in self.closed[-1:]}
         tensors = {name: torch.tensor(value) for name, value in own.items()}
         return State(tensors | self.spent.state() | moments(self.inner), files)
@@ -232,7 +234,7 @@ class FedKSeed(TuningStrategy):
         self.amplitude = float(tensors["amplitude"])
         if self.config.strategy.late:
             self.last_odds = tensors["last_odds"].numpy()
-        self.eta, self.eps = float(tensors["eta"]), float(tensors["eps"])
+        self.eta = float(tensors["eta"])
         self.spent.restore(tensors)
         return arrays_of(theta=tensors["theta"])
 
@@ -305,13 +307,12 @@ class FedKSeed(TuningStrategy):
         for node in [node for node, share in noise.items() if share > NOISE_LIMIT]:
             log.warning(
                 "%s: the signal in its scalars is below the noise: %.0f %% of their size is error; "
-                "set 'fedkseed.eps' to \"auto\", or 'model.dtype' to \"float32\"",
+                "set 'fedkseed.eps' higher, or 'model.dtype' to \"float32\"",
                 node, 100 * noise[node],
             )  # fmt: skip
-        if not (self.eta and self.eps):
-            self.eta = self.eta or float(np.median([answer.lr for answer in answers]))
-            self.eps = self.eps or float(np.median([answer.eps for answer in answers]))
-            log.info("found by %d nodes: train.lr = %.3g, fedkseed.eps = %.3g", len(answers), self.eta, self.eps)
+        if not self.eta:
+            self.eta = float(np.median([answer.lr for answer in answers]))
+            log.info("found by %d nodes: train.lr = %.3g", len(answers), self.eta)
 
     def _move(self, aggregated: NDArray[np.float64], round: int) -> None:
         """Move theta by the server's step, less weight decay, both rounded; what rounding leaves moves next time."""

@@ -34,6 +34,7 @@ from fedtune_strategies.language.model_files import (
     model_folder,
     tensor_dtypes,
     weight_files,
+    weights_dtype,
 )
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -71,8 +72,8 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> Langua
     ----------
     name : str
         A folder, the id of a model in the Hugging Face cache, or ``"fedtune-tiny"`` for the embedded model.
-    dtype : {"float32", "bfloat16", "float16"}
-        Of the loaded weights.
+    dtype : {"auto", "float32", "bfloat16", "float16"}
+        Of the loaded weights; see `weights_dtype`.
     device : str
         ``"cpu"``, ``"cuda"``, ``"cuda:1"`` …
 
@@ -88,9 +89,10 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> Langua
         The weights do not fit in the memory that is available, or there is no such device.
     """
     folder, tokenizer = check_model(name)
-    needed = count_parameters(weight_files(folder)) * getattr(torch, dtype).itemsize
+    loaded = weights_dtype(folder, dtype)
+    needed = count_parameters(weight_files(folder)) * loaded.itemsize
     _check_memory(name, needed, device)
-    model = _load_weights(name, folder, dtype)
+    model = _load_weights(name, folder, loaded)
     freeze_other_modalities(model)
     model.to(torch.device(device))  # type: ignore[arg-type]  # transformers declares its wrapper without self
     return LanguageModel(model.eval(), tokenizer, name, folder)
@@ -270,12 +272,12 @@ def _check_architecture(name: str, config: dict[str, Any]) -> None:
         )
 
 
-def _load_weights(name: str, folder: Path, dtype: str) -> PreTrainedModel:
+def _load_weights(name: str, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with _quiet():
             loaded = AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=getattr(torch, dtype),
+                dtype=dtype,
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=False,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -129,6 +130,26 @@ def tensor_dtypes(path: Path) -> set[str]:
     """Read which dtypes a safetensors file holds, as it names them (``"BF16"``, ``"F8_E4M3"``)."""
     with safe_open(path, framework="pt") as file:
         return {file.get_slice(key).get_dtype() for key in file.offset_keys()}
+
+
+def weights_dtype(folder: Path, dtype: str) -> torch.dtype:
+    """Return the type in which a model's weights are held.
+
+    Parameters
+    ----------
+    folder : Path
+        The model.
+    dtype : {"auto", "float32", "bfloat16", "float16"}
+        As in ``model.dtype``; "auto" is the type of most numbers in the files, float32 where that is none of these.
+    """
+    if dtype != "auto":
+        return cast(torch.dtype, getattr(torch, dtype))
+    counts: Counter[str] = Counter()
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for part in map(file.get_slice, file.offset_keys()):
+                counts[part.get_dtype()] += math.prod(part.get_shape())
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(counts.most_common(1)[0][0], torch.float32)
 
 
 def count_parameters(files: list[Path]) -> int:

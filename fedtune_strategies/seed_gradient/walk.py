@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedtune_strategies.divergence import check_losses
 from fedtune_strategies.seed_gradient.slopes import Slopes
 from fedtune_strategies.seed_space import Pool
 
@@ -71,6 +72,11 @@ def local_walk(
     -------
     LocalWalk
         The point reached, and the losses on the way.
+
+    Raises
+    ------
+    DivergenceError
+        The loss rises and rises (`check_losses`).
     """
     theta, mean = torch.zeros(pool.size, dtype=torch.float64), torch.zeros(pool.size, dtype=torch.float64)
     square, taken = 0.0, 0
@@ -80,6 +86,7 @@ def local_walk(
         loss, g = find(batch)
         finite = math.isfinite(loss) and bool(g.isfinite().all())
         losses.append(loss if finite else math.nan)
+        check_losses(losses)
         if not finite:
             continue
         taken += 1

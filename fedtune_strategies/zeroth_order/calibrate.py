@@ -1,31 +1,40 @@
-"""How far to look and how far to step: epsilon and the step size for a model and a batch, and how good a slope is.
+"""How far to step: the step size for a model, a batch and a number of steps, and how good a slope is.
 
-Slopes of a few directions are taken at several distances. Too near, rounding of the loss spoils them; too far, its
-curvature does. Both show as a difference between the slopes at two neighbouring distances.
+Losses are taken at three distances along a few directions. Too near, rounding of the loss spoils a slope; too far, its
+curvature does: both show as a difference between the slopes at two neighbouring distances.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedtune_strategies.seed_space import Pool
 from fedtune_strategies.zeroth_order.steps import Loss, trajectory
 
-DISTANCES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 DIRECTIONS = 6
+# In units of the distance at which slopes are taken.
+DISTANCES = (1.0, 3.0, 10.0)
 # Curvature counts up to where the loss has risen by so many nats: about as far as a run goes.
 _RISE = 0.5
 # Of the step that ends at the lowest point of a parabola. The rest is a margin for what differs from batch to batch;
 # docs/LOG.md compares the result with step sizes found by hand.
 _CAUTION = 0.1
+# What a round's steps may cost together by curvature, in nats: most of a slope is its batch's own, so the walk is
+# mostly a random one. docs/LOG.md has what came of shorter and longer walks on three models.
+_COST = 0.02
+
+
+def default_distance(weights: Iterable[Tensor]) -> float:
+    """Return epsilon for weights: the coarsest of their types decides, since it rounds the losses."""
+    types = {tensor.dtype for tensor in weights}
+    return 1e-2 if torch.bfloat16 in types else 3e-3 if torch.float16 in types else 1e-3
 
 
 @dataclass(frozen=True)
@@ -34,15 +43,14 @@ class Calibration:
 
     Attributes
     ----------
-    lr, eps : float
-        Step size and distance; not a number where no loss was finite.
+    lr : float
+        Step size; not a number where no loss was finite.
     noise : float
         Part of a slope that is error, as a share of its root mean square: about 0 for good slopes, 1 where nothing else
         is in them.
     """
 
     lr: float
-    eps: float
     noise: float
 
 
@@ -54,19 +62,24 @@ def calibrate(
     batch: Any,
     seeds: Sequence[int] | np.ndarray,
     *,
-    lr: float = 0.0,
-    eps: float = 0.0,
+    eps: float,
+    steps: int,
     pattern: str | None = None,
     signs: bool = False,
 ) -> Calibration:
-    """Choose what is not given, and measure how much of a slope is error.
+    """Choose a step size, and measure how much of a slope is error.
 
-    - *eps* is the distance at which slopes differ least from those at the next one, three times as far.
-    - *lr* is a tenth of 1 / h, where h is the mean curvature ``(L(W + eps z) - 2 L(W) + L(W - eps z)) / eps²`` at the
-      widest distance that costs less than half a nat and where it is positive; at most so long that a step goes as far
-      as that distance, and a tenth of that where no distance shows positive curvature.
+    The step size is the smallest of three:
 
-    Costs two losses for each direction and distance: 73 for six directions, 25 where both are given.
+    - a tenth of 1 / h, where h is the mean curvature ``(L(W + d z) - 2 L(W) + L(W - d z)) / d^2`` at the widest of
+      three distances d that costs less than half a nat and where it is positive;
+    - that with which a walk of all steps along random directions raises the loss by 0.02 nats,
+      ``steps * h * (lr * g)^2 / 2``, with g the root mean square of the slopes;
+    - that with which one step goes as far as the widest distance.
+
+    Where no distance shows positive curvature, it is a tenth of the last.
+
+    Costs two losses for each direction and distance: 37 for six directions.
 
     Parameters
     ----------
@@ -76,23 +89,25 @@ def calibrate(
         All losses are of this batch.
     seeds : sequence of int
         Directions to probe.
-    lr, eps : float
-        What is given; 0 where it is to be chosen.
+    eps : float
+        Distance at which slopes are taken.
+    steps : int
+        Steps that a node takes in a round.
     signs : bool
         Whether steps are taken by a slope's sign: then the step size is the mean length that slopes would have given.
 
     Returns
     -------
     Calibration
-        Step size, distance and noise.
+        Step size and noise.
     """
-    distances = sorted({eps, 3 * eps} - {0.0} | (set() if lr and eps else set(DISTANCES)))
+    distances = eps * np.array(DISTANCES)
     was_training = model.training
     model.eval()
     with trajectory(model, pool, pattern) as apply:
         here = float(loss(model, batch))
         sides = np.empty((len(distances), len(seeds), 2))
-        for row, distance in zip(sides, distances, strict=True):
+        for row, distance in zip(sides, distances.tolist(), strict=True):
             for cell, k in zip(row, seeds, strict=True):
                 apply([(int(k), distance)])
                 cell[0] = float(loss(model, batch))
@@ -100,18 +115,16 @@ def calibrate(
                 cell[1] = float(loss(model, batch))
                 apply([(int(k), distance)])
     model.train(was_training)
-    steps = np.array(distances)
-    slopes = (sides[..., 0] - sides[..., 1]) / (2 * steps[:, None])
-    errors = np.array([_rms(near - far) for near, far in pairwise(slopes)])
-    if not np.isfinite(errors).any():
-        return Calibration(math.nan, math.nan, math.nan)
-    at = distances.index(eps) if eps else int(np.nanargmin(errors))
-    slope, rise = _rms(slopes[at]), (sides.mean(axis=2) - here).mean(axis=1)
-    found = _step(steps, rise, slope) * (slope if signs else 1.0)
-    return Calibration(lr or found, distances[at], float(errors[at] / slope) if slope else 1.0)
+    slopes = (sides[..., 0] - sides[..., 1]) / (2 * distances[:, None])
+    slope, error = _rms(slopes[0]), _rms(slopes[0] - slopes[1])
+    if not math.isfinite(slope):
+        return Calibration(math.nan, math.nan)
+    rise = (sides.mean(axis=2) - here).mean(axis=1)
+    found = _step(distances, rise, slope, steps)
+    return Calibration(found * (slope if signs else 1.0), error / slope if slope else 1.0)
 
 
-def _step(distances: np.ndarray, rise: np.ndarray, slope: float) -> float:
+def _step(distances: np.ndarray, rise: np.ndarray, slope: float, steps: int) -> float:
     """Choose a step size from the mean rise of the loss at each distance, and the size of the slopes."""
     near = [i for i in range(len(distances)) if rise[i] < _RISE] or [0]  # not a number is not near
     longest = distances[near[-1]] / slope if slope else math.nan
@@ -120,7 +133,7 @@ def _step(distances: np.ndarray, rise: np.ndarray, slope: float) -> float:
     if not bent:
         return float(_CAUTION * longest)
     curvature = 2 * rise[bent[-1]] / distances[bent[-1]] ** 2
-    return float(min(_CAUTION / curvature, longest))
+    return float(min(_CAUTION / curvature, math.sqrt(2 * _COST / curvature / steps) / slope, longest))
 
 
 def _rms(values: np.ndarray) -> float:

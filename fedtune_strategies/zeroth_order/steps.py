@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedtune_strategies.divergence import check_losses
 from fedtune_strategies.errors import ConfigError
 from fedtune_strategies.layer_weights import require_reads_within_layers
 from fedtune_strategies.seed_space import Pool, tuned_parameters
@@ -108,6 +109,8 @@ def local_steps(
     ------
     ConfigError
         The estimator needs weights in place, or the model has operations that it cannot use.
+    DivergenceError
+        The loss rises and rises (`check_losses`).
     ModelError
         Layer by layer, and the model reads weights outside of their layer.
     """
@@ -131,6 +134,7 @@ def local_steps(
             g[group] = np.where(finite, np.clip(found.g, -limit, limit), np.nan)
             losses[group] = np.where(finite, found.loss, np.nan)
             steps = zip(ks, sizes[group], g[group], strict=True)
+            check_losses(losses)
             pending = _merged(found.back, [(k, -size * float(one)) for k, size, one in steps if one == one])
         apply(pending)
     model.train(was_training)

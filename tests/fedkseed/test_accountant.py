@@ -16,7 +16,7 @@ pytest.importorskip("dp_accounting", reason="the extra 'privacy' is not installe
 
 
 def config(**changes):
-    keys = {"privacy.clip": 1.0, "train.local-steps": 1, "train.batch-size": 1}
+    keys = {"privacy.clip": 1.0, "train.lr": 1e-4, "train.local-steps": 1, "train.batch-size": 1}
     return parse(keys | {name.replace("__", ".").replace("_", "-"): value for name, value in changes.items()})
 
 
@@ -68,4 +68,4 @@ def test_what_a_private_node_sends_does_not_say_that_a_loss_was_not_finite(setti
 )
 def test_what_cannot_be_private_is_refused(key):
     with pytest.raises(ConfigError, match=r"privacy\.clip"):
-        parse({"privacy.clip": 1.0} | key)
+        parse({"privacy.clip": 1.0, "train.lr": 1e-4} | key)

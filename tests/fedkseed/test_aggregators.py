@@ -36,7 +36,7 @@ def play(strategy, rounds, first=1):
     for number, answers in enumerate(rounds, start=first):
         strategy.configure_train(number, arrays, ConfigRecord(), fleet)
         replies = [
-            SeedReply(f"n{i}", number, 2.0, "", 1, 1.0, 1, torch.tensor(one, dtype=torch.float32), 1.0, 1e-4, 1e-3, 0.1)
+            SeedReply(f"n{i}", number, 2.0, "", 1, 1.0, 1, torch.tensor(one, dtype=torch.float32), 1.0, 1e-4, 0.1)
             for i, one in enumerate(answers)
         ]
         messages = [task(1, reply, number) for reply in replies]

@@ -24,7 +24,7 @@ def make(cls=FedKSeed, **changes):
 
 
 def reply(name, scalars, round=1):
-    return SeedReply(name, round, 2.0, "", 1, 1.0, 1, torch.from_numpy(np.float32(scalars)), 1.0, 1e-4, 1e-3, 0.1)
+    return SeedReply(name, round, 2.0, "", 1, 1.0, 1, torch.from_numpy(np.float32(scalars)), 1.0, 1e-4, 0.1)
 
 
 def play(strategy, replies):

@@ -36,7 +36,7 @@ def make(cls=FedKSeed, **changes):
 
 def reply(name, scalars, examples=1, round=1):
     values = torch.tensor(scalars, dtype=torch.float32)
-    message = SeedReply(name, round, 2.0, "", examples, 1.0, 1, values, 1.0, 1e-4, 1e-3, 0.1)
+    message = SeedReply(name, round, 2.0, "", examples, 1.0, 1, values, 1.0, 1e-4, 0.1)
     return task(1, message, round)
 
 
@@ -119,7 +119,7 @@ def test_a_late_reply_is_refused_where_it_cannot_count():
     def late(round, **changes):
         strategy = make(**changes)
         strategy.fingerprint, strategy.last_fingerprint = "now", ""
-        answer = SeedReply("a", round, 2.0, "", 1, 1.0, 1, torch.ones(TAU), 1.0, 1e-4, 1e-3, 0.1)
+        answer = SeedReply("a", round, 2.0, "", 1, 1.0, 1, torch.ones(TAU), 1.0, 1e-4, 0.1)
         return strategy.accept_late(5, answer)
 
     assert late(4, strategy__late=0.5)

@@ -86,7 +86,7 @@ def test_only_versions_that_some_node_holds_are_kept():
 def long_reply(node, round, scalars, fingerprint=""):
     """Make a reply whose numbers take many digits."""
     facts = {"loss": 2.123456789, "num_examples": 999, "seconds": 12.345678, "peak_memory": 10**10}
-    found = {"lr": 1.23456789e-4, "eps": 1.23456789e-3, "noise": 0.123456789}
+    found = {"lr": 1.23456789e-4, "noise": 0.123456789}
     return SeedReply(node, round, scalars=scalars, unit=1.0, fingerprint=fingerprint, **facts, **found)
 
 

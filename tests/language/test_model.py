@@ -78,6 +78,17 @@ def test_base_tensors_of_another_dtype(folders, dtype):
     assert base["lm_head.weight"].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_weights_are_held_as_most_of_them_are_stored(tmp_path, dtype):
+    model = make_model(CONFIGS["llama"]).to(dtype)
+    model.model.norm.to(torch.float32)
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    held = dtype if dtype != torch.float64 else torch.float32
+    assert {parameter.dtype for parameter in load_model(str(tmp_path), "auto").model.parameters()} == {held}
+    assert load_model(str(tmp_path), "float32").model.dtype == torch.float32
+
+
 def test_gpt2_file_without_prefix_is_mapped(folders, tmp_path, monkeypatch):
     folder = shutil.copytree(folders["gpt2"], tmp_path / "gpt2")
     tensors = load_file(folder / "model.safetensors")

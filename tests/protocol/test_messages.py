@@ -20,7 +20,7 @@ EXAMPLES = [
     protocol.HelloReply("node-0", 1, 5, "abcd", 10),
     SeedTask(3, 1, BYTES, 2.0**-20, BYTES.clone(), torch.arange(1, 17, dtype=torch.int16), 1e-4, 1e-3, math.inf),
     SeedTask(3, 0, BYTES, 2.0**-20, BYTES[:0], torch.empty(0, dtype=torch.int16), 1e-4, 1e-3, math.inf),
-    SeedReply("node_0.a-b", 3, 2.5, "abcd", 5, 1.5, 10, torch.tensor([1.0, math.nan]), 1.0, 1e-4, 1e-3, 0.5),
+    SeedReply("node_0.a-b", 3, 2.5, "abcd", 5, 1.5, 10, torch.tensor([1.0, math.nan]), 1.0, 1e-4, 0.5),
     GradientTask(3, 1, torch.ones(1, 8, dtype=torch.uint8), torch.ones(1), 1e-2),
     GradientReply("n", 3, 2.0, "f", 5, 1.0, 10, torch.ones(2, dtype=torch.uint8), 0.5, 1),
     BlockTask(

@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from fedtune_strategies.divergence import check_losses
+from fedtune_strategies.errors import DivergenceError
 from fedtune_strategies.seed_space import make_pool, tuned_parameters
 from fedtune_strategies.zeroth_order import local_steps
 
@@ -87,3 +89,23 @@ def test_dropout_is_off_during_steps_and_the_mode_restored():
     first, second = (local_steps(model, pool, loss, [batch], [2], eps=1e-3, lr=0.0).loss for _ in range(2))
     np.testing.assert_allclose(first, second, rtol=1e-4)
     assert model.training
+
+
+def test_a_walk_whose_loss_rises_and_rises_is_stopped_with_a_word():
+    taken = []
+
+    def rising(model, batch):
+        taken.append(batch)
+        return torch.tensor(2.0 + batch)
+
+    with pytest.raises(DivergenceError, match=r"rose from .* nats within 16 local steps, .*set 'train.lr' lower"):
+        local_steps(linear_model(), make_pool("walsh", 3, 8), rising, range(200), [1] * 200, eps=1e-3, lr=0.0)
+    assert max(taken) == 15
+
+
+def test_only_a_rise_beyond_what_batches_differ_by_is_a_divergence():
+    check_losses(np.random.default_rng(0).normal(3.0, 1.0, 400))
+    check_losses([9.0] * 20 + [np.nan, np.inf] * 8 + [2.0] * 20)
+    for diverged in ([2.0] * 20 + [5.0] * 8, [2.0] + [12.0] * 16):
+        with pytest.raises(DivergenceError, match="the loss rose"):
+            check_losses(diverged)
