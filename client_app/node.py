@@ -13,7 +13,7 @@ from typing import Any
 from client_app.history import LEFT, MODEL, History
 from client_app.terms import beyond, beyond_bytes, beyond_model, beyond_round, run_name
 from fedtune_strategies.config import from_flower, parse
-from fedtune_strategies.config.node import FIRST, PUBLIC, NodeConfig, Terms, parse_node
+from fedtune_strategies.config.node import FIRST, PUBLIC, Terms, parse_node
 from fedtune_strategies.errors import FedTuneError, ModelError, ResourceError, TermsError
 from fedtune_strategies.language.data import read_rows
 from fedtune_strategies.language.examples import tokenise
@@ -76,7 +76,7 @@ class Node:
         self._node = own = replace(own, batch_key="" if key == PUBLIC else key)
         self._method = register_messages(self.config.method.name)
         self._rows = read_rows(own.data, own.format, own.columns, own.skip_bad)
-        self._cache = ModelCache(_cache_folder(own), int(own.cache_gb * 1e9))
+        self._cache = ModelCache(own.cache_folder, int(own.cache_gb * 1e9))
         self._from_server = own.model == "server"
         name: str | Path | None = own.model or self.config.model.name
         if self._from_server or not (own.model or is_here(self.config.model.name)):
@@ -231,10 +231,6 @@ def note_failure(run_config: Mapping[str, Any], node_config: Mapping[str, Any], 
 
 def _unnamed(node_id: int) -> str:
     return f"node-{node_id & (2**64 - 1):016x}"
-
-
-def _cache_folder(own: NodeConfig) -> Path:
-    return Path(own.cache).expanduser() if own.cache else _home() / "models"
 
 
 def _home() -> Path:

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -26,8 +27,9 @@ from client_app.node import Node, note_failure, with_folder
 from client_app.stats import Stats
 from client_app.stream import Stream
 from client_app.worker_client import DO, FOLLOW, GRPC_OPTIONS, SERVICE, WorkerSpec, running_worker
+from fedtune_strategies.config.node import parse_node
 from fedtune_strategies.errors import FedTuneError, ProtocolError, ResourceError
-from fedtune_strategies.folders import keep_private, remove_folder
+from fedtune_strategies.folders import keep_private, make_folder, remove_folder
 from fedtune_strategies.logs import json_handler
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.stream.offer import decode_offer
@@ -63,6 +65,7 @@ class Service:
                 if self._node is None:
                     spec = self._spec
                     own = with_folder(spec.node_config, spec.node_id)
+                    keep_temporary_files_in(parse_node(own).cache_folder)
                     self._node = Node(spec.run_config, own, spec.node_id, self._facts.step)
                 name, body = self._node.handle(kind, payload)
             except FedTuneError as error:
@@ -77,6 +80,15 @@ class Service:
     def idle_seconds(self) -> float:
         """Return the seconds since the last task; 0 while one runs."""
         return 0.0 if self._busy.locked() else time.monotonic() - self.last_used
+
+
+def keep_temporary_files_in(cache: Path) -> None:
+    """Have files without a name made beside cached models: they are as large, and the system's folder may be memory.
+
+    ``TMPDIR`` comes first, and the system's folder is taken where the cache cannot be made.
+    """
+    with contextlib.suppress(OSError, ResourceError):
+        tempfile.tempdir = os.environ.get("TMPDIR") or str(make_folder(cache))
 
 
 def serve(folder: Path, host_pid: int) -> None:

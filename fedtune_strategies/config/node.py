@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fedtune_strategies.config.options import Scalar, option, options, section, values
@@ -67,6 +69,12 @@ class NodeConfig:
     prefix_cache_mb: float = option(
         0.0, "Most MB for hidden states of the frozen layers below a block, where batches come again.", low=0.0
     )
+
+    @property
+    def cache_folder(self) -> Path:
+        """Folder for models that come from servers, and for temporary files, which are as large."""
+        home = Path(os.environ.get("FEDTUNE_HOME", "~/.fedtune"))
+        return Path(self.cache or home / "models").expanduser()
 
 
 def parse_node(given: Mapping[str, Any]) -> NodeConfig:

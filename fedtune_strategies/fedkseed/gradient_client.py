@@ -93,8 +93,7 @@ class SeedGradientClient:
         if not task.since <= held < task.round:
             return False
         # The server may not know of the newest: the reply that would have said so did not arrive.
-        for theta in points[held - task.since :]:
-            self._moved.add(theta)
+        self._moved.follow(points[held - task.since :])
         return True
 
     def walk(self, task: GradientTask) -> LocalWalk:

@@ -10,7 +10,6 @@ leaves is forgotten, since it is nearly orthogonal to the next pool.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -159,12 +158,7 @@ class SeedGradient(TuningStrategy):
 
     def materialise(self, arrays: ArrayRecord, parameters: Mapping[str, Tensor]) -> str:
         """Move the weights by the points that are not in them yet, and write them; others stay as they are."""
-        start, missing = time.monotonic(), len(self.points) - self.moved.rounds
-        for done, point in enumerate(self.points[self.moved.rounds :], start=1):
-            self.moved.add(self._decoded(point))
-            if done == 1 and missing > 1:  # a restart: say how long it will take
-                log.info("moving the base model by %d rounds: about %.0f s", missing,
-                         missing * (time.monotonic() - start))  # fmt: skip
+        self.moved.follow([self._decoded(point) for point in self.points[self.moved.rounds :]])
         tuned = {name: parameters[name] for name in self.moved.weights}
         self.moved.write(tuned)
         self.fingerprint = fingerprint(tuned)

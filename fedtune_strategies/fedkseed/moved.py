@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import time
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +16,8 @@ from fedtune_strategies.fedkseed.pools import nth_pool
 from fedtune_strategies.seed_space import Pool
 from fedtune_strategies.seed_space.moved import MovedWeights
 from fedtune_strategies.seed_space.scaled import rms_scales, scaled
+
+log = logging.getLogger("fedtune")
 
 
 class Moved:
@@ -41,9 +45,14 @@ class Moved:
         """Return the scaled pool of a round, from 1."""
         return scaled(nth_pool(self._config, round - 1), self._scales)
 
-    def add(self, theta: NDArray[np.float32]) -> None:
-        """Move on by the next round's point."""
-        self.weights.add(self.pool(self.rounds + 1), torch.from_numpy(theta))
+    def follow(self, points: Sequence[NDArray[np.float32]]) -> None:
+        """Move on by the next rounds' points; where they are many, say how long that will take."""
+        start = time.monotonic()
+        for done, theta in enumerate(points, start=1):
+            self.weights.add(self.pool(self.rounds + 1), torch.from_numpy(theta))
+            if done == 1 and len(points) > 1:
+                left = (len(points) - 1) * (time.monotonic() - start)
+                log.info("moving the base model by the points of %d rounds: about %.0f s left", len(points), left)
 
     def write(self, parameters: Mapping[str, Tensor]) -> None:
         """Round the weights into a model's parameters."""
