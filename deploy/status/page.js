@@ -7,10 +7,14 @@ const WORDS = {
 };
 let reports = [];
 let clockSkew = 0; // the server's clock less ours, seconds
+let live = false; // a page that a server gives; a saved one has no "ago"
 
 const now = () => Date.now() / 1000 + clockSkew;
-const ago = (at) => (at === null || at === undefined ? "–" : `${duration(Math.max(0, now() - at))} ago`);
 const moment = (at) => (at ? new Date(at * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "short" }) : "–");
+const ago = (at) => (at && live ? `${duration(Math.max(0, now() - at))} ago` : moment(at));
+const LONG = 200; // characters: a longer text scrolls in its place, by keyboard too
+const MARKS = ["first", "second", "third", "first dashed", "second dashed", "third dashed"];
+const values = (points, key) => points.map((one) => one[key]).filter((value) => value !== null);
 
 function take(data) {
   clockSkew = data.generated - Date.now() / 1000;
@@ -46,13 +50,18 @@ function compare() {
     button.addEventListener("click", () => { $("runs").value = name; render(); $("main").focus(); scrollTo(0, 0); });
     return html("th", { scope: "row" }, button);
   };
-  const last = (evaluations, key) => decimal(3)(evaluations.map((one) => one[key]).filter((one) => one !== null).at(-1));
+  const change = (found) => (found.length > 1 ? `${decimal(3)(found[0])} → ${decimal(3)(found.at(-1))}` : decimal(3)(found[0]));
+  const shown = reports.slice(0, MARKS.length);
+  lineChart($("overlay"), "Held-out loss of the runs, nats a token", reports.length < 2 ? [] : shown.map(({ run, evaluations }, i) => ({
+    name: run.name, mark: MARKS[i], values: new Map(evaluations.filter(({ loss }) => loss !== null).map(({ round, loss }) => [round, loss])),
+  })));
   table(
     $("comparison").querySelector("table"),
-    ["Run", "Method", "State", "Rounds", "Held-out loss", "Rouge-L", "Sent by nodes", "Received", "Time"],
-    reports.map(({ run, evaluations, totals }) => [
-      choice(run.name), run.method, run.state, `${run.round} of ${run.rounds}`, last(evaluations, "loss"),
-      last(evaluations, "rouge_l"), bytes(totals.bytes_up), bytes(totals.bytes_down), duration(run.updated - run.started),
+    ["Run", "Method", "State", "Rounds", "Held-out loss", "Training loss", "Rouge-L", "Sent by nodes", "Received", "Time"],
+    reports.map(({ run, rounds, evaluations, totals }) => [
+      choice(run.name), run.method, run.state, `${run.round} of ${run.rounds}`, change(values(evaluations, "loss")),
+      change(values(rounds, "train_loss")), change(values(evaluations, "rouge_l")), bytes(totals.bytes_up), bytes(totals.bytes_down),
+      duration(run.seconds),
     ]),
   );
 }
@@ -68,7 +77,7 @@ function head({ run }) {
   $("progress").max = run.rounds || 1;
   $("progress").value = run.round;
   const left = run.seconds_left !== null ? `, about ${duration(run.seconds_left)} left` : "";
-  $("place").textContent = `Round ${run.round} of ${run.rounds}${left}; newest record ${ago(run.updated)}${run.kept === null ? "" : `; kept: round ${run.kept}`}`;
+  $("place").textContent = `Round ${run.round} of ${run.rounds}${run.phase ? `: ${run.phase}` : ""}${left}; newest record ${ago(run.updated)}${run.kept === null ? "" : `; kept: round ${run.kept}`}`;
   $("message").textContent = run.message + (run.exit_code ? ` (exit code ${run.exit_code})` : "");
   $("message").hidden = !run.message;
   $("settings").replaceChildren(
@@ -84,7 +93,6 @@ function figures({ run, totals, evaluations, rounds }) {
     return [last, values.length > 1 ? `from ${values[0].toFixed(digits)}` : "before tuning"];
   };
   const trained = rounds.map((one) => one.train_loss).filter((value) => value !== null);
-  const seconds = run.updated - run.started;
   const shown = [
     ["Held-out loss", change("loss", 3)],
     ["Held-out perplexity", change("perplexity", 2)],
@@ -93,7 +101,7 @@ function figures({ run, totals, evaluations, rounds }) {
     ["Nodes", [`${totals.nodes_alive} of ${totals.nodes}`, run.state === "running" ? "alive" : "alive at the end"]],
     ["Sent by the nodes", [bytes(totals.bytes_up), `${bytes(totals.bytes_down)} to them`]],
     ["Replies", [String(totals.replies), `${totals.refused} refused`]],
-    ["Time", [duration(seconds), `${bytes(totals.peak_memory)} at most on a node`]],
+    ["Time", [duration(run.seconds), `${bytes(totals.peak_memory)} at most on a node`]],
   ];
   $("figures").replaceChildren(
     ...shown.filter(([, values]) => values).map(([name, values]) =>
@@ -151,7 +159,7 @@ function turns({ turns: all, run, nodes: rows }) {
     ]),
     draw(width) {
       const left = Math.min(width * 0.3, 14 + 7 * Math.max(...names.map((name) => Math.min(16, name.length))));
-      const step = Math.max(4, Math.min(64, (width - left) / rounds.length));
+      const step = Math.max(4, (width - left) / rounds.length);
       const row = names.length > 30 ? 10 : 26, height = names.length * row + 24;
       const place = (i) => left + step * (i + 0.5);
       const drawn = [];
@@ -211,10 +219,10 @@ function answers({ answers: all }) {
   $("answers").querySelector("ol").replaceChildren(...all.map(({ prompt, expected, before, after }) => {
     const line = (name, answer) => [
       html("dt", {}, name),
-      html("dd", { class: same(answer, expected) && name !== "Expected" && "same" },
+      html("dd", { class: `clamp${same(answer, expected) && name !== "Expected" ? " same" : ""}`, tabindex: answer?.length > LONG && 0 },
         answer === null ? "not answered yet" : `${answer.trim() || "(nothing)"}${same(answer, expected) && name !== "Expected" ? " ✓" : ""}`),
     ];
-    return html("li", {}, html("p", {}, prompt.trim()),
+    return html("li", {}, html("p", { class: "clamp", tabindex: prompt.length > LONG && 0 }, prompt.trim()),
       html("dl", {}, ...line("Expected", expected), ...line("Before", before), ...line("After", after)));
   }));
 }
@@ -243,6 +251,7 @@ function notes({ notes: all }) {
 // The served page
 
 async function follow() {
+  live = true;
   let token = new URLSearchParams(location.hash.slice(1)).get("token") ?? sessionStorage.getItem("token") ?? "";
   if (location.hash.includes("token=")) history.replaceState(null, "", location.pathname);
   let seen = "", pause = 3;
