@@ -12,7 +12,7 @@ import click
 import typer
 from typer.core import TyperGroup
 
-from deploy.commands import ledger
+from deploy.commands import ledger, new
 from deploy.commands.compare import compare
 from deploy.commands.configuration import config
 from deploy.commands.demo import demo
@@ -75,6 +75,7 @@ for panel, commands in PANELS.items():
         app.command(NAMES.get(command), rich_help_panel=panel)(command)
 app.add_typer(nodes_app, name="nodes", rich_help_panel="Operators")
 app.add_typer(ledger.app, name="ledger", rich_help_panel="Operators")
+app.add_typer(new.app, name="new", rich_help_panel="Integrators")
 
 
 @app.callback()

@@ -84,8 +84,8 @@ class Federation:
         known = defaults(str(settings.get("method.name", "")))
         quick = {key: value for key, value in _QUICK.items() if key in known}
         self.settings = quick | {"model.name": str(model), "strategy.min-nodes": nodes} | dict(settings)
-        self._data = [folder / f"node_{number}.jsonl" for number in range(nodes)]
-        for number, path in enumerate(self._data):
+        self.data = {f"node-{number}": folder / f"node_{number}.jsonl" for number in range(nodes)}
+        for number, path in enumerate(self.data.values()):
             rows = node_rows(number, nodes, train_per_task=8, seed=0)
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -128,7 +128,8 @@ class Federation:
 
     def _handler(self, settings: dict[str, Scalar], number: int, faults: Sequence[Fault]) -> Handler:
         def start() -> Node:
-            return Node(settings, {"name": f"node-{number}", "data": str(self._data[number])}, number)
+            name = f"node-{number}"
+            return Node(settings, {"name": name, "data": str(self.data[name])}, number)
 
         node = start()
 
@@ -179,6 +180,20 @@ def assert_order_independent(federation: Federation) -> None:
     rounds = range(1, int(federation.settings["num-server-rounds"]) + 1)
     federation.run("restarted", [Fault(round % federation.nodes, round, "restart") for round in rounds])
     _assert_same(federation, "in-order", "restarted", "nodes were restarted")
+
+
+def assert_same_over_the_network(federation: Federation) -> None:
+    """Run it by ``fedtune serve``, ``join`` and ``run``: the bits must be those of the run in one process.
+
+    These are real processes over gRPC, in which the method must be installed too. Takes about a minute.
+    """
+    from deploy.local.federation import federation as over_the_network
+
+    federation.run("in-one-process")
+    folder, patient = federation.folder / "over-the-network", {"round.deadline": 600.0, "round.node-wait": 600.0}
+    with over_the_network(federation.folder / "processes", federation.data) as running:
+        running.tune(federation.settings | patient | {"run.dir": str(folder)}, to_stderr=True)
+    _assert_same(federation, "in-one-process", "over-the-network", "it ran over the network")
 
 
 class Killed(BaseException):

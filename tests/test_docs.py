@@ -2,12 +2,16 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
+import typer
 
+from deploy.cli import app
 from fedtune_strategies.config import app_defaults
 from fedtune_strategies.errors import FedTuneError
 from fedtune_strategies.tiny.tasks import write_federation
@@ -30,6 +34,22 @@ def test_configuration_keys_in_backticks_exist(page):
     for key in re.findall(r"`([a-z]+\.[a-z-]+)(?: = [^`]*)?`", page.read_text()):
         if key.partition(".")[0] in groups - {"model", "run"}:
             assert key in known, f"{page.name}: {key}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "LOG.md"], ids=lambda page: page.name)
+def test_commands_and_their_options_exist(page):
+    text = re.sub(r"\\\n\s*", "", page.read_text())
+    blocks = "\n".join(re.findall(r"^```\w*(?: \w+)?\n(.*?)^```$", text, re.M | re.S))
+    lines = re.findall(r"^fedtune .*", blocks, re.M) + re.findall(r"`(fedtune [^`\n]+)`", text)
+    for line in lines:
+        command, words = typer.main.get_command(app), shlex.split(line.partition(" && ")[0], comments=True)[1:]
+        while isinstance(command, click.Group) and words and words[0] in command.commands:
+            command = command.commands[words.pop(0)]
+        known = {name for one in command.params for name in one.opts} | {"--help", "-h"}
+        if not isinstance(command, click.Group) or command.name in ("nodes", "ledger"):
+            assert {word.partition("=")[0] for word in words if word.startswith("--")} <= known, f"{page.name}: {line}"
+        else:
+            assert not words or words[0].startswith("-") or words[0].isupper(), f"{page.name}: {line}"
 
 
 @pytest.mark.slow

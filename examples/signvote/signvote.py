@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field
 
 import torch
+from flwr.app import MetricRecord
 from flwr.serverapp.strategy import FedAvg
 
 from fedtune_strategies.config import Config, SamplingConfig, option
@@ -20,7 +21,7 @@ from fedtune_strategies.memory import peak_memory
 from fedtune_strategies.method import Method
 from fedtune_strategies.protocol.flower import decoded
 from fedtune_strategies.seed_space import fingerprint
-from fedtune_strategies.strategy import check_origin
+from fedtune_strategies.strategy import check_origin, mean_loss
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ class SignVote(ArraysStrategy):
 
     def aggregate_train(self, server_round, replies):
         """Move every parameter by the step size, the way of the majority; a tie leaves it."""
-        answers = [decoded(reply.content, ArraysReply) for reply in replies]
+        answers = sorted((decoded(reply.content, ArraysReply) for reply in replies), key=lambda answer: answer.node)
         for name in self.current:
             votes = sum(answer.arrays[name].sign().to(torch.int32) for answer in answers)
             self.current[name] = self.current[name] - self.lr * votes.sign()
-        return self.initial_arrays(), None
+        return self.initial_arrays(), MetricRecord(mean_loss(answers, [1.0] * len(answers)))
 
 
 class Voter:

@@ -1,13 +1,23 @@
 """The test kit passes sound methods and catches broken ones; the example package is one of the sound."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from deploy.testing import Fault, Federation, assert_dropout_safe, assert_order_independent, assert_resume_exact
-from fedtune_strategies.errors import ConfigError
+from deploy.new_method import write_method
+from deploy.testing import (
+    Fault,
+    Federation,
+    assert_dropout_safe,
+    assert_order_independent,
+    assert_resume_exact,
+    assert_same_over_the_network,
+)
+from fedtune_strategies.errors import ConfigError, ResourceError
 from fedtune_strategies.method import Method, _points, installed_methods
 from fedtune_strategies.strategy import State
 
@@ -25,6 +35,7 @@ def install(tmp_path, monkeypatch):
         (info / "entry_points.txt").write_text(f"[fedtune.methods]\n{name} = {module}:METHOD\n")
         monkeypatch.syspath_prepend(str(tmp_path / "site"))
         monkeypatch.syspath_prepend(str(folder))
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), str(folder)]))
         monkeypatch.delitem(sys.modules, module, raising=False)
         _points.cache_clear()
 
@@ -55,6 +66,30 @@ def test_the_example_stands_what_a_method_must(signvote):
     assert_resume_exact(Federation(federation.folder / "two", federation.settings | {"strategy.min-nodes": 2}, nodes=2))
     assert_dropout_safe(federation)
     assert_order_independent(federation)
+
+
+@pytest.mark.network
+@pytest.mark.timeout(900)
+def test_the_example_and_its_own_keys_work_on_a_real_federation(signvote):
+    _, federation = signvote
+    settings = federation.settings | {"signvote.lr": 1e-2, "strategy.min-nodes": 2}
+    assert_same_over_the_network(Federation(federation.folder / "two", settings, nodes=2))
+
+
+def test_a_new_method_stands_its_own_tests(install, tmp_path):
+    write_method("fresh", tmp_path / "fresh")
+    install("fresh", "fresh", tmp_path / "fresh")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not network", "."]
+    done = subprocess.run(command, cwd=tmp_path / "fresh", capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout
+
+
+def test_a_new_method_takes_no_name_or_folder_that_is_taken(tmp_path):
+    for name in ("Fresh", "fresh-one", "import", "fedavg"):
+        with pytest.raises(ConfigError):
+            write_method(name, tmp_path / "fresh")
+    with pytest.raises(ResourceError, match="is there already"):
+        write_method("fresh", tmp_path)
 
 
 @pytest.mark.parametrize("method", ["fedkseed-pro", "fedcybgd"])

@@ -1,0 +1,53 @@
+"""A new tuning method as a package of its own: strategy, node's side, tests; see docs/integrator.md."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from fedtune_strategies.errors import ConfigError, ResourceError
+from fedtune_strategies.method import installed_methods
+
+# Template, and the name of the file that it becomes.
+FILES = {"pyproject.txt": "pyproject.toml", "method.txt": "{name}.py", "test_method.txt": "test_{name}.py"}
+
+
+def write_method(name: str, folder: Path) -> list[Path]:
+    """Write the package of a method that takes local SGD steps, to be changed.
+
+    Parameters
+    ----------
+    name : str
+        Name of the method, of its module and of its section of the run configuration.
+    folder : Path
+        A new folder.
+
+    Returns
+    -------
+    list of Path
+        What was written.
+
+    Raises
+    ------
+    ConfigError
+        The name is no module's name, or that of a method that is installed here.
+    ResourceError
+        The folder is there already.
+    """
+    if not re.fullmatch("[a-z][a-z0-9]*", name) or keyword.iskeyword(name):
+        raise ConfigError(f"{name!r} names no method: choose small letters and digits, a letter first")
+    if name in installed_methods():
+        raise ConfigError(f"a method '{name}' is installed already: choose another name")
+    if folder.exists():
+        raise ResourceError(f"{folder} is there already: choose another folder with --out")
+    folder.mkdir(parents=True)
+    written = []
+    for template, file in FILES.items():
+        text = Template((files("deploy.new_method") / template).read_text(encoding="utf-8"))
+        path = folder / file.format(name=name)
+        path.write_text(text.substitute(name=name, title=name.capitalize()), encoding="utf-8")
+        written.append(path)
+    return written
