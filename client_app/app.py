@@ -6,7 +6,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client_app.worker_client import WorkerSpec, ask_worker
-from fedtune_strategies.protocol.records import from_record, offer_in, to_record
+from fedtune_strategies.protocol.records import for_flower, from_record, offer_in, to_record
 
 app = ClientApp()
 
@@ -18,4 +18,4 @@ def forward(message: Message, context: Context) -> Message:
     kind, payload = from_record(message.content)
     spec = WorkerSpec(dict(context.run_config), dict(context.node_config), context.node_id)
     reply = ask_worker(spec, kind, payload, timeout=message.metadata.ttl, offer=offer_in(message.content))
-    return Message(to_record(*reply), reply_to=message)
+    return Message(for_flower(to_record(*reply)), reply_to=message)

@@ -111,8 +111,8 @@ class Stream:
                 # gRPC says so too where the other side's connection ended.
                 if (mine := asyncio.current_task()) and mine.cancelling():
                     raise
-            except ProtocolError as error:
-                log.warning("the stream ends: %s", error)
+            except Exception as error:  # Flower carries the messages
+                log.warning("the stream ends: %r", error)
                 return
             await asyncio.sleep(pause * random.uniform(0.8, 1.2))
             pause = min(2 * pause, LONGEST_PAUSE_S)

@@ -1,8 +1,8 @@
 """A message as Flower carries it: its kind and one opaque payload.
 
-Flower moves every object of a record by a request of its own, so all of a message is packed into one.
-Payloads up to `INLINE_BYTES` travel as bytes in a ``ConfigRecord`` (fewest bytes on the wire); longer ones as
-one uint8 ``Array``, which Flower cuts into chunks.
+Flower moves every object of a record by a request of its own, so all of a message is packed into one: bytes in a
+``ConfigRecord``, which are the fewest on the wire. What goes by Flower and is longer than `INLINE_BYTES` becomes one
+uint8 ``Array`` instead, which Flower cuts into chunks.
 """
 
 from __future__ import annotations
@@ -19,24 +19,31 @@ _OFFER = "stream"
 
 
 def to_record(kind: str, payload: bytes) -> RecordDict:
-    """Wrap a payload for Flower.
+    """Wrap a payload for a Grid.
 
     Parameters
     ----------
     kind : str
         Name of the message type, see `fedtune_strategies.protocol.messages`.
     payload : bytes
-        The encoded message.
+        The encoded message; it is not copied.
 
     Returns
     -------
     RecordDict
         A record with one object besides its envelope.
     """
-    if len(payload) <= INLINE_BYTES:
-        return RecordDict({_RECORD: ConfigRecord({"kind": kind, "payload": payload})})
-    blob = Array(np.frombuffer(payload, dtype=np.uint8))
-    return RecordDict({_RECORD: ConfigRecord({"kind": kind}), _BLOB: ArrayRecord({_BLOB: blob})})
+    return RecordDict({_RECORD: ConfigRecord({"kind": kind, "payload": payload})})
+
+
+def for_flower(content: RecordDict) -> RecordDict:
+    """Return the same message as Flower carries it best; what did not come from `to_record` stays as it is."""
+    record = content.config_records.get(_RECORD)
+    payload = record.get("payload") if record is not None else None
+    if record is None or not isinstance(payload, bytes) or len(payload) <= INLINE_BYTES:
+        return content
+    blob = ArrayRecord({_BLOB: Array(np.frombuffer(payload, dtype=np.uint8))})
+    return RecordDict({**content, _RECORD: ConfigRecord({"kind": record["kind"]}), _BLOB: blob})
 
 
 def from_record(content: RecordDict) -> tuple[str, bytes]:

@@ -15,7 +15,7 @@ from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from fedtune_strategies.protocol.records import from_record, to_record, with_offer
+from fedtune_strategies.protocol.records import for_flower, from_record, to_record, with_offer
 from fedtune_strategies.stream.offer import STREAM_ADDRESS, STREAM_FOLDER
 from fedtune_strategies.stream.server import Outcome, StreamServer
 
@@ -41,11 +41,11 @@ class StreamGrid(Grid):
     ----------
     grid : Grid
         Flower's grid; it says which nodes there are.
-    server : StreamServer
-        Open.
+    server : StreamServer or None
+        Open; None where Flower carries everything.
     """
 
-    def __init__(self, grid: Grid, server: StreamServer) -> None:
+    def __init__(self, grid: Grid, server: StreamServer | None) -> None:
         self._grid = grid
         self._server = server
         self._numbers = itertools.count(1)
@@ -63,7 +63,7 @@ class StreamGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """See Flower; asks Flower about its own messages alone."""
-        for outcome in self._server.outcomes():
+        for outcome in self._server.outcomes() if self._server else ():
             self._settle(outcome)
         wanted = set(message_ids)
         again = {key: flower for flower, key in self._again.items() if key in wanted}
@@ -80,18 +80,23 @@ class StreamGrid(Grid):
     def get_node_ids(self) -> list[int]:
         """Return the nodes that Flower knows, without those whose stream fell silent a moment ago."""
         present = list(self._grid.get_node_ids())
+        if self._server is None:
+            return present
         self._server.keep(present)
         hidden = self._server.hidden()
         return [node for node in present if node not in hidden]
 
     def wait(self, seconds: float) -> None:
         """Wait for something new on a stream, at most so long."""
-        self._server.wait(seconds)
+        if self._server:
+            self._server.wait(seconds)
+        else:
+            time.sleep(seconds)
 
     def _stream(self, message: Message) -> str:
         """Send a message over its node's stream; returns its id, or nothing where there is no stream."""
         metadata = message.metadata
-        if not self._server.works(metadata.dst_node_id):
+        if self._server is None or not self._server.works(metadata.dst_node_id):
             return ""
         key = f"stream-{next(self._numbers)}"
         metadata.__dict__["_message_id"] = key
@@ -101,7 +106,10 @@ class StreamGrid(Grid):
 
     def _by_flower(self, messages: list[Message]) -> list[str]:
         for message in messages:
-            message.content = with_offer(message.content, self._server.offer(message.metadata.dst_node_id).encode())
+            message.content = for_flower(message.content)
+            if self._server:
+                offer = self._server.offer(message.metadata.dst_node_id)
+                message.content = with_offer(message.content, offer.encode())
         return list(self._grid.push_messages(messages)) if messages else []
 
     def _settle(self, outcome: Outcome) -> None:
@@ -158,24 +166,29 @@ class StreamGrid(Grid):
 
 
 @contextlib.contextmanager
-def streaming(grid: Grid, config: StreamConfig) -> Iterator[Grid]:
-    """Put streams beside Flower's messages, where the configuration or `fedtune serve` says how nodes reach them.
+def streaming(grid: Grid, config: StreamConfig) -> Iterator[StreamGrid]:
+    """Open streams beside Flower's messages, where the configuration or `fedtune serve` says how nodes reach them.
 
     Raises
     ------
     PortError
         ``stream.listen`` cannot be listened on.
     """
-    place, folder = os.environ.get(STREAM_ADDRESS), os.environ.get(STREAM_FOLDER)
-    if config.listen and config.listen != "off":
-        server = StreamServer(config.address or config.listen, config.listen)
-    elif place and folder and not config.listen:
-        server = StreamServer(place, Path(folder))
-    else:
-        yield grid
+    server = _server(config)
+    if server is None:
+        yield StreamGrid(grid, None)
         return
     server.open()
     try:
         yield StreamGrid(grid, server)
     finally:
         server.close()
+
+
+def _server(config: StreamConfig) -> StreamServer | None:
+    place, folder = os.environ.get(STREAM_ADDRESS), os.environ.get(STREAM_FOLDER)
+    if config.listen and config.listen != "off":
+        return StreamServer(config.address or config.listen, config.listen)
+    if place and folder and not config.listen:
+        return StreamServer(place, Path(folder))
+    return None

@@ -12,7 +12,7 @@ from fedtune_strategies.fedavg.messages import ArraysReply, ArraysTask
 from fedtune_strategies.fedcybgd.messages import BlockReply, BlockTask
 from fedtune_strategies.fedkseed.messages import GradientReply, GradientTask, SeedReply, SeedTask
 from fedtune_strategies.protocol import messages as protocol
-from fedtune_strategies.protocol.records import INLINE_BYTES, from_record, to_record
+from fedtune_strategies.protocol.records import INLINE_BYTES, for_flower, from_record, to_record
 
 BYTES = torch.tensor([0, 3, 255], dtype=torch.uint8)
 EXAMPLES = [
@@ -113,8 +113,8 @@ def test_damaged_messages_are_refused_or_decode_to_their_type(message, data):
 @pytest.mark.parametrize("size", [0, 10, INLINE_BYTES, INLINE_BYTES + 1])
 def test_payloads_of_any_size_survive_flowers_records(size):
     payload = bytes(range(256)) * (size // 256) + b"z" * (size % 256)
-    record = to_record("kept", payload)
-    assert from_record(record) == ("kept", payload)
+    record = for_flower(to_record("kept", payload))
+    assert from_record(record) == from_record(to_record("kept", payload)) == ("kept", payload)
     # One object besides its envelope: every further one costs requests of its own.
     assert len(record) == (1 if size <= INLINE_BYTES else 2)
 

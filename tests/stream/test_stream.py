@@ -6,11 +6,14 @@ import grpc
 import pytest
 
 from client_app.stream import Stream
+from deploy.common.processes import free_port
 from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.protocol.records import from_record
 from fedtune_strategies.stream.frames import METHOD, SECRET, SERVICE
+from fedtune_strategies.stream.loop import call
 from fedtune_strategies.stream.offer import Offer, decode_offer
-from tests.stream.conftest import wait_until
+from fedtune_strategies.stream.server import StreamServer
+from tests.stream.conftest import Streams, wait_until
 
 
 def test_a_node_is_greeted_by_flower_and_then_works_over_its_stream(streams):
@@ -119,6 +122,18 @@ def test_a_node_that_flower_knows_no_more_has_no_stream(streams):
     assert not streams.server.works(1) and streams.server.works(2)
 
 
+def test_workers_move_over_to_the_server_that_takes_up_the_run(streams):
+    streams.connect(1)
+    call(streams.server._server.stop(None))  # as a kill does: no leave is taken
+    port = free_port()
+    again = StreamServer(f"localhost:{port}", f"127.0.0.1:{port}")
+    again.open()
+    successor = Streams(again, streams.nodes)
+    successor.connect(1)
+    assert successor.ask(1) == ("task-of-1", b"x", True)
+    again.close()
+
+
 def open_stream(address, offer, secret):
     """What the server says to a secret: the first frame, or gRPC's code."""
     credentials = grpc.ssl_channel_credentials(offer.certificate.encode())
@@ -145,7 +160,7 @@ def test_no_secret_opens_a_stream_but_one_that_was_given_out_and_not_used(stream
 
 def test_a_node_speaks_to_no_server_but_the_one_that_flower_named(streams):
     """Somebody in between has no key for the certificate: the secret is never sent."""
-    other = type(streams.server)("localhost:1", f"127.0.0.1:{streams.port + 1 if streams.port < 31999 else 20001}")
+    other = StreamServer("localhost:1", f"127.0.0.1:{free_port()}")
     other.open()
     offer = streams.server.offer(1)
     heard = []
