@@ -135,7 +135,13 @@ class Fleet(Grid):
                 raise self._admission.too_few(len(self.nodes), count, wait)
             self._pause(self._poll_interval)
 
-    def exchange(self, tasks: Iterable[Message], deadline: float, patience: float = 0.0) -> Iterator[NodeReply]:
+    def exchange(
+        self,
+        tasks: Iterable[Message],
+        deadline: float,
+        patience: float = 0.0,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> Iterator[NodeReply]:
         """Send tasks and yield the replies as they arrive.
 
         Parameters
@@ -146,6 +152,8 @@ class Fleet(Grid):
             Seconds after which to stop waiting.
         patience : float
             Seconds for which a reply still has a use after that; the messages live until then.
+        meanwhile : callable
+            Called once, when the nodes have their first tasks.
 
         Yields
         ------
@@ -159,7 +167,10 @@ class Fleet(Grid):
         pending = self._push_next(queues, queues)
         start = time.monotonic()
         self._limit = start + deadline
-        while pending and time.monotonic() < self._limit:
+        meanwhile()
+        over = False
+        while pending and not over:
+            over = time.monotonic() > self._limit  # what arrived meanwhile counts, however long that took
             replies = list(self._grid.pull_messages(list(pending)))
             for reply in replies:
                 task = pending.pop(reply.metadata.reply_to_message_id, None)

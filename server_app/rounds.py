@@ -6,6 +6,7 @@ A server that was stopped in the middle of a round asks only the nodes whose rep
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -30,13 +31,23 @@ from server_app.node_status import node_status
 
 log = logging.getLogger("fedtune")
 
-Evaluate = Callable[[int, ArrayRecord], None]
+
+class _Finished(Exception):  # noqa: N818
+    """The evaluation of a round says that the run is finished, while the next one has begun."""
 
 
 def run_rounds(
-    strategy: TuningStrategy, fleet: Fleet, ledger: Ledger, config: Config, evaluate: Evaluate, guard: Guard
+    strategy: TuningStrategy,
+    fleet: Fleet,
+    ledger: Ledger,
+    config: Config,
+    place: Callable[[int, ArrayRecord], None],
+    evaluate: Callable[[], None],
+    guard: Guard,
 ) -> tuple[int, str]:
     """Run all rounds that the ledger does not hold yet.
+
+    A round is evaluated while the nodes work on the next one.
 
     Parameters
     ----------
@@ -48,9 +59,11 @@ def run_rounds(
         Open for writing.
     config : Config
         The run configuration.
-    evaluate : callable
+    place : callable
         Called with (round, arrays) before the first round and after every round; it puts the weights in place,
         which also gives the strategy the fingerprint that it expects of the nodes.
+    evaluate : callable
+        Evaluates the weights that are in place, unless the ledger has that already.
     guard : Guard
         Asked after every evaluation whether to go on.
 
@@ -70,13 +83,21 @@ def run_rounds(
     if done:
         log.info("resuming after round %d of %d", done, config.num_server_rounds)
     strategy.summary()
-    evaluate(done, arrays)
-    while not (finished := guard.look()) and done < config.num_server_rounds:
-        done += 1
-        with about(round=done):
-            arrays = _round(done, strategy, arrays, fleet, ledger, config)
-            evaluate(done, arrays)
-    return done, finished
+    place(done, arrays)
+
+    def meanwhile() -> None:
+        evaluate()
+        if guard.look():
+            raise _Finished
+
+    with contextlib.suppress(_Finished):
+        while done < config.num_server_rounds:
+            with about(round=done + 1):
+                arrays = _round(done + 1, strategy, arrays, fleet, ledger, config, meanwhile)
+            done += 1
+            place(done, arrays)
+        evaluate()
+    return done, guard.look()
 
 
 def restore(strategy: TuningStrategy, ledger: Ledger, round: int | None = None) -> tuple[int, ArrayRecord]:
@@ -132,7 +153,13 @@ def as_messages(replies: list[Record], ledger: Ledger) -> list[Message]:
 
 
 def _round(
-    number: int, strategy: TuningStrategy, arrays: ArrayRecord, fleet: Fleet, ledger: Ledger, config: Config
+    number: int,
+    strategy: TuningStrategy,
+    arrays: ArrayRecord,
+    fleet: Fleet,
+    ledger: Ledger,
+    config: Config,
+    meanwhile: Callable[[], None],
 ) -> ArrayRecord:
     failed: set[str] = set()
     for attempt in range(1, config.round.attempts + 1):
@@ -147,7 +174,7 @@ def _round(
             fleet.exclude(answered | failed)
         # A server that was stopped in the round goes on with the nodes that it had asked.
         only = _unanswered(number, ledger) if attempt == 1 else None
-        failed |= _ask(number, strategy, arrays, fleet, ledger, config, only)
+        failed |= _ask(number, strategy, arrays, fleet, ledger, config, only, meanwhile)
         replies = list(ledger.records("reply", round=number))
         if len(replies) >= config.strategy.min_replies:
             return _commit(number, strategy, replies, ledger)
@@ -166,6 +193,7 @@ def _ask(
     ledger: Ledger,
     config: Config,
     only: set[str] | None,
+    meanwhile: Callable[[], None],
     *,
     again: bool = False,
 ) -> set[str]:
@@ -181,7 +209,7 @@ def _ask(
         strategy.note_asked(asked)
     failed, missing_state = set(asked), set()
     patience = config.round.deadline if strategy.takes_late else 0.0
-    for received in fleet.exchange(tasks, config.round.deadline, patience):
+    for received in fleet.exchange(tasks, config.round.deadline, patience, meanwhile):
         try:
             if _accept(number, received, strategy.accept, ledger):
                 answered.add(received.node.name)
@@ -200,7 +228,7 @@ def _ask(
         log.warning("round %d: no usable reply from %s", number, name, extra={"node": name})
     if missing_state and not again:
         # Restarted nodes take part in this round too: the strategy now sends them all they need.
-        failed |= _ask(number, strategy, arrays, fleet, ledger, config, missing_state, again=True)
+        failed |= _ask(number, strategy, arrays, fleet, ledger, config, missing_state, meanwhile, again=True)
     return failed
 
 

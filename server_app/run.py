@@ -103,9 +103,12 @@ def _execute(grid: Grid, config: Config, ledger: Ledger, report: Callable[[], No
 
     newest = -1, ""
 
-    def evaluate_round(number: int, arrays: ArrayRecord) -> None:
+    def place(number: int, arrays: ArrayRecord) -> None:
         nonlocal newest
         newest = number, strategy.materialise(arrays, parameters)
+
+    def evaluate_newest() -> None:
+        number, _ = newest
         if number % config.eval.every == 0 or number == config.num_server_rounds:
             evaluate_weights(*newest, with_answers=number in (0, config.num_server_rounds))
         report()
@@ -129,7 +132,7 @@ def _execute(grid: Grid, config: Config, ledger: Ledger, report: Callable[[], No
 
     guard = Guard(config, ledger)
     try:
-        done, early = run_rounds(strategy, fleet, ledger, config, evaluate_round, guard)
+        done, early = run_rounds(strategy, fleet, ledger, config, place, evaluate_newest, guard)
     except DivergenceError as error:
         folder = export(guard.best)
         raise DivergenceError(
