@@ -91,7 +91,7 @@ def run_rounds(
             raise _Finished
 
     with contextlib.suppress(_Finished):
-        while done < config.num_server_rounds:
+        while done < config.num_server_rounds and not guard.look():
             with about(round=done + 1):
                 arrays = _round(done + 1, strategy, arrays, fleet, ledger, config, meanwhile)
             done += 1
