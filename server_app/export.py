@@ -9,10 +9,11 @@ from typing import Any
 from fedtune_strategies.config import Config, parse
 from fedtune_strategies.errors import LedgerError, ResourceError
 from fedtune_strategies.folders import check_ours, make_folder, publish_folder, remove_folder
-from fedtune_strategies.language.model import LanguageModel, base_tensors, load_model, save_model
+from fedtune_strategies.language.model import LanguageModel, save_model
 from fedtune_strategies.method import register_messages
 from fedtune_strategies.seed_space import tuned_parameters
 from fedtune_strategies.words import counted
+from server_app.base_model import load_base
 from server_app.ledger import TRAFFIC, Ledger
 from server_app.rounds import restore
 
@@ -69,7 +70,7 @@ def export_model(
     return folder
 
 
-def export_round(run: Path, round: int | None, folder: Path) -> int:
+def export_round(run: Path, round: int | None, folder: Path, model: str = "") -> int:
     """Rebuild the model after a round from a run's ledger and export it; the run may still be going on.
 
     Parameters
@@ -80,6 +81,8 @@ def export_round(run: Path, round: int | None, folder: Path) -> int:
         The round, 0 for the base model; the last committed one by default.
     folder : Path
         Where to write.
+    model : str
+        Where the base model is, if not where it was.
 
     Returns
     -------
@@ -94,13 +97,13 @@ def export_round(run: Path, round: int | None, folder: Path) -> int:
         The run's base model is not there any more.
     """
     ledger = Ledger.read(run)
-    config, language, rebuild = open_run(run, ledger)
+    config, language, rebuild = open_run(run, ledger, model)
     done = rebuild(round)
     export_model(language, config, ledger, done, folder)
     return done
 
 
-def open_run(run: Path, ledger: Ledger) -> tuple[Config, LanguageModel, Callable[[int | None], int]]:
+def open_run(run: Path, ledger: Ledger, model: str = "") -> tuple[Config, LanguageModel, Callable[[int | None], int]]:
     """Load a run's base model, to be taken to any of its rounds.
 
     Parameters
@@ -109,6 +112,8 @@ def open_run(run: Path, ledger: Ledger) -> tuple[Config, LanguageModel, Callable
         The run's folder.
     ledger : Ledger
         Its ledger, open for reading.
+    model : str
+        Where the base model is, if not where it was.
 
     Returns
     -------
@@ -125,8 +130,7 @@ def open_run(run: Path, ledger: Ledger) -> tuple[Config, LanguageModel, Callable
     if started is None:
         raise LedgerError(f"the run in {run} has not started: there is no model yet.")
     config = parse(started.body["config"])
-    language = load_model(config.model.name, config.model.dtype)
-    base = base_tensors(language)
+    language, base, _ = load_base(config, ledger, model)
 
     def rebuild(round: int | None) -> int:
         strategy = register_messages(config.method.name).strategy(config, language.model, base)

@@ -13,12 +13,12 @@ from fedtune_strategies.admission import Node
 from fedtune_strategies.config import parse
 from fedtune_strategies.errors import LedgerError
 from fedtune_strategies.fleet import Fleet
-from fedtune_strategies.language.model import base_tensors, load_model
 from fedtune_strategies.method import register_messages
 from fedtune_strategies.seed_space import tuned_parameters
 from fedtune_strategies.strategy import TuningStrategy
 from fedtune_strategies.testing import InMemoryGrid
 from fedtune_strategies.words import counted
+from server_app.base_model import load_base
 from server_app.export import export_model
 from server_app.ledger import Ledger, Record
 from server_app.rounds import as_messages, restore
@@ -41,7 +41,9 @@ class Replayed:
     left_out: int
 
 
-def replay(run: Path, without: Collection[str] = (), round: int | None = None, out: Path | None = None) -> Replayed:
+def replay(
+    run: Path, without: Collection[str] = (), round: int | None = None, out: Path | None = None, model: str = ""
+) -> Replayed:
     """Fold a run's replies anew.
 
     With nobody left out, the replies must make the very model that the ledger holds, bit for bit. With nodes left out,
@@ -59,6 +61,8 @@ def replay(run: Path, without: Collection[str] = (), round: int | None = None, o
         The last round to fold; the last committed one by default.
     out : Path, optional
         Where to export the model; nowhere by default.
+    model : str
+        Where the base model is, if not where it was.
 
     Returns
     -------
@@ -76,8 +80,8 @@ def replay(run: Path, without: Collection[str] = (), round: int | None = None, o
         raise LedgerError(f"the run in {run} has not started: there is nothing to replay.")
     _check_names(without, ledger, run)
     config = parse(started.body["config"])
-    language = load_model(config.model.name, config.model.dtype)
-    base, parameters = base_tensors(language), tuned_parameters(language.model)
+    language, base, _ = load_base(config, ledger, model)
+    parameters = tuned_parameters(language.model)
     strategy = register_messages(config.method.name).strategy(config, language.model, base)
     done, kept, left_out = 0, 0, 0
     arrays = strategy.initial_arrays()

@@ -17,12 +17,13 @@ from fedtune_strategies.config import Config, defaults, from_flower, parse
 from fedtune_strategies.errors import DivergenceError, FedTuneError, LedgerError
 from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.folders import check_ours
-from fedtune_strategies.language.model import base_tensors, check_context, load_model
+from fedtune_strategies.language.model import check_context
 from fedtune_strategies.logs import about
 from fedtune_strategies.method import register_messages
 from fedtune_strategies.model_transfer import ModelSource
-from fedtune_strategies.seed_space import fingerprint, tuned_parameters
+from fedtune_strategies.seed_space import tuned_parameters
 from fedtune_strategies.stream.grid import streaming
+from server_app.base_model import KIND, load_base
 from server_app.evaluation import evaluate, load_held_out
 from server_app.export import export_model
 from server_app.guard import Guard
@@ -35,7 +36,7 @@ log = logging.getLogger("fedtune")
 
 MODEL = "model"  # the export, in a run's folder
 # What may differ between the start of a run and its resumption: nothing that a result depends on.
-_FREE_KEYS = ("num-server-rounds", "run.", "round.", "eval.", "stream.", "strategy.min-nodes")
+_FREE_KEYS = ("num-server-rounds", "run.", "round.", "eval.", "stream.", "strategy.min-nodes", "model.name")
 
 
 def execute(grid: Grid, flat: Mapping[str, Any], run_id: int) -> Path:
@@ -86,15 +87,16 @@ def run_folder(config: Config, run_id: int) -> Path:
 
 
 def _execute(grid: Grid, config: Config, ledger: Ledger, report: Callable[[], None]) -> Path:
-    language = load_model(config.model.name, config.model.dtype)
+    language, base, base_fingerprint = load_base(config, ledger)
+    if ledger.last(KIND) is None:
+        ledger.append(KIND, body={"fingerprint": base_fingerprint})
     check_context(language, config.train.seq_length)
     held_out = load_held_out(config, language)
-    base = base_tensors(language)
     parameters = tuned_parameters(language.model)
     strategy = register_messages(config.method.name).strategy(config, language.model, base)
     fleet = Fleet(
         grid,
-        fingerprint(base),
+        base_fingerprint,
         on_event=lambda kind, node, line: _note(ledger, kind, node, line),
         supply=ModelSource(language.folder).answer,
         members=listed_members(),

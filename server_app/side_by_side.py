@@ -9,7 +9,7 @@ from fedtune_strategies.errors import FedTuneError
 from fedtune_strategies.language.data import Message, Row, read_rows
 from fedtune_strategies.language.evaluation import generate_answers
 from fedtune_strategies.language.examples import tokenise_prompts
-from fedtune_strategies.language.model import load_model
+from server_app.base_model import load_base
 from server_app.export import open_run
 from server_app.ledger import Ledger
 
@@ -25,6 +25,8 @@ class SideBySide:
         The tuned model is that after this round; after the last one by default.
     longest : int
         Most tokens of an answer.
+    model : str
+        Where the base model is, if not where it was.
 
     Attributes
     ----------
@@ -41,10 +43,11 @@ class SideBySide:
         The run's base model is not there any more.
     """
 
-    def __init__(self, run: Path, round: int | None, longest: int) -> None:
-        config, self._tuned, rebuild = open_run(run, Ledger.read(run))
+    def __init__(self, run: Path, round: int | None, longest: int, model: str = "") -> None:
+        ledger = Ledger.read(run)
+        config, self._tuned, rebuild = open_run(run, ledger, model)
         self.round = rebuild(round)
-        self._base = load_model(config.model.name, config.model.dtype)
+        self._base = load_base(config, ledger, model)[0]
         self._longest = longest
         self.prompts: list[str | list[Message]] = []
         with contextlib.suppress(FedTuneError):

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from deploy.commands.output import Format, FormatOption, RunArgument, console, show
+from deploy.commands.output import BaseOption, Format, FormatOption, RunArgument, console, show
 from fedtune_strategies.errors import LedgerError
 from fedtune_strategies.words import counted
 
@@ -93,6 +93,7 @@ def replay(
     without: Annotated[list[str] | None, typer.Option(help="A node to leave out; repeat for several.")] = None,
     round: Annotated[int | None, typer.Option(min=1, help="Fold up to this round; the last one by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="Export the model into this folder.")] = None,
+    model: BaseOption = "",
     form: FormatOption = Format.text,
 ) -> None:
     """Fold the replies of a run anew: check that they make the recorded model, or leave nodes out of it.
@@ -106,7 +107,7 @@ def replay(
     run = find_run(run)
     if without and out is None:
         raise LedgerError("--without makes another model: name a folder for it with --out.")
-    done = fold(run, without or (), round, out)
+    done = fold(run, without or (), round, out, model)
     told = f"{counted(done.rounds, 'round')}, {counted(done.kept, 'reply', 'replies')}"
     if without:
         line = f"{out}: the model of {told}, without {done.left_out} of {', '.join(without)}"

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy.commands.output import Format, FormatOption, RunArgument, console, show
+from deploy.commands.output import BaseOption, Format, FormatOption, RunArgument, console, show
 
 # What `eval` prints: label, fact, number format.
 FIGURES = [
@@ -25,20 +25,23 @@ def export(
     round: Annotated[
         int | None, typer.Option(min=0, help="The round; the last one by default, 0 for the base model.")
     ] = None,
+    model: BaseOption = "",
     form: FormatOption = Format.text,
 ) -> None:
     """Write the model after any round of a run as a Hugging Face folder, also while the run goes on."""
     from deploy.operator.runs import find_run
     from server_app.export import export_round
 
-    done = export_round(find_run(run), round, out)
+    done = export_round(find_run(run), round, out, model)
     show({"model": out, "round": done}, form, lambda: typer.echo(f"{out}: the model after round {done}"))
 
 
 def evaluate(
     data: Annotated[Path, typer.Option(help="Held-out examples, in any format that nodes may use.", exists=True)],
     run: RunArgument = None,
-    model: Annotated[str, typer.Option(help="A model folder or Hub id instead of a run.")] = "",
+    model: Annotated[
+        str, typer.Option(help="A model folder or Hub id instead of a run; with RUN, where its base model is.")
+    ] = "",
     round: Annotated[int | None, typer.Option(min=0, help="The round; the last one by default.")] = None,
     answers: Annotated[int, typer.Option(min=0, help="Examples answered for Rouge-L; 0 for none.")] = 64,
     seq_length: Annotated[int, typer.Option(min=8, help="Longest sequence in tokens.")] = 256,
@@ -51,15 +54,15 @@ def evaluate(
     from deploy.operator.runs import find_run
     from fedtune_strategies.errors import ConfigError
 
-    if model and (run or round is not None):
-        raise ConfigError("name either a run or --model")
+    if model and round is not None and not run:
+        raise ConfigError("--round is of a run: name the run too")
     settings = {"eval.data": str(data), "eval.format": data_format, "eval.answers": answers}
     settings["train.seq-length"] = seq_length
     with tempfile.TemporaryDirectory() as folder:
-        if not model:
+        if run or not model:
             from server_app.export import export_round
 
-            export_round(find_run(run), round, Path(folder) / "model")
+            export_round(find_run(run), round, Path(folder) / "model", model)
             model = str(Path(folder) / "model")
         facts = _evaluated(model, settings)
     del facts["answers"]

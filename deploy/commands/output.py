@@ -26,6 +26,9 @@ class Format(StrEnum):
 
 
 # The one argument of every command about a run.
+BaseOption = Annotated[
+    str, typer.Option("--model", help="The run's base model, where it is not at its old place: folder or Hub id.")
+]
 RunArgument = Annotated[
     Path | None,
     typer.Argument(help="The run's name, as `fedtune runs` lists it, or its folder. Default: the newest run."),

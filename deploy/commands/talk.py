@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from deploy.commands.output import Format, FormatOption, RunArgument, console, show, words
+from deploy.commands.output import BaseOption, Format, FormatOption, RunArgument, console, show, words
 
 
 def talk(
@@ -21,6 +21,7 @@ def talk(
     ] = None,
     round: Annotated[int | None, typer.Option(min=0, help="The round; the last one by default.")] = None,
     longest: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")] = 128,
+    model: BaseOption = "",
     form: FormatOption = Format.text,
 ) -> None:
     """Talk to a run's model: the base model and the tuned one answer side by side.
@@ -31,7 +32,7 @@ def talk(
     from deploy.operator.runs import find_run
     from server_app.side_by_side import SideBySide
 
-    both = SideBySide(find_run(run), round, longest)
+    both = SideBySide(find_run(run), round, longest, model)
     answers: list[dict[str, Any]] = []
     for asked in prompt or _typed(both, form):
         base, tuned = both.ask(asked)
