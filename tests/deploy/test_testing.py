@@ -55,7 +55,7 @@ def signvote(install, tmp_path):
 
 def test_the_example_learns(install, tmp_path):
     install("signvote", "signvote", EXAMPLE)
-    settings = {"method.name": "signvote", "signvote.lr": 1e-2, "num-server-rounds": 12, "train.batch-size": 8}
+    settings = {"method.name": "signvote", "signvote.lr": 1e-2, "num-server-rounds": 16, "train.batch-size": 8}
     ledger = Federation(tmp_path / "federation", settings).run("run")
     losses = [record.body["loss"] for record in ledger.records("reply")]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
