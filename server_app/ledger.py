@@ -47,7 +47,7 @@ class Record:
         Seconds since the epoch, UTC.
     kind : str
         ``submitted``, ``start``, ``cut``, ``joined``, ``refused``, ``lost``, ``late``, ``asked``, ``reply``,
-        ``acknowledged``, ``round``, ``evaluation``, ``failed`` or ``finished``.
+        ``acknowledged``, ``round``, ``evaluation``, ``failed``, ``stopped`` or ``finished``.
     round : int
         Round, 0 outside one.
     node : str

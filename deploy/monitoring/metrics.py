@@ -9,7 +9,7 @@ from fedtune_strategies.errors import ConfigError
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-_STATES = ("running", "finished", "failed", "unreadable")
+_STATES = ("running", "finished", "failed", "stopped", "unreadable")
 _NODE_STATES = ("working", "present", "silent", "lost", "refused")
 
 # Name, kind, help, and where the value stands in a report; None is left out. Names and units as Prometheus wants them.

@@ -14,14 +14,18 @@ from deploy.common.paths import runs_folder
 from deploy.common.processes import told_on_ctrl_c
 from deploy.operator.announcement import announce
 from deploy.operator.members import Members
-from deploy.status.view import RunView, newest_runs
+from deploy.status.view import ENDS, RunView, newest_runs
 from fedtune_strategies.config import Scalar, defaults
 from fedtune_strategies.errors import FedTuneError, LedgerError, LinkError, RunError, error_from_code
 from server_app.ledger import Ledger
 
 LOOK_EVERY = 0.5  # seconds between two looks at the ledger
 ASK_EVERY = 60.0  # seconds between two questions to the SuperLink, a second of one core each
+ASK_FIRST = 5.0  # seconds after which to ask about a run that has not begun: it may have failed before its ledger
+STOP_WITHIN = 60.0  # seconds in which Flower ends a stopped ServerApp: at its next message or heartbeat
 MOST_RESTARTS = 5  # without a round in between
+# What Flower puts before the line of a ServerApp that ended by itself.
+_RAISED = "ServerApp failed with exception: "
 
 
 def new_folder(method: str) -> Path:
@@ -110,37 +114,50 @@ def tune(
         run_id = submit(control, settings)
         on_event(f"submitted as Flower's run {run_id}; record: {folder}")
         with told_on_ctrl_c("the run goes on: `fedtune status` shows it, `fedtune stop` stops it"):
-            status = _follow(control, run_id, before.seq if before else 0, view, on_look)
-        ended = view.end if view.starts and view.starts[-1].get("run_id") == str(run_id) else None
+            status = _follow(control, run_id, before.seq if before else 0, view, on_look, on_event)
+        begun = _has_begun(view, run_id)
+        ended = view.end if begun else None
         if ended and ended.kind == "finished":
             return Path(ended.body["model"])
-        if ended:
+        if ended and ended.kind == "failed":
             raise error_from_code(ended.body["exit_code"], ended.body["message"])
-        if status.state == "finished:stopped":
+        if ended or status.state == "finished:stopped":
             raise RunError(f"the run was stopped; `fedtune resume {folder}` goes on where it was")
+        if not begun and status.details.startswith(_RAISED):
+            line = status.details.removeprefix(_RAISED)
+            _record(folder, "failed", {"exit_code": RunError.exit_code, "message": line})
+            raise RunError(line)
         done = len(view.rounds) + len(view.summaries)
         left = MOST_RESTARTS if done > rounds else left - 1
         rounds = done
         if not left:
             raise RunError(f"the run died {MOST_RESTARTS} times in a row ({status.details}): see `flwr log {run_id}`")
         on_event(f"the run died ({status.details or status.state}); going on from its record")
+        settings = {**settings, "run.resume": "auto"}  # what is there now is this run
 
 
 def _follow(
-    control: Control, run_id: int, after: int, view: RunView, on_look: Callable[[RunView], object]
+    control: Control,
+    run_id: int,
+    after: int,
+    view: RunView,
+    on_look: Callable[[RunView], object],
+    on_event: Callable[[str], None],
 ) -> RunStatus:
     """Wait until a run has ended: its ledger says so at once, or that nobody writes it any more; else the SuperLink."""
-    asked = time.monotonic()
+    asked, ask_after = time.monotonic(), min(ASK_FIRST, ASK_EVERY)
     while True:
-        begun = bool(view.starts) and view.starts[-1].get("run_id") == str(run_id)
+        begun = _has_begun(view, run_id)
         gone = begun and not Ledger.is_written(view.folder)
         with contextlib.suppress(LedgerError):  # until the ServerApp has made its ledger
             view.update()
         on_look(view)
-        ended = view.end is not None and view.end.seq > after and view.starts[-1].get("run_id") == str(run_id)
-        if ended or time.monotonic() - asked > ASK_EVERY:
+        ended = view.end is not None and view.end.seq > after and _has_begun(view, run_id)
+        if ended or time.monotonic() - asked > ask_after:
             status = _status(control, run_id)
-            asked = time.monotonic()
+            asked, ask_after = time.monotonic(), min(2 * ask_after, ASK_EVERY)
+            if not begun and not status.finished:
+                on_event(f"the run has not begun yet: the SuperLink says '{status.state}'")
             if status.finished:
                 with contextlib.suppress(LedgerError):
                     view.update()
@@ -152,17 +169,25 @@ def _follow(
 
 
 def stop(control: Control, folder: Path) -> None:
-    """Stop a run that goes on; `tune` with its settings goes on later.
+    """Stop a run that goes on, and put that on its record; `tune` with its settings goes on later.
 
     Raises
     ------
     RunError
         It has ended already.
     """
-    started, end = _last(folder, "start"), _last(folder, "finished") or _last(folder, "failed")
-    if started is None or (end is not None and end.seq > started.seq):
+    started = _last(folder, "start")
+    if started is None or any((end := _last(folder, kind)) and end.seq > started.seq for kind in ENDS):
         raise RunError(f"the run in {folder} has ended already")
     control.stop_run(int(started.body["run_id"]))
+    limit = time.monotonic() + STOP_WITHIN
+    while Ledger.is_written(folder) and time.monotonic() < limit:
+        time.sleep(LOOK_EVERY)
+    _record(folder, "stopped", {"message": "stopped by the operator"})
+
+
+def _has_begun(view: RunView, run_id: int) -> bool:
+    return bool(view.starts) and view.starts[-1].get("run_id") == str(run_id)
 
 
 def _status(control: Control, run_id: int) -> RunStatus:

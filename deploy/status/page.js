@@ -71,7 +71,7 @@ function head({ run }) {
   $("title").textContent = run.name;
   const restarts = run.restarts ? `, resumed ${run.restarts === 1 ? "once" : `${run.restarts} times`}` : "";
   $("subtitle").textContent = `${run.method} on ${run.model}, started ${moment(run.started)}${restarts}, FedTune ${run.version}`;
-  const state = { running: "▶ running", finished: "✓ finished", failed: "✕ failed", unreadable: "✕ cannot be read" }[run.state] ?? run.state;
+  const state = { running: "▶ running", finished: "✓ finished", failed: "✕ failed", stopped: "■ stopped", unreadable: "✕ cannot be read" }[run.state] ?? run.state;
   if ($("state").textContent !== state) $("state").textContent = state;
   $("state").dataset.state = run.state;
   $("progress").max = run.rounds || 1;

@@ -27,6 +27,8 @@ MAX_CELLS = 1500  # and fewer of a large fleet
 MAX_ANSWERS = 8
 MAX_NOTES = 40
 
+ENDS = ("finished", "failed", "stopped")
+"""Kinds of records with which a run ends, until it is started again; also its state."""
 ALIVE = ("working", "present")
 
 
@@ -166,7 +168,7 @@ class RunView:
                 self.evaluations[record.round] = _evaluation(record)
             case "joined" | "lost" | "refused" | "late" | "cut":
                 self._note(record)
-            case "finished" | "failed":
+            case kind if kind in ENDS:
                 self.end = record
         self.seq, self._last = record.seq, record.time
 

@@ -17,7 +17,7 @@ from deploy.operator.announcement import announce, read_announcement
 from deploy.operator.members import Members
 from deploy.operator.runs import find_run, settings_of, tune
 from deploy.operator.watch import Lines, Screen, sparkline
-from deploy.status.view import RunView
+from deploy.status.view import RunView, report
 from fedtune_strategies.errors import ConfigError, LedgerError, NodesError, RunError
 from server_app.ledger import Ledger
 from tests.federations import run as run_in_memory
@@ -101,6 +101,43 @@ def test_a_run_that_was_stopped_is_left_alone(control, tmp_path, monkeypatch):
     with pytest.raises(RunError, match="was stopped; `fedtune resume"):
         follow(control, tmp_path / "run", gets_on, finishes)
     assert control.submitted == 1
+
+
+def test_an_error_before_the_ledger_is_shown_at_once_and_not_submitted_again(control, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "ASK_FIRST", 0.02)
+    details = "ServerApp failed with exception: /runs/x holds a run already: choose another 'run.dir'."
+    monkeypatch.setattr(Scripted, "submit", never_begins)
+    monkeypatch.setattr(Scripted, "status", lambda self, run_id: RunStatus("finished:failed", details))
+    with pytest.raises(RunError, match=r"^/runs/x holds a run already"):
+        follow(control, tmp_path / "run")
+    assert control.submitted == 1
+    assert report(tmp_path / "run")["run"]["state"] == "failed"
+
+
+def test_a_run_that_stays_pending_says_so(control, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "ASK_FIRST", 0.01)
+    answers = [RunStatus("pending", "")] * 2 + [RunStatus("finished:stopped", "")]
+    monkeypatch.setattr(Scripted, "submit", never_begins)
+    monkeypatch.setattr(Scripted, "status", lambda self, run_id: answers.pop(0))
+    said = []
+    with pytest.raises(RunError, match="was stopped"):
+        tune(control.begin(tmp_path), {"run.dir": str(tmp_path)}, RunView(tmp_path), lambda view: None, said.append)
+    assert sum("has not begun yet: the SuperLink says 'pending'" in line for line in said) == 2
+
+
+def never_begins(control, app, run_config):
+    object.__setattr__(control, "submitted", control.submitted + 1)
+    return control.submitted
+
+
+def test_a_run_that_is_stopped_says_so_at_once_until_it_is_resumed(control, tmp_path, monkeypatch):
+    control.begin(tmp_path / "run", gets_on).submit(None, {})
+    monkeypatch.setattr(Scripted, "stop_run", lambda self, run_id: None)
+    runs.stop(control, tmp_path / "run")
+    assert report(tmp_path / "run")["run"]["state"] == "stopped"
+    with pytest.raises(RunError, match="has ended already"):
+        runs.stop(control, tmp_path / "run")
+    assert follow(control, tmp_path / "run", finishes)[0] == "/tuned"
 
 
 def test_an_old_end_is_not_taken_for_that_of_a_resumed_run(control, tmp_path):
