@@ -1,10 +1,14 @@
 """Time and memory of a round on the server, by the number of replies: a strategy alone, fed in memory.
 
     python benchmarks/server_load.py [--method fedkseed] [--nodes 100 1000 10000] [--seeds 4096] [--steps 200]
+    python benchmarks/server_load.py --rounds 10000 [--folder /dev/shm]
 
 A process of its own for each number of nodes. Per round: configuring the tasks, checking the replies as they come, and
 aggregating them; the memory is the peak of the process less what it held before the first task, with all replies
 in it as they lie in the ledger's rows. Without network, ledger and evaluation.
+
+With ``--rounds``: one run of so many rounds, its main loop, ledger and guard, with four nodes that answer at once; what
+a round costs at the start and at the end of it.
 """
 
 from __future__ import annotations
@@ -13,15 +17,18 @@ import argparse
 import gc
 import logging
 import multiprocessing
+import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import psutil
 import torch
-from flwr.app import ConfigRecord, Message, MessageType
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 
 from fedtune_strategies.admission import Node
 from fedtune_strategies.config import parse
@@ -30,9 +37,15 @@ from fedtune_strategies.fedkseed.messages import SeedReply
 from fedtune_strategies.fedkseed.strategy import FedKSeed
 from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.memory import peak_memory
+from fedtune_strategies.method import register_messages
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.protocol.handshake import PROTOCOL_VERSION, Hello, HelloReply
 from fedtune_strategies.protocol.records import to_record
-from fedtune_strategies.testing import InMemoryGrid
+from fedtune_strategies.seed_space import fingerprint
+from fedtune_strategies.testing import Handler, InMemoryGrid
+from server_app.guard import Guard
+from server_app.ledger import Ledger
+from server_app.rounds import run_rounds
 
 
 class Crowd(Fleet):
@@ -105,6 +118,63 @@ def measure(count: int, method: str, seeds: int, steps: int) -> Load:
     return Load(configure, accept, aggregate, peak_memory() - held)
 
 
+def long_run(rounds: int, folder: Path) -> None:
+    """Drive the main loop, and print what a round costs as the run grows."""
+    logging.disable(logging.CRITICAL)
+    nodes, seeds, steps, window = 4, 64, 8, max(1, min(100, rounds // 10))
+    config = parse(
+        {"fedkseed.seeds": seeds, "train.local-steps": steps, "num-server-rounds": rounds, "strategy.min-nodes": nodes,
+         "strategy.min-replies": nodes, "fedkseed.eps": 1e-3, "train.lr": 1e-6}
+    )  # fmt: skip
+    register_messages(config.method.name)
+    base = {"weight": torch.zeros(64)}
+    parameters = {"weight": torch.zeros(64)}
+    strategy = FedKSeed(cast(FedKSeedRunConfig, config), base)
+    scalars = torch.from_numpy(np.random.default_rng(0).normal(size=steps).astype(np.float32))
+
+    def handler(name: str) -> Handler:
+        def handle(kind: str, payload: bytes) -> tuple[str, bytes]:
+            message = protocol.decode(kind, payload)
+            answer: protocol.Message
+            if isinstance(message, Hello):
+                answer = HelloReply(name, PROTOCOL_VERSION, 10, message.fingerprint, 10)
+            else:
+                answer = SeedReply(
+                    node=name, round=cast(Any, message).round, scalars=scalars, unit=1.0, loss=2.0,
+                    fingerprint=strategy.fingerprint, num_examples=10, seconds=1.0, peak_memory=10, lr=1e-6, eps=1e-3,
+                    noise=0.0,
+                )  # fmt: skip
+            return answer.kind, protocol.encode(answer)
+
+        return handle
+
+    costs: list[float] = []
+    before = time.process_time()
+
+    def evaluate(number: int, arrays: ArrayRecord) -> None:
+        nonlocal before
+        strategy.materialise(arrays, parameters)
+        costs.append(time.process_time() - before)
+        before = time.process_time()
+
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        ledger = Ledger(Path(place) / "run")
+
+        def note(kind: str, node: str, line: str) -> None:
+            ledger.append(kind, node=node, body={"reason": line})
+
+        fleet = Fleet(
+            InMemoryGrid({number: handler(f"node-{number}") for number in range(1, nodes + 1)}), fingerprint(base),
+            on_event=note,
+        )  # fmt: skip
+        run_rounds(strategy, fleet, ledger, config, evaluate, Guard(config, ledger))
+        size = (ledger.folder / "ledger.sqlite").stat().st_size
+        ledger.close()
+    first, last = statistics.median(costs[10 : 10 + window]), statistics.median(costs[-window:])
+    print(f"{rounds:,} rounds of {nodes} nodes, ledger {size / 1e6:.1f} MB, median of {window} rounds each:")
+    print(f"round 10: {1e3 * first:.2f} ms, round {rounds:,}: {1e3 * last:.2f} ms, {last / first:.2f} times")
+
+
 def timed(action: Callable[[], Any]) -> tuple[Any, float]:
     """Return what an action returns, and its processor seconds."""
     start = time.process_time()
@@ -117,9 +187,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="fedkseed", choices=("fedkseed", "fedkseed-pro"))
     parser.add_argument("--nodes", type=int, nargs="+", default=[100, 1000, 10_000])
+    parser.add_argument("--rounds", type=int, default=0, help="drive one long run instead")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where its ledger lies")
     parser.add_argument("--seeds", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
+    if args.rounds:
+        long_run(args.rounds, args.folder)
+        return
     print("| replies | configure, s | accept, s | aggregate, s | aggregate, ms a reply | memory, MB | kB a reply |")
     print("| ---: |" + " ---: |" * 6)
     context = multiprocessing.get_context("spawn")

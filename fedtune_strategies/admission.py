@@ -140,8 +140,8 @@ class Admission:
 
     def hear(self) -> None:
         """Take what greeted nodes answered."""
-        if self._hellos:
-            for reply in self._grid.pull_messages(list(self._hellos)):
+        while self._hellos and (replies := list(self._grid.pull_messages(list(self._hellos)))):
+            for reply in replies:
                 self._admit(self._hellos.pop(reply.metadata.reply_to_message_id), reply)
 
     def lose(self, node_id: int, line: str) -> Node | None:
@@ -154,6 +154,11 @@ class Admission:
     def allowance(self) -> float:
         """Seconds for which the transfer of the base model may hold the run up, at most: each part counts once."""
         return max(self._supplied.values(), default=0) / _LEAST_BYTES_A_SECOND
+
+    @property
+    def heard(self) -> int:
+        """Number of connected nodes that have introduced themselves, whether or not they were admitted."""
+        return len(self.nodes) + len(self._refused) + len(self._claims)
 
     def is_hopeless(self) -> bool:
         """Say whether all that are connected were refused for good, and nobody is being asked."""

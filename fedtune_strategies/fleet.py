@@ -108,7 +108,7 @@ class Fleet(Grid):
         """Hide some nodes from the next tasks; an empty collection brings all back."""
         self._aside = set(names)
 
-    def wait_for_nodes(self, count: int, wait: float) -> None:
+    def wait_for_nodes(self, count: int, wait: float, hoped: int = 0) -> None:
         """Admit whoever is there, until enough nodes are present.
 
         Parameters
@@ -117,6 +117,8 @@ class Fleet(Grid):
             Fewest nodes needed.
         wait : float
             Seconds after which to give up.
+        hoped : int
+            Nodes to wait for, refused ones included, as long; with fewer it returns all the same.
 
         Raises
         ------
@@ -127,10 +129,10 @@ class Fleet(Grid):
         while True:
             present = self._admission.greet()
             self._late = {key: late for key, late in self._late.items() if late[0].id in present}
-            if len(self.nodes) >= count:
-                return
             # An owner who must agree first has as long from then on.
             over = time.monotonic() > max(limit + self._admission.allowance(), self._admission.asked + wait)
+            if len(self.nodes) >= count and (over or self._admission.heard >= hoped):
+                return
             if over or self._admission.is_hopeless():
                 raise self._admission.too_few(len(self.nodes), count, wait)
             self._pause(self._poll_interval)
@@ -141,7 +143,7 @@ class Fleet(Grid):
         deadline: float,
         patience: float = 0.0,
         meanwhile: Callable[[], None] = lambda: None,
-    ) -> Iterator[NodeReply]:
+    ) -> Iterator[list[NodeReply]]:
         """Send tasks and yield the replies as they arrive.
 
         Parameters
@@ -157,8 +159,9 @@ class Fleet(Grid):
 
         Yields
         ------
-        NodeReply
-                One for every task that was answered, failed or lost. Nodes still missing at the deadline are lost.
+        list of NodeReply
+            What one look brought: one for every task that was answered, failed or lost. Nodes still missing at the
+            deadline are lost.
         """
         queues: dict[int, deque[Message]] = {}
         for message in tasks:
@@ -172,11 +175,14 @@ class Fleet(Grid):
         while pending and not over:
             over = time.monotonic() > self._limit  # what arrived meanwhile counts, however long that took
             replies = list(self._grid.pull_messages(list(pending)))
+            received = []
             for reply in replies:
                 task = pending.pop(reply.metadata.reply_to_message_id, None)
                 if task is not None:
                     pending |= self._push_next(queues, [task.metadata.dst_node_id])
-                    yield self._received(task, reply)
+                    received.append(self._received(task, reply))
+            if received:
+                yield received
             if self._admission.allowance():
                 self._admission.hear()
             if not replies:

@@ -64,14 +64,15 @@ class InMemoryGrid(Grid):
         return [self._answer(message) for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Return the replies to some messages, each once."""
+        """Return the first reply to some messages, as a network would bring them: one after the other."""
         wanted = list(message_ids)
         ordered = reversed(wanted) if self._newest_first else wanted
-        return [self._replies.pop(key) for key in ordered if key in self._replies]
+        return [self._replies.pop(key) for key in [key for key in ordered if key in self._replies][:1]]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """See Flower."""
-        return self.pull_messages(self.push_messages(messages))
+        wanted = self.push_messages(messages)
+        return [reply for _ in wanted for reply in self.pull_messages(wanted)]
 
     def _answer(self, message: Message) -> str:
         message_id = f"message-{next(self._ids)}"

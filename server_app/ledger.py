@@ -8,6 +8,7 @@ the last committed row. `server_app.ledger_file` finds damage.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -32,7 +33,7 @@ log = logging.getLogger("fedtune")
 
 TRAFFIC = ("reply", "acknowledged")
 """Kinds of records that bear the bytes of a task and of its answer."""
-_COLUMNS = "seq, time, kind, round, node, body, blob, file"
+_COLUMNS = "seq, time, kind, round, node, body, file"
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,8 @@ class Record:
         Name of the node, empty where none is concerned.
     body : dict
         The event's facts, as JSON.
-    blob : bytes
-        The event's payload, such as an encoded reply; empty where it is a file. `Ledger.payload` gives either.
     file : str
-        Name of the file that holds a long payload, otherwise empty.
+        Name of the file that holds a long payload, otherwise empty. `Ledger.payload` reads it from there or the row.
     """
 
     seq: int
@@ -66,7 +65,6 @@ class Record:
     round: int
     node: str
     body: dict[str, Any]
-    blob: bytes
     file: str = ""
 
 
@@ -158,8 +156,33 @@ class Ledger:
             raise self._plain(error) from None
         self._hash = digest
         seq = int(cursor.lastrowid or 0)
-        ledger_file.note_head(self._head, seq)
-        return Record(seq, now, kind, round, node, json.loads(text), blob, file)
+        if not self._db.in_transaction:
+            ledger_file.note_head(self._head, seq)
+        return Record(seq, now, kind, round, node, json.loads(text), file)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Append the records within in one transaction: all are on disk when it is left, or none where it fails.
+
+        Raises
+        ------
+        ResourceError
+            The disk is full or read-only.
+        """
+        before = self._hash
+        try:
+            self._db.execute("BEGIN")
+            yield
+            self._db.execute("COMMIT")
+        except BaseException as error:
+            self._hash = before
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.DatabaseError):
+                raise self._plain(error) from None
+            raise
+        if self._hash != before:
+            ledger_file.note_head(self._head, self._db.execute("SELECT max(seq) FROM records").fetchone()[0])
 
     def records(self, *kinds: str, round: int | None = None, after: int = 0) -> Iterator[Record]:
         """Yield records in order.
@@ -178,7 +201,8 @@ class Ledger:
         LedgerError
             A record cannot be read.
         """
-        query = f"SELECT {_COLUMNS} FROM records WHERE seq > ?"
+        # Who follows a ledger reads what is new alone, not the index of all that there ever was of a kind.
+        query = f"SELECT {_COLUMNS} FROM records {'NOT INDEXED' if after else ''} WHERE seq > ?"
         values: list[Any] = [after, *kinds]
         if kinds:
             query += f" AND kind IN ({', '.join('?' * len(kinds))})"
@@ -189,7 +213,7 @@ class Ledger:
 
     def last(self, kind: str) -> Record | None:
         """Return the newest record of a kind, None where there is none."""
-        query = f"SELECT {_COLUMNS} FROM records WHERE kind = ? ORDER BY seq DESC LIMIT 1"
+        query = f"SELECT {_COLUMNS} FROM records WHERE seq = (SELECT max(seq) FROM records WHERE kind = ?)"
         return next(self._select(query, [kind]), None)
 
     def payload(self, record: Record) -> bytes:
@@ -200,7 +224,15 @@ class Ledger:
         LedgerError
             Its file is missing or damaged.
         """
-        return self._get(record.file) if record.file else record.blob
+        if record.file:
+            return self._get(record.file)
+        try:
+            row = self._db.execute("SELECT blob FROM records WHERE seq = ?", [record.seq]).fetchone()
+        except sqlite3.DatabaseError as error:
+            raise self._plain(error) from None
+        if row is None or not isinstance(row[0], bytes):
+            raise LedgerError(f"{self._path} is damaged: see `fedtune ledger verify {self.folder}`.")
+        return row[0]
 
     def put_file(self, tensors: dict[str, Tensor]) -> str:
         """Store tensors as an immutable safetensors file; returns the SHA-256 of its bytes, which is its name.
@@ -329,11 +361,11 @@ class Ledger:
 
     def _select(self, query: str, values: list[Any]) -> Iterator[Record]:
         try:
-            for seq, at, kind, round, node, body, blob, file in self._db.execute(query, values):
+            for seq, at, kind, round, node, body, file in self._db.execute(query, values):
                 facts = json.loads(body)
                 if not isinstance(facts, dict):
                     raise ValueError("no facts")
-                yield Record(seq, at, kind, round, node, facts, blob, file)
+                yield Record(seq, at, kind, round, node, facts, file)
         except sqlite3.DatabaseError as error:
             raise self._plain(error) from None
         except (ValueError, TypeError, RecursionError):

@@ -15,13 +15,13 @@ from typing import Any
 
 from fedtune_strategies.errors import LedgerError
 
-FORMAT = 2
+FORMAT = 3
 # Longer payloads become files: SQLite takes none above a gigabyte, and nobody who reads the rows wants to load them.
 INLINE_BYTES = 2**20
 _SCHEMA = """
 CREATE TABLE records (
     seq INTEGER PRIMARY KEY, time REAL NOT NULL, kind TEXT NOT NULL, round INTEGER NOT NULL, node TEXT NOT NULL,
-    body TEXT NOT NULL, blob BLOB NOT NULL, hash BLOB NOT NULL, file TEXT NOT NULL DEFAULT ''
+    body TEXT NOT NULL, hash BLOB NOT NULL, file TEXT NOT NULL DEFAULT '', blob BLOB NOT NULL
 );
 CREATE INDEX records_by_kind ON records (kind, round);
 """
@@ -177,10 +177,15 @@ def read_head(path: Path) -> int:
 def note_head(path: Path, seq: int) -> None:
     """Note the last record's number beside the ledger: a chain of hashes does not show that its end is missing.
 
-    The note is not forced to disk. After a power cut it may be older than the ledger, which does no harm.
+    It is written in place, and not forced to disk. After a power cut it may be older than the ledger, which does no
+    harm.
     """
     with contextlib.suppress(OSError):
-        path.write_text(f"{seq}\n")
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, f"{seq:019d}\n".encode())
+        finally:
+            os.close(handle)
 
 
 def sync_folder(folder: Path) -> None:

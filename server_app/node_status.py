@@ -26,29 +26,23 @@ class NodeStatus:
     reason: str
 
 
-def node_status(ledger: Ledger) -> dict[str, NodeStatus]:
-    """Return the status of every node that ever took part, by name.
+class NodeStatuses:
+    """The status of every node that ever took part, by name; following a run reads only what is new."""
 
-    Parameters
-    ----------
-    ledger : Ledger
-        The run's ledger.
+    def __init__(self) -> None:
+        self._found: dict[str, NodeStatus] = {}
+        self._seen = 0
 
-    Returns
-    -------
-    dict of str to NodeStatus
-        In the order of their names.
-    """
-    found: dict[str, NodeStatus] = {}
-    # These kinds alone: a long run has many more replies, and this is asked in every attempt of every round.
-    events = [record for kind in ("start", "joined", "lost") for record in ledger.records(kind)]
-    for record in sorted(events, key=lambda one: one.seq):
-        match record.kind:
-            case "joined":
-                found[record.node] = NodeStatus(True, record.time, record.body["reason"])
-            case "lost":
-                found[record.node] = NodeStatus(False, record.time, record.body["reason"])
-            case "start":
-                waiting = NodeStatus(False, record.time, "not back since the server was started again")
-                found |= {name: waiting for name, one in found.items() if one.present}
-    return dict(sorted(found.items()))
+    def update(self, ledger: Ledger) -> dict[str, NodeStatus]:
+        """Take up what is new in a run's ledger; returns them in the order of their names."""
+        for record in ledger.records("start", "joined", "lost", after=self._seen):
+            self._seen = record.seq
+            match record.kind:
+                case "joined":
+                    self._found[record.node] = NodeStatus(True, record.time, record.body["reason"])
+                case "lost":
+                    self._found[record.node] = NodeStatus(False, record.time, record.body["reason"])
+                case "start":
+                    waiting = NodeStatus(False, record.time, "not back since the server was started again")
+                    self._found |= {name: waiting for name, one in self._found.items() if one.present}
+        return dict(sorted(self._found.items()))

@@ -1,7 +1,8 @@
 """Drive a strategy over a fleet, round by round, from its ledger.
 
 A round is: ask, accept reply by reply (each one appended to the ledger at once), aggregate, append the new state.
-A server that was stopped in the middle of a round asks only the nodes whose reply it has not got.
+A server that was stopped in the middle of a round takes it up from its records, and asks only the nodes that have
+neither answered nor failed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import safetensors.torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 from torch import Tensor
 
+from fedtune_strategies.admission import Node
 from fedtune_strategies.config import Config
 from fedtune_strategies.errors import DivergenceError, FedTuneError, NodesError, ProtocolError
 from fedtune_strategies.fleet import Fleet, NodeReply
@@ -27,7 +29,8 @@ from fedtune_strategies.strategy import TuningStrategy
 from fedtune_strategies.words import counted
 from server_app.guard import Guard
 from server_app.ledger import Ledger, Record
-from server_app.node_status import node_status
+from server_app.node_status import NodeStatus, NodeStatuses
+from server_app.progress import Progress, round_records
 
 log = logging.getLogger("fedtune")
 
@@ -80,6 +83,7 @@ def run_rounds(
         Too few nodes, or too few usable replies in all attempts of a round. The ledger keeps what was committed.
     """
     done, arrays = restore(strategy, ledger)
+    statuses = NodeStatuses()
     if done:
         log.info("resuming after round %d of %d", done, config.num_server_rounds)
     strategy.summary()
@@ -93,7 +97,7 @@ def run_rounds(
     with contextlib.suppress(_Finished):
         while done < config.num_server_rounds and not guard.look():
             with about(round=done + 1):
-                arrays = _round(done + 1, strategy, arrays, fleet, ledger, config, meanwhile)
+                arrays = _round(done + 1, strategy, arrays, fleet, ledger, config, statuses, meanwhile)
             done += 1
             place(done, arrays)
         evaluate()
@@ -137,10 +141,6 @@ def restore(strategy: TuningStrategy, ledger: Ledger, round: int | None = None) 
         done, arrays = 0, strategy.initial_arrays()
     else:
         done, arrays = newest.round, strategy.restore(safetensors.torch.load(ledger.payload(newest)), load)
-    if round is None:
-        for record in ledger.records("asked", after=newest.seq if newest else 0):
-            if not record.body["again"]:
-                strategy.note_asked(record.body["nodes"])
     return done, arrays
 
 
@@ -159,30 +159,56 @@ def _round(
     fleet: Fleet,
     ledger: Ledger,
     config: Config,
+    statuses: NodeStatuses,
     meanwhile: Callable[[], None],
 ) -> ArrayRecord:
-    failed: set[str] = set()
-    for attempt in range(1, config.round.attempts + 1):
+    settings, progress = config.strategy, _take_up(number, strategy, arrays, fleet, ledger)
+    # A server that was stopped in the round goes on with the nodes that it had asked; where the round was complete, it
+    # asks nobody.
+    while progress.open or len(progress.answered) < settings.min_replies:
+        if not progress.open and progress.attempt == config.round.attempts:
+            raise _too_few(number, ledger, config.round.attempts)
         fleet.exclude(())
-        fleet.wait_for_nodes(config.strategy.min_nodes, config.round.node_wait)
-        _take_late(number, strategy, fleet, ledger)
-        answered = _answered(number, ledger)
-        # Whose late reply counts in this round is not asked in it, also after a restart.
-        fleet.exclude(answered - _asked(number, ledger) if attempt == 1 else answered)
-        _log_missing(number, ledger)
-        if attempt > 1 and set(fleet.nodes) - failed:
-            fleet.exclude(answered | failed)
-        # A server that was stopped in the round goes on with the nodes that it had asked.
-        only = _unanswered(number, ledger) if attempt == 1 else None
-        failed |= _ask(number, strategy, arrays, fleet, ledger, config, only, meanwhile)
-        replies = list(ledger.records("reply", round=number))
-        if len(replies) >= config.strategy.min_replies:
-            return _commit(number, strategy, replies, ledger)
-        log.warning(
-            "round %d, attempt %d of %d: %d usable replies, %d needed",
-            number, attempt, config.round.attempts, len(replies), config.strategy.min_replies,
-        )  # fmt: skip
-    raise _too_few(number, ledger, config.round.attempts)
+        # The first round waits for those who were there when the run was started: who joins first must not decide it.
+        hoped = config.round.first_nodes if number == 1 and not progress.asked else 0
+        fleet.wait_for_nodes(settings.min_nodes, config.round.node_wait, hoped)
+        _take_late(number, strategy, fleet, ledger, progress)
+        only = progress.open or None
+        attempt = progress.attempt if only else progress.attempt + 1
+        # Whose late reply counts in this round is not asked in it.
+        fleet.exclude(progress.answered - progress.asked if attempt == 1 else progress.answered)
+        _log_missing(number, statuses.update(ledger))
+        if attempt > 1 and set(fleet.nodes) - progress.failed:
+            fleet.exclude(progress.answered | progress.failed)
+        _ask(number, strategy, arrays, fleet, ledger, config, progress, attempt, only, meanwhile)
+        progress.close()
+        if len(progress.answered) < settings.min_replies:
+            log.warning(
+                "round %d, attempt %d of %d: %d usable replies, %d needed",
+                number, attempt, config.round.attempts, len(progress.answered), settings.min_replies,
+            )  # fmt: skip
+    meanwhile()  # where nobody was asked
+    return _commit(number, strategy, list(ledger.records("reply", round=number)), ledger)
+
+
+def _take_up(number: int, strategy: TuningStrategy, arrays: ArrayRecord, fleet: Fleet, ledger: Ledger) -> Progress:
+    """Fold what the ledger holds of a round into its strategy, which then stands where the server left it."""
+    progress = Progress()
+    for record in round_records(ledger, number):
+        progress.take(record)
+        if record.kind == "asked":
+            names = record.body["nodes"]
+            there = [*names.items(), *((name, 1) for name in record.body["idle"])]
+            present = [Node(name, place, count) for place, (name, count) in enumerate(sorted(there))]
+            list(strategy.configure_train(number, arrays, ConfigRecord(), Fleet(fleet, "", nodes=present)))
+            if not record.body["again"]:
+                strategy.note_asked(names)
+        elif record.kind in ("reply", "acknowledged"):
+            message = protocol.decode(record.body["kind"], ledger.payload(record))
+            # A reply that is late by a round was checked against what only the server knew that had asked for it.
+            with contextlib.suppress(FedTuneError):
+                (strategy.accept_late if record.body["late"] else strategy.accept)(number, message)
+    return progress
 
 
 def _ask(
@@ -192,105 +218,100 @@ def _ask(
     fleet: Fleet,
     ledger: Ledger,
     config: Config,
+    progress: Progress,
+    attempt: int,
     only: set[str] | None,
     meanwhile: Callable[[], None],
     *,
     again: bool = False,
-) -> set[str]:
-    """Send the round's tasks and record what comes; return the names of the nodes that gave nothing usable."""
+) -> None:
+    """Send the round's tasks, to some nodes only where these are named, and record what comes."""
     nodes = {node.id: node for node in fleet.nodes.values()}
     tasks = list(strategy.configure_train(number, arrays, ConfigRecord(), fleet))
-    answered = _answered(number, ledger)
     if only is not None:
         tasks = [task for task in tasks if nodes[task.metadata.dst_node_id].name in only]
     asked = {node.name: node.num_examples for node in (nodes[task.metadata.dst_node_id] for task in tasks)}
-    ledger.append("asked", round=number, body={"nodes": asked, "again": again})
+    idle = sorted({node.name for node in nodes.values()} - asked.keys())
+    facts: dict[str, Any] = {"nodes": asked, "idle": idle, "attempt": attempt, "again": again}
+    progress.take(ledger.append("asked", round=number, body=facts))
     if not again:
         strategy.note_asked(asked)
-    failed, missing_state = set(asked), set()
+    missing_state: set[str] = set()
     patience = config.round.deadline if strategy.takes_late else 0.0
-    for received in fleet.exchange(tasks, config.round.deadline, patience, meanwhile):
-        try:
-            if _accept(number, received, strategy.accept, ledger):
-                answered.add(received.node.name)
-                if config.round.grace and len(answered) == config.strategy.min_replies:
-                    fleet.shorten_deadline(config.round.grace)
-            failed.discard(received.node.name)
-            if isinstance(received.message, protocol.StateMissing):
-                missing_state.add(received.node.name)
-        except FedTuneError as error:
-            name = received.node.name
-            log.warning("round %d: %s: %s", number, name, error, extra={"node": name})
-            facts = {"reason": str(error), "exit_code": error.exit_code}
-            ledger.append("refused", round=number, node=received.node.name, body=facts)
-    _take_late(number, strategy, fleet, ledger)
-    for name in sorted(failed):
+    for replies in fleet.exchange(tasks, config.round.deadline, patience, meanwhile):
+        with ledger.together():
+            for received in replies:
+                _take(number, received, strategy, ledger, progress)
+        missing_state |= {one.node.name for one in replies if isinstance(one.message, protocol.StateMissing)}
+        if config.round.grace and len(progress.answered) >= config.strategy.min_replies:
+            fleet.shorten_deadline(config.round.grace)
+    _take_late(number, strategy, fleet, ledger, progress)
+    for name in sorted((progress.open & asked.keys()) - missing_state):
         log.warning("round %d: no usable reply from %s", number, name, extra={"node": name})
     if missing_state and not again:
         # Restarted nodes take part in this round too: the strategy now sends them all they need.
-        failed |= _ask(number, strategy, arrays, fleet, ledger, config, missing_state, meanwhile, again=True)
-    return failed
+        _ask(number, strategy, arrays, fleet, ledger, config, progress, attempt, missing_state, meanwhile, again=True)
 
 
-def _take_late(number: int, strategy: TuningStrategy, fleet: Fleet, ledger: Ledger) -> None:
+def _take(number: int, received: NodeReply, strategy: TuningStrategy, ledger: Ledger, progress: Progress) -> None:
+    """Record one answer: accepted, or refused with the reason."""
+    name = received.node.name
+    try:
+        accepted = _accept(number, received, strategy.accept)
+    except FedTuneError as error:
+        log.warning("round %d: %s: %s", number, name, error, extra={"node": name})
+        refusal = {"reason": str(error), "exit_code": error.exit_code}
+        progress.take(ledger.append("refused", round=number, node=name, body=refusal))
+    else:
+        progress.take(ledger.append(round=number, node=name, **accepted))
+
+
+def _take_late(number: int, strategy: TuningStrategy, fleet: Fleet, ledger: Ledger, progress: Progress) -> None:
     """Let replies to earlier rounds count in this one, where the strategy wants them."""
     for received in fleet.late():
         name = received.node.name
+        round = getattr(received.message, "round", number)
         try:
-            if name in _answered(number, ledger) | _answered(getattr(received.message, "round", number), ledger):
+            if name in progress.answered | {record.node for record in ledger.records("reply", round=round)}:
                 raise ProtocolError("it has answered for this round already: the reply is left out.")
-            _accept(number, received, strategy.accept_late, ledger)
+            accepted = _accept(number, received, strategy.accept_late, late=True)
         except FedTuneError as error:
             log.warning("round %d: %s answered late: %s", number, name, error, extra={"node": name})
             ledger.append("late", round=number, node=name, body={"reason": str(error)})
+        else:
+            progress.take(ledger.append(round=number, node=name, **accepted))
 
 
-def _answered(round: int, ledger: Ledger) -> set[str]:
-    return {record.node for record in ledger.records("reply", round=round)}
-
-
-def _unanswered(round: int, ledger: Ledger) -> set[str] | None:
-    """Return who was asked and has not answered; None where nobody was, or nobody has."""
-    asked, answered = _asked(round, ledger), _answered(round, ledger)
-    return asked - answered if asked & answered else None
-
-
-def _asked(round: int, ledger: Ledger) -> set[str]:
-    return set().union(*(record.body["nodes"] for record in ledger.records("asked", round=round)))
-
-
-def _log_missing(round: int, ledger: Ledger) -> None:
+def _log_missing(round: int, statuses: dict[str, NodeStatus]) -> None:
     missing = [
         f"{name} since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(one.since))} ({one.reason})"
-        for name, one in node_status(ledger).items()
+        for name, one in statuses.items()
         if not one.present
     ]
     if missing:
         log.warning("round %d: missing: %s", round, ", ".join(missing))
 
 
-def _accept(number: int, received: NodeReply, check: Callable[[int, protocol.Message], bool], ledger: Ledger) -> bool:
+def _accept(
+    number: int, received: NodeReply, check: Callable[[int, protocol.Message], bool], late: bool = False
+) -> dict[str, Any]:
+    """Let the strategy check an answer; return what the ledger records of it."""
     message = received.message
     if isinstance(message, FedTuneError):
         raise message
     sender = getattr(message, "node", None)
     if sender != received.node.name:
         raise ProtocolError(f"the reply bears the name of {sender!r}: it is left out.")
-    way = "stream" if received.streamed else "flower"
-    traffic = {"kind": message.kind, "bytes_down": received.bytes_down, "bytes_up": received.bytes_up, "way": way}
     with refusing():
         counts = check(number, message)
-    if not counts:
-        ledger.append("acknowledged", round=number, node=received.node.name, body=traffic)
-        return False
     assert received.content is not None
     _, payload = from_record(received.content)
     facts: dict[str, Any] = {
         key: value for key, value in vars(message).items() if isinstance(value, str | int | float) and key != "node"
     }
-    facts |= traffic
-    ledger.append("reply", round=number, node=received.node.name, body=facts, blob=payload)
-    return True
+    facts |= {"kind": message.kind, "bytes_down": received.bytes_down, "bytes_up": received.bytes_up, "late": late}
+    facts["way"] = "stream" if received.streamed else "flower"
+    return {"kind": "reply" if counts else "acknowledged", "body": facts, "blob": payload}
 
 
 def _commit(number: int, strategy: TuningStrategy, replies: list[Record], ledger: Ledger) -> ArrayRecord:

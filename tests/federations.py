@@ -48,7 +48,7 @@ def final_state(settings):
     """Return the last round's stored state and files: equal bytes mean equal models."""
     ledger = Ledger.read(_folder(settings))
     rounds = list(ledger.records("round"))
-    return rounds[-1].round, rounds[-1].blob, [record.body["files"] for record in rounds]
+    return rounds[-1].round, ledger.payload(rounds[-1]), [record.body["files"] for record in rounds]
 
 
 def assert_resumes_exactly(settings, data_files, folder, first=2):

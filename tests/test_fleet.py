@@ -38,6 +38,10 @@ def kept(node, round=1):
     return task(node.id, protocol.Ack(node.name, round), round)
 
 
+def flat(batches):
+    return [received for batch in batches for received in batch]
+
+
 def test_admitted_nodes_come_by_name_in_sorted_order():
     fleet = make({1: greeter("b"), 2: greeter("a"), 3: greeter("c")})
     fleet.wait_for_nodes(3, wait=1)
@@ -102,6 +106,23 @@ def test_waiting_for_nodes_has_an_end():
     assert time.monotonic() - start < 2
 
 
+def test_the_first_round_waits_for_all_who_are_there_but_not_for_the_refused():
+    class Arriving(InMemoryGrid):
+        looks = 0
+
+        def get_node_ids(self):
+            self.looks += 1
+            return [1, 2, 3][: self.looks]
+
+    nodes = {1: greeter("a"), 2: failing(13, "no memory left"), 3: greeter("c")}
+    fleet = Fleet(Arriving(nodes), "base", poll_interval=0.001)
+    fleet.wait_for_nodes(1, 60.0, hoped=3)
+    assert [*fleet.nodes] == ["a", "c"]
+    fleet.wait_for_nodes(1, 0.01, hoped=5)
+    with pytest.raises(FedTuneError):
+        fleet.wait_for_nodes(3, 0.01, hoped=5)
+
+
 class SlowGrid(InMemoryGrid):
     """Holds the replies of some nodes back."""
 
@@ -132,7 +153,7 @@ def test_an_exchange_ends_at_its_deadline_without_the_slow():
     fleet.wait_for_nodes(2, wait=1)
     grid.slow = {2}
     start = time.monotonic()
-    received = list(fleet.exchange([kept(node) for node in fleet.nodes.values()], deadline=0.3))
+    received = flat(fleet.exchange([kept(node) for node in fleet.nodes.values()], deadline=0.3))
     assert [one.node.name for one in received] == ["a"]
     assert 0.2 < time.monotonic() - start < 2
 
@@ -158,7 +179,7 @@ def test_a_node_gets_one_task_at_a_time_in_order():
     fleet = Fleet(grid, "base", poll_interval=0.01)
     fleet.wait_for_nodes(1, wait=1)
     node = fleet.nodes["a"]
-    received = list(fleet.exchange([kept(node, number) for number in range(5)], deadline=5))
+    received = flat(fleet.exchange([kept(node, number) for number in range(5)], deadline=5))
     assert seen == [0, 1, 2, 3, 4] and len(received) == 5
     assert grid.most_waiting == 1
 
@@ -167,7 +188,7 @@ def test_an_error_instead_of_a_reply_is_received_as_one():
     fleet = make({1: greeter("a")})
     fleet.wait_for_nodes(1, wait=1)
     fleet._grid.nodes = {1: lambda kind, payload: 1 / 0}
-    (received,) = fleet.exchange([kept(fleet.nodes["a"])], deadline=1)
+    (received,) = flat(fleet.exchange([kept(fleet.nodes["a"])], deadline=1))
     assert isinstance(received.message, NodesError) and "division by zero" in str(received.message)
 
 

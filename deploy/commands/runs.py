@@ -73,6 +73,7 @@ def run(
     settings.setdefault("method.name", defaults()["method.name"])
     settings.setdefault("run.dir", str(new_folder(str(settings["method.name"]))))
     settings = _with_absolute_paths(settings)
+    settings.setdefault("round.first-nodes", list(control.node_states().values()).count("online"))
     _preflight(control, settings)
     _tune(control, settings, detach, form)
 

@@ -109,6 +109,7 @@ def watchdog(token: str) -> Iterator[None]:
 def termination_as_exit() -> Iterator[None]:
     """Let SIGTERM and SIGHUP unwind the stack, as Ctrl-C does, so that what was started is stopped.
 
+    What is ignored stays ignored: with nohup a process outlives its terminal.
     Only the main thread can set signal handlers; in any other this does nothing.
     """
 
@@ -117,7 +118,8 @@ def termination_as_exit() -> Iterator[None]:
 
     previous = {}
     with contextlib.suppress(ValueError):
-        previous = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+        heeded = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is not signal.SIG_IGN]
+        previous = {number: signal.signal(number, leave) for number in heeded}
     try:
         yield
     finally:

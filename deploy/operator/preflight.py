@@ -23,7 +23,7 @@ from fedtune_strategies.words import counted
 def with_config(settings: Mapping[str, Scalar]) -> str:
     """Check the run configuration."""
     config = parse(settings)
-    own = len(settings.keys() - {"run.dir", "method.name", "model.name", "num-server-rounds"})
+    own = len(settings.keys() - {"run.dir", "method.name", "model.name", "num-server-rounds", "round.first-nodes"})
     return f"{config.method.name}, {counted(config.num_server_rounds, 'round')}, {counted(own, 'other key')} set"
 
 
@@ -60,7 +60,7 @@ def room(settings: Mapping[str, Scalar]) -> str:
     base = model_folder(config.model.name)
     needed = weights_dtype(base, config.model.dtype).itemsize * count_parameters(weight_files(base))  # the export
     if load_method(config.method.name).cost is not None:
-        nodes = int(config.strategy.min_nodes)
+        nodes = max(config.strategy.min_nodes, config.round.first_nodes)
         needed += config.num_server_rounds * plan(config, base, nodes, EXAMPLES).record
     folder = Path(config.run.dir).expanduser()
     there = next(parent for parent in [folder, *folder.parents] if parent.exists())

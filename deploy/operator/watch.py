@@ -54,16 +54,18 @@ class Lines:
 
     def __call__(self, view: RunView) -> list[str]:
         """The lines since the last call."""
-        report = view.report()
-        total, notes = report["run"]["rounds"], report["notes"][::-1]
-        rounds = [one for one in report["rounds"] if one["committed"]]
-        lines = [_round_line(one, total) for one in rounds[self._rounds :]]
-        for one in report["evaluations"][self._evaluations :]:
+        # All that happened, not the report, in which a long run is thinned out.
+        report, evaluations = view.report(), list(view.evaluations.values())
+        total = report["run"]["rounds"]
+        rounds = [one for one in view.rounds_after(self._rounds) if one["committed"]]
+        lines = [_round_line(one, total) for one in rounds]
+        for one in evaluations[self._evaluations :]:
             lines.append(f"round {one['round']}/{total}: held-out loss {one['loss']:.4f}")
-        lines += [_told(note) for note in notes[self._notes :]]
+        lines += [_told(note) for note in view.notes[self._notes :]]
         waiting = phase if (phase := report["run"]["phase"]).startswith("waiting") else ""
         lines += [waiting] if waiting and waiting != self._waiting else []
-        self._rounds, self._evaluations, self._notes = len(rounds), len(report["evaluations"]), len(notes)
+        self._rounds = max([self._rounds, *(one["round"] for one in rounds)])
+        self._evaluations, self._notes = len(evaluations), len(view.notes)
         self._waiting = waiting
         return lines
 

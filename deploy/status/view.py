@@ -87,9 +87,12 @@ class RunView:
                 # The ledger was cut back and went on differently.
                 self._clear()
                 records = ledger.records()
-            before = self.seq
+            before, newest = self.seq, None
             for record in records:
                 self._take(record)
+                newest = record if record.kind == "round" else newest
+            if newest is not None:
+                self._state = ledger.payload(newest)
             return self.seq != before
 
     def follow(self) -> bool:
@@ -125,6 +128,10 @@ class RunView:
                 "notes": self.notes[-MAX_NOTES:][::-1],
             }
         )
+
+    def rounds_after(self, number: int) -> list[dict[str, Any]]:
+        """Return all rounds behind one, in order: of a long run the report has only some."""
+        return [*self.summaries[number:], *(self._round(one) for one in sorted(self.rounds) if one > number)]
 
     # The fold
 
@@ -163,7 +170,6 @@ class RunView:
             case "round":
                 self._open_round(record).update(committed=record.time, metrics=body.get("metrics", {}))
                 self._forget_details(record.round - MAX_TURNS)
-                self._state = record.blob
             case "evaluation":
                 self.evaluations[record.round] = _evaluation(record)
             case "joined" | "lost" | "refused" | "late" | "cut":

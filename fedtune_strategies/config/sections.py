@@ -126,6 +126,11 @@ class RoundConfig:
         low=0.0,
     )
     node_wait: float = option(120.0, "Seconds to wait for 'strategy.min-nodes' nodes before giving up.", low=0.0)
+    first_nodes: int = option(
+        0,
+        "Nodes for which the first round waits, up to 'round.node-wait' seconds; `fedtune run` takes those online.",
+        low=0,
+    )
     attempts: int = option(3, "How often a round with too few replies is tried before the run ends.", low=1)
 
 

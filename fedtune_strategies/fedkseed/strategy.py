@@ -177,6 +177,8 @@ class FedKSeed(TuningStrategy):
         answers = self._in_line(answers)
         if not answers:
             return None, None
+        while pool_number(self.config, server_round) > len(self.closed):
+            self.next_pool()  # a replay may have left out all replies of the round that would have closed it
         self._calibrate(answers)
         set_step(self.inner, self.lr(server_round), self.config.strategy.adaptivity)
         odds = {server_round: self.odds(), server_round - 1: self.last_odds}

@@ -166,7 +166,7 @@ def test_a_late_change_of_the_newest_version_is_a_change_like_others(settings, d
     settings |= {"fedcybgd.structure": "parallel", "fedcybgd.nodes-per-round": 2}
     ledger = late_run(settings | {"num-server-rounds": 3}, data_files)
     reply, record = turn_of(ledger, "node-1", 2)
-    replies = [protocol.decode("block-reply", one.blob) for one in ledger.records("reply", round=3)]
+    replies = [protocol.decode("block-reply", ledger.payload(one)) for one in ledger.records("reply", round=3)]
     group = [one for one in replies if one.block == reply.block]
     assert record.round == 3 and len(group) == 2  # it was owed, so another node has trained it in round 3
     total = sum(one.num_examples for one in group)

@@ -174,7 +174,7 @@ def test_parallel_nodes_train_different_blocks_of_one_snapshot(settings, data_fi
     assert [task.versions.tolist() for _, task in sent[:4]] == [[0] * 4, [0] * 4, [1, 1, 0, 0], [1, 1, 0, 0]]
     ledger = Ledger.read(Path(settings["run.dir"]))
     assert ledger.last("round").body["metrics"]["blocks"] == [0, 1]
-    assert safetensors.torch.load(ledger.last("round").blob)["versions"].tolist() == [2, 2, 1, 1]
+    assert safetensors.torch.load(ledger.payload(ledger.last("round")))["versions"].tolist() == [2, 2, 1, 1]
 
 
 def test_what_a_lost_node_left_undone_goes_to_an_idle_one(settings, data_files):
@@ -211,7 +211,7 @@ def test_several_nodes_on_one_block_are_averaged(settings, data_files):
     ledger = run(settings, data_files)
     start = find_blocks(AutoModelForCausalLM.from_pretrained(settings["model.name"]))[0].parameters
     base = AutoModelForCausalLM.from_pretrained(settings["model.name"]).state_dict()
-    replies = [protocol.decode("block-reply", record.blob) for record in ledger.records("reply", round=1)]
+    replies = [protocol.decode("block-reply", ledger.payload(record)) for record in ledger.records("reply", round=1)]
     assert len(replies) == 3
     total = sum(reply.num_examples for reply in replies)
     new = ledger.get_file(next(ledger.records("round")).body["files"]["block-0"])

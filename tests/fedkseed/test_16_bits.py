@@ -36,7 +36,7 @@ def test_fedkseed_rebuilds_16_bit_weights_from_the_base_with_one_rounding(settin
     ledger = run(settings, {"node-0": data_files["node-0"]})
     exported, replies = learned(ledger)
     assert all(np.isfinite(read_scalars(reply.scalars, reply.unit)).all() for reply in replies)
-    theta = safetensors.torch.load(ledger.last("round").blob)["theta"].numpy()
+    theta = safetensors.torch.load(ledger.payload(ledger.last("round")))["theta"].numpy()
     base = base_tensors(load_model(settings["model.name"], "float16"))
     expected = {name: torch.empty_like(value) for name, value in base.items()}
     rebuild(parse(settings), [theta], expected, base)

@@ -6,11 +6,13 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from fedtune_strategies.fedkseed.messages import SeedTask
+from fedtune_strategies.fedkseed.strategy import FedKSeed
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.seed_space import fingerprint, tuned_parameters
 from fedtune_strategies.testing import InMemoryGrid
 from server_app.export import export_round
 from server_app.ledger import Ledger
+from server_app.replay import replay
 from server_app.run import execute
 from tests.federations import final_state, make_grid, make_nodes, run
 
@@ -73,3 +75,32 @@ def test_every_round_can_be_exported_as_it_was_evaluated(growing, data_files, tm
         export_round(Path(growing["run.dir"]), round, tmp_path / f"round-{round}")
         model = AutoModelForCausalLM.from_pretrained(tmp_path / f"round-{round}", dtype="bfloat16")
         assert fingerprint(tuned_parameters(model)) == evaluated[round]
+
+
+def test_a_replay_that_leaves_out_a_whole_round_keeps_every_pool_in_its_place(
+    growing, data_files, tmp_path, monkeypatch
+):
+    growing |= {"fedkseed.pool-every": 1, "num-server-rounds": 3, "strategy.min-nodes": 2}
+    nodes = make_nodes(growing, data_files)
+
+    def fails_in_round_2(number):
+        def handle(kind, payload):
+            if getattr(protocol.decode(kind, payload), "round", 0) == 2:
+                raise RuntimeError("power cut")
+            return nodes[number].handle(kind, payload)
+
+        return handle
+
+    grid = {1: fails_in_round_2(1), 2: fails_in_round_2(2), 3: nodes[3].handle}
+    execute(InMemoryGrid(grid), growing, run_id=1)
+    pools, materialise = [], FedKSeed.materialise
+
+    def spy(self, arrays, parameters):
+        pools.append(self.closed)
+        return materialise(self, arrays, parameters)
+
+    monkeypatch.setattr(FedKSeed, "materialise", spy)
+    replay(Path(growing["run.dir"]), without=["node-2"], out=tmp_path / "without")
+    recorded, without = pools
+    assert [bool(pool.any()) for pool in recorded] == [True, True, True]
+    assert [bool(pool.any()) for pool in without] == [True, False, True]

@@ -45,7 +45,7 @@ def test_records_come_back_in_order_and_by_kind_and_round(ledger):
     assert [record.node for record in ledger.records("reply", round=2)] == ["m"]
     assert [record.seq for record in ledger.records(after=1)] == [2, 3]
     first = next(ledger.records("reply"))
-    assert (first.body, first.blob, first.round) == ({"loss": 2.5}, b"\x00\xff", 1)
+    assert (first.body, ledger.payload(first), first.round) == ({"loss": 2.5}, b"\x00\xff", 1)
     assert ledger.last("reply").node == "m"
     assert ledger.last("nothing") is None
 
@@ -206,10 +206,24 @@ def test_another_format_is_refused_by_one_line(ledger):
         Ledger(ledger.folder)
 
 
+def test_records_written_together_are_all_there_or_none(ledger):
+    ledger.append("start")
+    with pytest.raises(KeyError), ledger.together():
+        ledger.append("reply", node="a")
+        raise KeyError
+    with ledger.together():
+        ledger.append("reply", node="b")
+        assert [one.kind for one in Ledger.read(ledger.folder).records()] == ["start"]
+        ledger.append("reply", node="c")
+    ledger.append("round")
+    assert [one.node for one in Ledger.read(ledger.folder).records("reply")] == ["b", "c"]
+    assert Ledger.read(ledger.folder).damage() is None
+
+
 def test_a_long_payload_is_a_file(ledger):
     long = b"x" * (INLINE_BYTES + 1)
     record = ledger.append("reply", blob=long)
-    assert record.blob == b"" and ledger.payload(record) == long
+    assert ledger.payload(record) == long
     assert [name for _, name in ledger.files()] == [record.file]
     assert ledger.payload(ledger.append("reply", blob=long[1:])) == long[1:]
     ledger.close()

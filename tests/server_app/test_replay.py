@@ -66,7 +66,7 @@ def test_without_a_node_the_others_contributions_are_left(settings, data_files, 
     if method == "fedcybgd":
         moved = set()
         for record in replies:
-            delta = protocol.decode("block-reply", record.blob).delta
+            delta = protocol.decode("block-reply", ledger.payload(record)).delta
             moved |= set(delta)
             for name, value in delta.items():
                 left[name] -= value
@@ -75,8 +75,10 @@ def test_without_a_node_the_others_contributions_are_left(settings, data_files, 
         # By hand: every reply moves the seeds that its node drew, by its share of the examples.
         config, theta = parse(settings), np.zeros(64)
         for number in range(1, 5):
-            state = {} if number == 1 else safetensors.torch.load(list(ledger.records("round"))[number - 2].blob)
-            answers = [protocol.decode("seed-reply", one.blob) for one in replies if one.round == number]
+            state = (
+                {} if number == 1 else safetensors.torch.load(ledger.payload(list(ledger.records("round"))[number - 2]))
+            )
+            answers = [protocol.decode("seed-reply", ledger.payload(one)) for one in replies if one.round == number]
             total = sum(answer.num_examples for answer in answers)
             odds = _odds(config, state)
             for answer in answers:

@@ -79,7 +79,7 @@ def test_cybgd_sends_only_what_changed(settings, data_files):
     down = [record.body["bytes_down"] for record in ledger.records("reply")]
     # Base weights lie on every node: the first turn brings nothing, later ones the blocks changed since.
     assert down[0] < 1000 < max(down)
-    sizes = [len(record.blob) for record in ledger.records("reply")]
+    sizes = [len(ledger.payload(record)) for record in ledger.records("reply")]
     whole = sum(value.nbytes for value in AutoModelForCausalLM.from_pretrained(settings["model.name"]).parameters())
     assert max(down) < whole and max(sizes) < whole
 
@@ -165,7 +165,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(settings, data_files)
     execute(grid, settings, run_id=1)
     last = Ledger.read(Path(settings["run.dir"])).last("round")
     assert last.body["metrics"]["train/skipped"] > 0
-    assert safetensors.torch.load(last.blob)["theta"].isfinite().all()
+    assert safetensors.torch.load(Ledger.read(Path(settings["run.dir"])).payload(last))["theta"].isfinite().all()
 
 
 def test_steps_skipped_in_averaging_are_recorded(settings, data_files):

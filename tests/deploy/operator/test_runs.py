@@ -194,6 +194,24 @@ def shown(renderable):
     return console.export_text()
 
 
+def test_a_long_run_that_is_followed_as_lines_loses_none(tmp_path):
+    ledger, view, news, said = Ledger(tmp_path), RunView(tmp_path), Lines(), []
+    ledger.append("start", body={"config": {"num-server-rounds": 900}})
+    with ledger.together():
+        for number in range(1, 901):
+            ledger.append("refused", round=number, node="n", body={"reason": f"reason {number}"})
+            ledger.append("round", round=number, body={"metrics": {}})
+    for after in (ledger.append("round", round=901, body={"metrics": {}}), None):
+        view.update()
+        said += news(view)
+        if after:
+            ledger.append("lost", node="n", body={"reason": "the last"})
+    ledger.close()
+    assert [line.split("/")[0] for line in said if "replies" in line] == [f"round {n}" for n in range(1, 902)]
+    assert [line for line in said if "reason" in line] == [f"refused: n reason {n}" for n in range(1, 901)]
+    assert said[-1] == "lost: n the last"
+
+
 def test_brackets_in_a_path_a_name_or_a_reason_are_shown_as_they_are(tmp_path):
     ledger = Ledger(tmp_path)
     ledger.append("start", body={"config": {"method.name": "mine[/m]", "model.name": "mine[/x]"}})
