@@ -171,9 +171,8 @@ class Fleet(Grid):
         start = time.monotonic()
         self._limit = start + deadline
         meanwhile()
-        over = False
-        while pending and not over:
-            over = time.monotonic() > self._limit  # what arrived meanwhile counts, however long that took
+        while pending:
+            over = time.monotonic() > self._limit
             replies = list(self._grid.pull_messages(list(pending)))
             received = []
             for reply in replies:
@@ -185,6 +184,8 @@ class Fleet(Grid):
                 yield received
             if self._admission.allowance():
                 self._admission.hear()
+            if not replies and over:  # what arrived meanwhile counts, however long that took
+                break
             if not replies:
                 self._pause(self._poll_interval)
         waited = time.monotonic() - start
