@@ -141,8 +141,7 @@ def long_run(rounds: int, folder: Path) -> None:
             else:
                 answer = SeedReply(
                     node=name, round=cast(Any, message).round, scalars=scalars, unit=1.0, loss=2.0,
-                    fingerprint=strategy.fingerprint, num_examples=10, seconds=1.0, peak_memory=10, lr=1e-6, eps=1e-3,
-                    noise=0.0,
+                    fingerprint=strategy.fingerprint, num_examples=10, seconds=1.0, peak_memory=10, lr=1e-6, noise=0.0,
                 )  # fmt: skip
             return answer.kind, protocol.encode(answer)
 
@@ -151,14 +150,14 @@ def long_run(rounds: int, folder: Path) -> None:
     costs: list[float] = []
     before = time.process_time()
 
-    def evaluate(number: int, arrays: ArrayRecord) -> None:
+    def place(number: int, arrays: ArrayRecord) -> None:
         nonlocal before
         strategy.materialise(arrays, parameters)
         costs.append(time.process_time() - before)
         before = time.process_time()
 
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        ledger = Ledger(Path(place) / "run")
+    with tempfile.TemporaryDirectory(dir=folder) as run:
+        ledger = Ledger(Path(run) / "run")
 
         def note(kind: str, node: str, line: str) -> None:
             ledger.append(kind, node=node, body={"reason": line})
@@ -167,7 +166,7 @@ def long_run(rounds: int, folder: Path) -> None:
             InMemoryGrid({number: handler(f"node-{number}") for number in range(1, nodes + 1)}), fingerprint(base),
             on_event=note,
         )  # fmt: skip
-        run_rounds(strategy, fleet, ledger, config, evaluate, Guard(config, ledger))
+        run_rounds(strategy, fleet, ledger, config, place, lambda: None, Guard(config, ledger))
         size = (ledger.folder / "ledger.sqlite").stat().st_size
         ledger.close()
     first, last = statistics.median(costs[10 : 10 + window]), statistics.median(costs[-window:])
