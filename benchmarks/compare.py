@@ -3,7 +3,7 @@
     python benchmarks/compare.py run dolly-0.5 [--only FedKSeed --only FedAvg] [--seeds 3]
     python benchmarks/compare.py report dolly-0.5
 
-`run` searches each method's step size on validation data, then runs it with several seeds; interrupted, it goes on
+`run` searches each method's step size on validation data, then runs it with several seeds; interrupted, it continues
 where it stopped. `report` writes table, plots and an HTML page from the results, benchmarks/results/comparison/.
 How to read them: docs/comparison.md. The protocols are in benchmarks/comparison/protocols.py.
 """

@@ -4,7 +4,7 @@
 
 Operations take turns, so that other load on the machine falls on all of them; processor seconds, summed over threads,
 feel that load less than the clock does. The published way (generate each
-seed's directions anew with ``torch.manual_seed`` and ``normal_``, and add) is timed for 4 seeds and multiplied.
+seed's directions again with ``torch.manual_seed`` and ``normal_``, and add) is timed for 4 seeds and multiplied.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 A process of its own for each number of nodes. Per round: configuring the tasks, checking the replies as they come, and
 aggregating them; the memory is the peak of the process less what it held before the first task, with all replies
-in it as they lie in the ledger's rows. Without network, ledger and evaluation.
+in it as they are in the ledger's rows. Without network, ledger and evaluation.
 
 With ``--rounds``: one run of so many rounds, its main loop, ledger and guard, with four nodes that answer at once; what
 a round costs at the start and at the end of it.

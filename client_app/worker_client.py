@@ -1,7 +1,7 @@
 """Find, start, replace and ask the worker of this SuperNode.
 
 A worker is bound to one SuperNode process, one FedTune version, one run configuration and one node configuration.
-Its folder lies under the user's runtime directory, is named after the SuperNode's process and holds a lock, the
+Its folder is under the user's runtime directory, is named after the SuperNode's process and holds a lock, the
 worker's identity (``worker.json``) and its socket.
 """
 
@@ -71,7 +71,7 @@ def ask_worker(spec: WorkerSpec, kind: str, payload: bytes, timeout: float, offe
     timeout : float
         Seconds for the answer, after which the worker is ended.
     offer : str
-        Of a stream, which the worker shall keep from now on; empty for none.
+        Of a stream, which the worker is to keep from now on; empty for none.
 
     Returns
     -------

@@ -32,7 +32,7 @@ _ASKING_FOR_S = 5.0
 _CHUNK_S = 600.0
 # So often a node may ask for the same part of the base model, on a bad link too; after that it is refused.
 _ASKS = 8
-# Loading a large model takes its time; after this the message is given up and the node greeted anew.
+# Loading a large model takes its time; after this the message is given up and the node greeted again.
 _HELLO_S = 1800.0
 # Slower than this a node's download of the base model is not waited for.
 _LEAST_BYTES_A_SECOND = 1 << 16

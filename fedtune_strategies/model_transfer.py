@@ -95,7 +95,7 @@ class ModelCache:
     Parameters
     ----------
     folder : Path
-        Where they lie; made where absent. Nodes of one machine may share it.
+        Where they are; made where absent. Nodes of one machine may share it.
     limit : int
         Most bytes in it. To make room, the models that were unused longest are deleted.
     """

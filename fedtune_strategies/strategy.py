@@ -30,7 +30,7 @@ LARGEST_SHARE = 10
 
 @dataclass(frozen=True)
 class State:
-    """What a strategy must have stored to go on after a round.
+    """What a strategy must have stored to continue after a round.
 
     Attributes
     ----------

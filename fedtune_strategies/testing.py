@@ -26,7 +26,7 @@ class InMemoryGrid(Grid):
     Parameters
     ----------
     nodes : mapping of int to Handler
-        The nodes by id; may change while a run goes on.
+        The nodes by id; may change during a run.
     newest_first : bool
         Deliver replies in the opposite order of their tasks.
     """

@@ -57,7 +57,7 @@ class Change:
 
 
 def compare_rounds(run: Path, first: int, second: int | None) -> Change:
-    """Rebuild the model after two rounds from a run's ledger and compare the weights; the run may still go on.
+    """Rebuild the model after two rounds from a run's ledger and compare the weights; the run may not be over.
 
     Parameters
     ----------

@@ -119,7 +119,7 @@ class Ledger:
 
     @staticmethod
     def is_written(folder: Path) -> bool:
-        """Say whether a process has this ledger open for writing: whether its run goes on."""
+        """Say whether a process has this ledger open for writing: whether its run is running."""
         try:
             with FileLock(folder / "ledger.lock", timeout=0):
                 return False
@@ -217,7 +217,7 @@ class Ledger:
         return next(self._select(query, [kind]), None)
 
     def payload(self, record: Record) -> bytes:
-        """Return a record's payload, wherever it lies.
+        """Return a record's payload, wherever it is.
 
         Raises
         ------

@@ -129,7 +129,7 @@ def make(path: Path) -> None:
 
 
 def truncate_to(path: Path, count: int) -> Path:
-    """Write the first records of a damaged ledger anew, and put the new file in its place.
+    """Write the first records of a damaged ledger to a new file, and put the new file in its place.
 
     Parameters
     ----------

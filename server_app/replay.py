@@ -1,4 +1,4 @@
-"""Folding a run's replies anew: to check that they make the recorded model, or to leave nodes out of it."""
+"""Folding a run's replies again: to check that they make the recorded model, or to leave nodes out of it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Replayed:
 def replay(
     run: Path, without: Collection[str] = (), round: int | None = None, out: Path | None = None, model: str = ""
 ) -> Replayed:
-    """Fold a run's replies anew.
+    """Fold a run's replies again.
 
     With nobody left out, the replies must make the very model that the ledger holds, bit for bit. With nodes left out,
     the model is the sum of what the others contributed, as they computed it: the others' replies were made on weights

@@ -68,7 +68,7 @@ def run_rounds(
     evaluate : callable
         Evaluates the weights that are in place, unless the ledger has that already.
     guard : Guard
-        Asked after every evaluation whether to go on.
+        Asked after every evaluation whether to continue.
 
     Returns
     -------
@@ -163,8 +163,8 @@ def _round(
     meanwhile: Callable[[], None],
 ) -> ArrayRecord:
     settings, progress = config.strategy, _take_up(number, strategy, arrays, fleet, ledger)
-    # A server that was stopped in the round goes on with the nodes that it had asked; where the round was complete, it
-    # asks nobody.
+    # A server that was stopped in the round continues with the nodes that it had asked; it asks nobody where the round
+    # was complete.
     while progress.open or len(progress.answered) < settings.min_replies:
         if not progress.open and progress.attempt == config.round.attempts:
             raise _too_few(number, ledger, config.round.attempts)
@@ -337,7 +337,7 @@ def _too_few(round: int, ledger: Ledger, attempts: int) -> FedTuneError:
     line += "; ".join(reasons) or "no node answered by the deadline"
     if {record.body["exit_code"] for record in refused} == {DivergenceError.exit_code}:
         return DivergenceError(f"the run diverges: {line}. Start another one with a lower 'train.lr'.")
-    return NodesError(f"{line}. Start the run again to go on from round {round - 1}.")
+    return NodesError(f"{line}. Start the run again to continue from round {round - 1}.")
 
 
 def _brief(metrics: dict[str, Any]) -> str:

@@ -59,7 +59,7 @@ def execute(grid: Grid, flat: Mapping[str, Any], run_id: int) -> Path:
     Raises
     ------
     FedTuneError
-        The run cannot start or go on. The ledger, where there is one, records the line and the exit code.
+        The run cannot start or continue. The ledger, where there is one, records the line and the exit code.
     """
     flat = from_flower(flat)
     config = parse(flat)

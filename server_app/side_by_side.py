@@ -20,7 +20,7 @@ class SideBySide:
     Parameters
     ----------
     run : Path
-        The run's folder; the run may still go on.
+        The run's folder; the run may not be over.
     round : int or None
         The tuned model is that after this round; after the last one by default.
     longest : int

@@ -42,7 +42,7 @@ def tracking(config: Config, ledger: Ledger, settings: dict[str, Any]) -> Iterat
     ------
     callable
         Call it to report what the ledger has got since the last call. It never raises: a tracker that fails is named
-        in the log and left alone, the run goes on.
+        in the log and left alone, the run continues.
 
     Raises
     ------

@@ -168,7 +168,7 @@ class Study:
             if {name: row[name] for name in key} == key:
                 return row
         if time.monotonic() > self.end:
-            raise SystemExit("time is up: call again to go on")
+            raise SystemExit("time is up: call again to continue")
         settings = self.settings(entrant, lr, seed, stage)
         own = {
             name: value for name, value in settings.items() if self.common.get(name) != value and name != "eval.data"

@@ -32,7 +32,7 @@ def invite(membership: Any, offer: Mapping[str, Any], yes: bool, form: Format) -
         try:
             proposal = propose(settings, membership, examples, offer.get("plan"))
         except FedTuneError as error:
-            out.print(f"\nThe run that goes on there cannot be agreed to here: {error}", markup=False)
+            out.print(f"\nThe run there cannot be agreed to here: {error}", markup=False)
         else:
             _show(proposal, out)
             agreement = proposal.agreement

@@ -21,7 +21,7 @@ def keys(
     ] = None,
     form: FormatOption = Format.text,
 ) -> None:
-    """Make the certificates and node keys of a federation in FOLDER; what lies there is kept.
+    """Make the certificates and node keys of a federation in FOLDER; what is there is kept.
 
     The server's certificate is valid for `localhost` and every `--name`. Calling this again adds names and nodes; a
     certificate that has expired is refused, with what to do.

@@ -1,4 +1,4 @@
-"""``fedtune ledger``: look into the record of a run, check it, and fold it anew."""
+"""``fedtune ledger``: look into the record of a run, check it, and fold it again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deploy.commands.output import BaseOption, Format, FormatOption, RunArgument
 from fedtune_strategies.errors import LedgerError
 from fedtune_strategies.words import counted
 
-app = typer.Typer(no_args_is_help=True, help="Look into the record of a run, check it, and fold it anew.")
+app = typer.Typer(no_args_is_help=True, help="Look into the record of a run, check it, and fold it again.")
 
 # Facts that `show` prints first where a record has them; the others follow.
 _FIRST = ("reason", "message", "train/loss", "loss", "eval/loss")
@@ -21,7 +21,7 @@ _FIRST = ("reason", "message", "train/loss", "loss", "eval/loss")
 
 @app.command()
 def verify(run: RunArgument = None, form: FormatOption = Format.text) -> None:
-    """Check every record and every file of a run against its hash. Changes nothing; works while the run goes on."""
+    """Check every record and every file of a run against its hash. Changes nothing; works during the run."""
     from deploy.operator.runs import find_run
     from server_app.ledger import Ledger
 
@@ -96,7 +96,7 @@ def replay(
     model: BaseOption = "",
     form: FormatOption = Format.text,
 ) -> None:
-    """Fold the replies of a run anew: check that they make the recorded model, or leave nodes out of it.
+    """Fold the replies of a run again: check that they make the recorded model, or leave nodes out of it.
 
     What a node left out had told the others through the weights stays in what they answered: this takes away its own
     contributions, and is not the run that would have been without it.

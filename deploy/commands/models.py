@@ -28,7 +28,7 @@ def export(
     model: BaseOption = "",
     form: FormatOption = Format.text,
 ) -> None:
-    """Write the model after any round of a run as a Hugging Face folder, also while the run goes on."""
+    """Write the model after any round of a run as a Hugging Face folder, also during the run."""
     from deploy.operator.runs import find_run
     from server_app.export import export_round
 

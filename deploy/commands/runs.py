@@ -52,8 +52,8 @@ def run(
 ) -> None:
     """Tune a model over the nodes that have joined: check first, submit, follow to the end.
 
-    A run that dies is submitted again and goes on from its record. Ctrl-C stops following, not the run:
-    `fedtune status` shows it, `fedtune stop` stops it, `fedtune resume` goes on with it.
+    A run that dies is submitted again and continues from its record. Ctrl-C stops following, not the run:
+    `fedtune status` shows it, `fedtune stop` stops it, `fedtune resume` continues it.
     """
     from deploy.operator.runs import new_folder
     from deploy.operator.serve import running
@@ -91,7 +91,7 @@ def resume(
 
 
 def stop(run: RunArgument = None, folder: FolderOption = None, form: FormatOption = Format.text) -> None:
-    """Stop a run. What it has done is kept; `fedtune resume` goes on with it."""
+    """Stop a run. What it has done is kept; `fedtune resume` continues it."""
     from deploy.operator.runs import find_run
     from deploy.operator.runs import stop as stop_run
     from deploy.operator.serve import running
@@ -99,7 +99,7 @@ def stop(run: RunArgument = None, folder: FolderOption = None, form: FormatOptio
     control, _ = running(folder or server_folder())
     found = find_run(run)
     stop_run(control, found)
-    line = f"Stopped {found}; `fedtune resume {found}` goes on with it"
+    line = f"Stopped {found}; `fedtune resume {found}` continues it"
     show({"folder": found, "state": "stopped"}, form, lambda: console.print(line, markup=False))
 
 
@@ -148,7 +148,7 @@ def status(
     if not watch:
         show(view.report(), form, lambda: _print_screen(view))
         return
-    with told_on_ctrl_c("the run goes on"), Live(Screen(view), console=console, auto_refresh=False) as live:
+    with told_on_ctrl_c("the run continues"), Live(Screen(view), console=console, auto_refresh=False) as live:
         while view.end is None:
             time.sleep(0.5)
             view.update()

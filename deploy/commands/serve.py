@@ -49,10 +49,10 @@ def serve(
 
     Makes certificates, starts Flower's SuperLink with TLS and node keys, opens **one** port to others, and prints a
     join token for each `--node`. Control and runtime interface stay on loopback. What dies is started again; what is
-    stopped goes on where it was at the next `fedtune serve`.
+    stopped continues where it was at the next `fedtune serve`.
 
     What `--set` names (`method.name`, `model.name` …) is shown to device owners before they agree; `fedtune run` says
-    it anew.
+    it again.
     """
     from deploy.common.address import own_host
     from deploy.operator.announcement import announce

@@ -27,7 +27,7 @@ def talk(
     """Talk to a run's model: the base model and the tuned one answer side by side.
 
     Type a line and press Enter; Enter alone asks the next prompt of your held-out file, Ctrl-D ends. Both models are
-    loaded here; the run may still go on.
+    loaded here; the run may not be over.
     """
     from deploy.operator.runs import find_run
     from server_app.side_by_side import SideBySide

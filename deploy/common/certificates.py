@@ -67,7 +67,7 @@ def server_files(folder: Path, names: Sequence[str] = (), now: datetime | None =
     Returns
     -------
     ServerFiles
-        Where the files lie.
+        Where the files are.
 
     Raises
     ------
@@ -98,7 +98,7 @@ def node_key(folder: Path, name: str) -> NodeKey:
     Raises
     ------
     LinkError
-        The private key that lies there cannot be read as an elliptic-curve key.
+        The private key that is there cannot be read as an elliptic-curve key.
     """
     private_folder(folder)
     pair = NodeKey(folder / name, folder / f"{name}.pub")

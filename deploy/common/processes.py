@@ -129,7 +129,7 @@ def termination_as_exit() -> Iterator[None]:
 
 @contextlib.contextmanager
 def told_on_ctrl_c(line: str) -> Iterator[None]:
-    """Let Ctrl-C end with a line that says what goes on without this command."""
+    """Let Ctrl-C end with a line that says what continues without this command."""
     try:
         yield
     except KeyboardInterrupt:

@@ -42,7 +42,7 @@ class Runtime:
     Parameters
     ----------
     folder : Path
-        Gets both, anew for each start; nobody else needs them.
+        Gets both, new ones at each start; nobody else needs them.
     port : int
         Of 127.0.0.1, for the SuperNode's runtime interface.
     """

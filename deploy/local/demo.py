@@ -72,7 +72,7 @@ def run_demo(
     data : Path or None
         A data file to deal out to the nodes; None makes the embedded data.
     changes : mapping
-        Keys of the run configuration that shall differ from what the demo sets.
+        Keys of the run configuration that are to differ from what the demo sets.
     out : Path
         Folder for everything that is written, an absolute path. Earlier results there are replaced.
     keep : bool
@@ -199,7 +199,7 @@ def _write(results: Sequence[Result], out: Path) -> None:
 
 
 def show_results(results: Sequence[Result], out: Path, console: Console) -> None:
-    """Print the table, some answers, and where everything lies."""
+    """Print the table, some answers, and where everything is."""
     console.print(table(results))
     for sample in samples(results):
         for label, text in sample.items():

@@ -36,7 +36,7 @@ def announce(folder: Path, settings: Mapping[str, Scalar], nodes: int) -> None:
 
 
 def read_announcement(folder: Path) -> dict[str, Any]:
-    """What `announce` wrote last: of a run, while it goes on or is about to begin; otherwise empty."""
+    """What `announce` wrote last: of a run, while it runs or is about to begin; otherwise empty."""
     try:
         offer = dict(json.loads((folder / "offer.json").read_text()))
     except (OSError, ValueError):

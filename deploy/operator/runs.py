@@ -90,7 +90,7 @@ def tune(
     control : Control
         The SuperLink.
     settings : mapping
-        The run configuration, with ``run.dir``. A run that lies there is gone on with.
+        The run configuration, with ``run.dir``. A run that is there is continued.
     view : RunView
         Of the run's folder.
     on_look : callable
@@ -113,7 +113,7 @@ def tune(
         before = _last(folder, "start")
         run_id = submit(control, settings)
         on_event(f"submitted as Flower's run {run_id}; record: {folder}")
-        with told_on_ctrl_c("the run goes on: `fedtune status` shows it, `fedtune stop` stops it"):
+        with told_on_ctrl_c("the run continues: `fedtune status` shows it, `fedtune stop` stops it"):
             status = _follow(control, run_id, before.seq if before else 0, view, on_look, on_event)
         begun = _has_begun(view, run_id)
         ended = view.end if begun else None
@@ -122,7 +122,7 @@ def tune(
         if ended and ended.kind == "failed":
             raise error_from_code(ended.body["exit_code"], ended.body["message"])
         if ended or status.state == "finished:stopped":
-            raise RunError(f"the run was stopped; `fedtune resume {folder}` goes on where it was")
+            raise RunError(f"the run was stopped; `fedtune resume {folder}` continues it")
         if not begun and status.details.startswith(_RAISED):
             line = status.details.removeprefix(_RAISED)
             _record(folder, "failed", {"exit_code": RunError.exit_code, "message": line})
@@ -169,7 +169,7 @@ def _follow(
 
 
 def stop(control: Control, folder: Path) -> None:
-    """Stop a run that goes on, and put that on its record; `tune` with its settings goes on later.
+    """Stop a run, and put that on its record; `tune` with its settings continues it later.
 
     Raises
     ------
@@ -191,7 +191,7 @@ def _has_begun(view: RunView, run_id: int) -> bool:
 
 
 def _status(control: Control, run_id: int) -> RunStatus:
-    # While the SuperLink is being started again nobody answers; the run goes on meanwhile.
+    # While the SuperLink is being started again nobody answers; the run continues meanwhile.
     try:
         return control.status(run_id)
     except LinkError as error:

@@ -123,7 +123,7 @@ def serving(
     Parameters
     ----------
     folder : Path
-        The server's state; what lies there is used again: keys, members, runs that Flower knows.
+        The server's state; what is there is used again: keys, members, runs that Flower knows.
     address : str
         ``host:port`` at which nodes reach the published port; it goes into the certificate and into tokens.
     listen : str

@@ -115,7 +115,7 @@ def by_hand(terms: Terms) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def base_model(config: Config, membership: Membership) -> str:
-    """Say where the base model will come from: what the owner named, what lies here, or the server."""
+    """Say where the base model will come from: what the owner named, what is here, or the server."""
     name = clean(config.model.name, 200)
     if membership.model == "server":
         return f"{name}; it comes from the server, once"

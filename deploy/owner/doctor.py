@@ -43,7 +43,7 @@ def examine(address: str, authority: str | None, own: NodeConfig) -> Iterator[Ch
     Yields
     ------
     Check
-        In the order in which it is best to mend them.
+        In the order in which it is best to fix them.
     """
     yield check("python", _python)
     yield check("packages", _packages)
@@ -118,7 +118,7 @@ def _gpu(device: str) -> str | None:
     if not torch.cuda.is_available():
         if device.startswith("cuda"):
             raise ResourceError(
-                f"torch sees no GPU, but the node's device is {device!r}: mend the driver, or take 'cpu'"
+                f"torch sees no GPU, but the node's device is {device!r}: repair the driver, or take 'cpu'"
             )
         return None
     free, total = torch.cuda.mem_get_info(device if device.startswith("cuda") else 0)

@@ -64,7 +64,7 @@ class Membership:
 
     @property
     def folder(self) -> Path:
-        """Where the key, the server's authority and the logs lie."""
+        """Where the key, the server's authority and the logs are."""
         return nodes_folder() / f"{self.name}@{self.address.replace(':', '_')}"
 
     @property

@@ -37,7 +37,7 @@ WantedBy=default.target
 
 
 def unit_file(membership: Membership) -> Path:
-    """Where the unit of a membership lies."""
+    """Where the unit of a membership is."""
     check_name(membership.name)
     check_address(membership.address)
     config = Path(os.environ.get("XDG_CONFIG_HOME", "~/.config")).expanduser()

@@ -1,4 +1,4 @@
-"""Serve the status page and the metrics of runs while they go on."""
+"""Serve the status page and the metrics of runs while they run."""
 
 from __future__ import annotations
 

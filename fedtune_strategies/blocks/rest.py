@@ -136,7 +136,7 @@ def dropped_layers(influence: Sequence[float], count: int, block: Block) -> tupl
 
 
 def blocks_inside(blocks: Iterable[Block], layers: Collection[int]) -> set[int]:
-    """Return the indices of the blocks that lie in these layers alone."""
+    """Return the indices of the blocks that are in these layers alone."""
     return {
         block.index
         for block in blocks

@@ -155,7 +155,7 @@ class FedCyBGDClient:
         starting_print = self._fingerprint(start, absent)
         trained = sum(not block.frozen for block in self._blocks)
         steps = train.local_steps or local_steps_rule(len(examples), size, trained)
-        # Within a turn every pass over the data has the same batches, so that what lies below the block can be kept.
+        # Within a turn every pass over the data has the same batches, so that what is below the block can be kept.
         count = min(steps * settings.accumulate, -(-len(examples) // size))
         with self._frozen.in_use(block.parameters), without_layers(self._model, absent):
             update = train_block(

@@ -37,7 +37,7 @@ def make_aggregator(settings: SeedStrategyConfig) -> Strategy:
 
 
 def prepare(inner: Strategy) -> None:
-    """Fit a Flower strategy to a round: its ``configure_train`` shall take up theta, and ask nobody."""
+    """Fit a Flower strategy to a round: its ``configure_train`` is to take up theta, and ask nobody."""
     if isinstance(inner, FedAvg):
         inner.fraction_train = 0.0
     if isinstance(inner, FedAvgM):

@@ -30,7 +30,7 @@ class SeedTask:
     odds : Tensor
         int16, relative odds of drawing a seed, by level; empty for uniform draws.
     lr : float
-        Step size along one direction in this round; 0 where the node shall find one, in the first round.
+        Step size along one direction in this round; 0 where the node is to find one, in the first round.
     eps : float
         Distance of the losses from the weights.
     limit : float

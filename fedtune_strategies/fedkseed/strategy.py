@@ -147,7 +147,7 @@ class FedKSeed(TuningStrategy):
         """Let a reply of the round before count, if ``strategy.late`` is above 0: scalars commute."""
         if not isinstance(reply, SeedReply) or reply.round not in (round, round - 1):
             return super().accept_late(round, reply)
-        if reply.round == round:  # its round still goes on
+        if reply.round == round:  # its round is not over
             return self.accept(round, reply)
         if not self.config.strategy.late or pool_number(self.config, round) != pool_number(self.config, round - 1):
             return super().accept_late(round, reply)

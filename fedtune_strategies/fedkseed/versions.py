@@ -79,7 +79,7 @@ class Versions:
         since : int
             The version that the node holds.
         version : int
-            The version that it shall have.
+            The version that it is to have.
 
         Returns
         -------

@@ -40,7 +40,7 @@ class Row:
         A string; or a conversation ``[{"role": …, "content": …}, …]`` that the response answers, with ``tool_calls``
         where the assistant called tools; or None for plain text, all of which is learnt.
     response : str
-        What the model shall learn to write.
+        What the model is to learn to write.
     references : tuple of str
         All accepted answers, for Rouge-L. The response is among them.
     tools : list or None

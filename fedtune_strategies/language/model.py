@@ -56,7 +56,7 @@ class LanguageModel:
     name : str
         As it was asked for.
     folder : Path
-        Where the weights lie.
+        Where the weights are.
     """
 
     model: PreTrainedModel
@@ -210,7 +210,7 @@ def context_length(model: PreTrainedModel) -> int | None:
 def base_tensors(language: LanguageModel) -> Mapping[str, torch.Tensor]:
     """Return the base weights of a model that has just been loaded, to be kept unchanged while it is tuned.
 
-    A parameter that lies in the weight files exactly as it was loaded is mapped from there, which costs no memory of
+    A parameter that is in the weight files exactly as it was loaded is mapped from there, which costs no memory of
     its own. Another one (converted to a different dtype, or renamed or merged on loading) is copied.
 
     Parameters
@@ -222,7 +222,7 @@ def base_tensors(language: LanguageModel) -> Mapping[str, torch.Tensor]:
     -------
     Mapping of str to torch.Tensor
         By canonical name (the first in ``model.named_parameters()`` of tied ones), in the dtype of the model; mapped
-        ones lie on the CPU, copies on the model's device. Never write to them.
+        ones are on the CPU, copies on the model's device. Never write to them.
     """
     stored = map_tensors(weight_files(language.folder))
     prefix = language.model.base_model_prefix + "."
@@ -264,7 +264,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 def _check_architecture(name: str, config: dict[str, Any]) -> None:
     architecture = (config.get("architectures") or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config["model_type"])])[0]
-    # An encoder such as BERT can be loaded as a causal model too, but sees the tokens that it shall predict.
+    # An encoder such as BERT can be loaded as a causal model too, but sees the tokens that it is to predict.
     if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise ModelError(
             f"{name}: {architecture or config['model_type']} is not a causal language model that transformers "

@@ -1,4 +1,4 @@
-"""A model folder on disk: where it lies, whether it is whole, what tensors it holds."""
+"""A model folder on disk: where it is, whether it is whole, what tensors it holds."""
 
 from __future__ import annotations
 

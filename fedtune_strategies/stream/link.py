@@ -45,7 +45,7 @@ class Link:
     """One side of a session, in one event loop.
 
     A message is kept until the other side has it whole, and sent one after another. A connection begins with each side
-    saying how far it has got, so that the next one goes on in the middle of a message.
+    saying how far it has got, so that the next one continues in the middle of a message.
 
     Parameters
     ----------

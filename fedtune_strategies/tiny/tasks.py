@@ -122,7 +122,7 @@ def share_of(line: str) -> str:
 
 
 def draw_from(task: Task, share: str, rng: random.Random) -> Example:
-    """Draw an example whose input lies in one share.
+    """Draw an example whose input is in one share.
 
     Parameters
     ----------

@@ -51,7 +51,7 @@ def at_point(model: nn.Module, pool: Pool, theta: Tensor, pattern: str | None = 
 
 
 class _Scratch:
-    """One reused buffer per device; a module that runs inside another takes what lies behind the other's part."""
+    """One reused buffer per device; a module that runs inside another takes what is behind the other's part."""
 
     def __init__(self) -> None:
         self.buffers: dict[torch.device, Tensor] = {}

@@ -178,7 +178,7 @@ def test_ctrl_c_while_following_says_that_the_run_goes_on(control, tmp_path):
     def interrupt(view):
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt, match="the run goes on: `fedtune status`"):
+    with pytest.raises(KeyboardInterrupt, match="the run continues: `fedtune status`"):
         tune(
             control.begin(tmp_path / "run", gets_on),
             {"run.dir": str(tmp_path / "run")},
