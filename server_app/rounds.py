@@ -257,13 +257,13 @@ def _take(number: int, received: NodeReply, strategy: TuningStrategy, ledger: Le
     """Record one answer: accepted, or refused with the reason."""
     name = received.node.name
     try:
-        accepted = _accept(number, received, strategy.accept)
+        kind, facts, payload = _accept(number, received, strategy.accept)
     except FedTuneError as error:
         log.warning("round %d: %s: %s", number, name, error, extra={"node": name})
         refusal = {"reason": str(error), "exit_code": error.exit_code}
         progress.take(ledger.append("refused", round=number, node=name, body=refusal))
     else:
-        progress.take(ledger.append(round=number, node=name, **accepted))
+        progress.take(ledger.append(kind, round=number, node=name, body=facts, blob=payload))
 
 
 def _take_late(number: int, strategy: TuningStrategy, fleet: Fleet, ledger: Ledger, progress: Progress) -> None:
@@ -274,12 +274,12 @@ def _take_late(number: int, strategy: TuningStrategy, fleet: Fleet, ledger: Ledg
         try:
             if name in progress.answered | {record.node for record in ledger.records("reply", round=round)}:
                 raise ProtocolError("it has answered for this round already: the reply is left out.")
-            accepted = _accept(number, received, strategy.accept_late, late=True)
+            kind, facts, payload = _accept(number, received, strategy.accept_late, late=True)
         except FedTuneError as error:
             log.warning("round %d: %s answered late: %s", number, name, error, extra={"node": name})
             ledger.append("late", round=number, node=name, body={"reason": str(error)})
         else:
-            progress.take(ledger.append(round=number, node=name, **accepted))
+            progress.take(ledger.append(kind, round=number, node=name, body=facts, blob=payload))
 
 
 def _log_missing(round: int, statuses: dict[str, NodeStatus]) -> None:
@@ -294,8 +294,8 @@ def _log_missing(round: int, statuses: dict[str, NodeStatus]) -> None:
 
 def _accept(
     number: int, received: NodeReply, check: Callable[[int, protocol.Message], bool], late: bool = False
-) -> dict[str, Any]:
-    """Let the strategy check an answer; return what the ledger records of it."""
+) -> tuple[str, dict[str, Any], bytes]:
+    """Let the strategy check an answer; return what the ledger records of it: kind, facts, payload."""
     message = received.message
     if isinstance(message, FedTuneError):
         raise message
@@ -311,7 +311,7 @@ def _accept(
     }
     facts |= {"kind": message.kind, "bytes_down": received.bytes_down, "bytes_up": received.bytes_up, "late": late}
     facts["way"] = "stream" if received.streamed else "flower"
-    return {"kind": "reply" if counts else "acknowledged", "body": facts, "blob": payload}
+    return "reply" if counts else "acknowledged", facts, payload
 
 
 def _commit(number: int, strategy: TuningStrategy, replies: list[Record], ledger: Ledger) -> ArrayRecord:
