@@ -24,7 +24,7 @@ FAULTS = {
 def outcome(ledger):
     """What a run came to: its models, and whose replies are in them."""
     rounds = list(ledger.records("round"))
-    return [(ledger.payload(one), one.body["files"], one.body["replies"]) for one in rounds]
+    return [(ledger.payload(one), one.body["files"], sorted(one.body["replies"])) for one in rounds]
 
 
 def killed_and_resumed(federation, faults, last):
