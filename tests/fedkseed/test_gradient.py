@@ -8,7 +8,7 @@ import torch
 
 from fedtune_strategies.config import defaults, parse
 from fedtune_strategies.config.node import NodeConfig
-from fedtune_strategies.errors import ConfigError, FingerprintError, ProtocolError
+from fedtune_strategies.errors import ConfigError, DivergenceError, FingerprintError, ProtocolError
 from fedtune_strategies.fedkseed.gradient_client import SeedGradientClient
 from fedtune_strategies.fedkseed.gradient_strategy import SeedGradient
 from fedtune_strategies.fedkseed.messages import GradientReply, GradientTask
@@ -206,8 +206,8 @@ def test_a_node_moves_no_coordinate_by_more_than_the_median_does(strategy):
         (lambda print_: reply("a", np.ones(K), print_="other"), FingerprintError),
         (lambda print_: reply("a", np.ones(K), print_=print_, round=2), ProtocolError),
         (lambda print_: reply("a", np.ones(K + 8), print_=print_), ProtocolError),
-        (lambda print_: reply("a", np.ones(K), print_=print_, unit=float("nan")), ProtocolError),
-        (lambda print_: reply("a", np.ones(K), print_=print_, unit=0.0), ProtocolError),
+        (lambda print_: reply("a", np.ones(K), print_=print_, unit=float("nan")), DivergenceError),
+        (lambda print_: reply("a", np.ones(K), print_=print_, unit=0.0), DivergenceError),
         (lambda print_: reply("a", np.ones(K), print_=print_, bits=2), ProtocolError),
         (lambda print_: protocol.Ack("a", 1), ProtocolError),
     ],
@@ -240,7 +240,6 @@ def test_a_restored_strategy_continues_with_the_same_bits(strategy):
 def test_keys_of_the_other_estimators_are_refused_by_name():
     for flat, word in (
         (GRADIENT | {"fedkseed.eps": 1e-3}, "fedkseed.eps"),
-        (GRADIENT | {"privacy.clip": 1.0}, "privacy.clip"),
         ({"fedkseed.up-bits": 1}, "fedkseed.up-bits"),
         ({"method.name": "fedkseed-pro", "fedkseed.estimator": "gradient"}, "fedkseed-pro|no seeds to"),
     ):
