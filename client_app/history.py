@@ -47,7 +47,8 @@ class History:
     def rows(self) -> list[Row]:
         """Every event, oldest first; others may have appended some."""
         if self._file and self._file.exists():
-            with self._file.open("rb") as stream:
+            # A link could lead to a file without end.
+            with os.fdopen(os.open(self._file, os.O_RDONLY | os.O_NOFOLLOW), "rb") as stream:
                 stream.seek(self._read)
                 whole = stream.read().rpartition(b"\n")[0]
             self._read += len(whole) + 1 if whole else 0

@@ -152,9 +152,10 @@ def _beyond_rounds(terms: Terms, config: Config, spent: Spent) -> list[str]:
 
 def beyond_round(agreement: Agreement, config: Config, spent: Spent, round: int) -> list[str]:
     """Say whether a task's round is one too many; see `beyond`."""
-    limit = min(config.num_server_rounds, agreement.terms.rounds or config.num_server_rounds)
-    known = spent.rounds | {(run_name(config), round)}
-    if round > limit or (agreement.terms.rounds and len(known) > agreement.terms.rounds):
+    if not agreement.terms.rounds:
+        return []
+    limit = min(config.num_server_rounds, agreement.terms.rounds)
+    if round > limit or len(spent.rounds | {(run_name(config), round)}) > agreement.terms.rounds:
         return [f"the task is of round {round}, agreed were at most {limit} rounds"]
     return []
 

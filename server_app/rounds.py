@@ -165,7 +165,7 @@ def _round(
     settings, progress = config.strategy, _take_up(number, strategy, arrays, fleet, ledger)
     # A server that was stopped in the round continues with the nodes that it had asked; it asks nobody where the round
     # was complete.
-    while progress.open or len(progress.answered) < settings.min_replies:
+    while not progress.asked or progress.open or len(progress.answered) < settings.min_replies:
         if not progress.open and progress.attempt == config.round.attempts:
             raise _too_few(number, ledger, config.round.attempts)
         fleet.exclude(())

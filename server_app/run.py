@@ -118,9 +118,11 @@ def _execute(grid: Grid, config: Config, ledger: Ledger, report: Callable[[], No
     def evaluate_weights(number: int, print_of_weights: str, *, with_answers: bool) -> None:
         if held_out is None or _is_evaluated(ledger, number, with_answers and held_out.answers is not None):
             return
-        facts = evaluate(language, held_out, config, with_answers=with_answers)
-        ledger.append("evaluation", round=number, body=facts | {"fingerprint": print_of_weights})
-        log.info("round %d: held-out loss %.4f, perplexity %.2f", number, facts["eval/loss"], facts["eval/perplexity"])
+        with about(round=number):
+            facts = evaluate(language, held_out, config, with_answers=with_answers)
+            ledger.append("evaluation", round=number, body=facts | {"fingerprint": print_of_weights})
+            loss, perplexity = facts["eval/loss"], facts["eval/perplexity"]
+            log.info("round %d: held-out loss %.4f, perplexity %.2f", number, loss, perplexity)
 
     def export(number: int) -> Path:
         """Take the model to a round that is over, unless it is there, and write it."""

@@ -14,6 +14,7 @@ from comparison.report import interval, read_lines, write_report
 from comparison.runs import Study
 
 from fedtune_strategies.config import parse
+from fedtune_strategies.protocol import messages
 
 
 @pytest.mark.parametrize("name", sorted(PROTOCOLS))
@@ -91,9 +92,13 @@ def test_bytes_are_those_of_the_messages_both_ways():
     meter = runs.Meter()
     handle = meter.around(lambda kind, payload: (kind, payload * 2))
     handle("hello", b"12345")
-    assert (meter.down, meter.up) == (0, 0)
-    assert handle("seed-task", b"123") == ("seed-task", b"123123")
-    assert (meter.down, meter.up) == (3, 6)
+    assert not meter.down and not meter.up
+    first, second = (messages.encode(messages.Ack("node", round)) for round in (1, 2))
+    assert handle("ack", first) == ("ack", first * 2)
+    handle("ack", second)
+    size = len(first)
+    assert (meter.down, meter.up) == ({1: size, 2: size}, {1: 2 * size, 2: 2 * size})
+    assert [runs.until(meter.down, round) for round in range(3)] == [0, size, 2 * size]
 
 
 def test_the_interval_is_students():

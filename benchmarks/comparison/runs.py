@@ -11,7 +11,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from unittest import mock
 from client_app.node import Node
 from comparison.protocols import Entrant, Files, Protocol
 from fedtune_strategies.errors import NodesError
+from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.testing import InMemoryGrid
 from server_app import evaluation
 from server_app.run import execute
@@ -33,11 +35,11 @@ DIVERGED = 1e9
 
 @dataclass
 class Meter:
-    """What one node got, gave and worked since the run began: bytes of payload, seconds of processor time."""
+    """What one node got, gave and worked in each round: bytes of payload, seconds of processor time."""
 
-    down: int = 0
-    up: int = 0
-    cpu: float = 0.0
+    down: Counter[int] = field(default_factory=Counter)
+    up: Counter[int] = field(default_factory=Counter)
+    cpu: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
 
     def around(self, handle: Callable[[str, bytes], tuple[str, bytes]]) -> Callable[[str, bytes], tuple[str, bytes]]:
         """Return the node's handler, metered. A hello is not counted: it loads model and data."""
@@ -46,12 +48,18 @@ class Meter:
             start = time.process_time()
             answer = handle(kind, payload)
             if kind != "hello":
-                self.cpu += time.process_time() - start
-                self.down += len(payload)
-                self.up += len(answer[1])
+                round = getattr(protocol.decode(kind, payload), "round", 0)
+                self.cpu[round] += time.process_time() - start
+                self.down[round] += len(payload)
+                self.up[round] += len(answer[1])
             return answer
 
         return metered
+
+
+def until(spent: Mapping[int, float], round: int) -> float:
+    """Sum what was spent in the rounds up to one."""
+    return sum(value for number, value in spent.items() if number <= round)
 
 
 @dataclass
@@ -63,17 +71,19 @@ class Watch:
     evaluating: float = 0.0
     curve: list[dict[str, Any]] = field(default_factory=list)
 
-    def evaluate(self, *args: Any, **options: Any) -> dict[str, Any]:
+    def evaluate(self, language: Any, held_out: Any, config: Any, **options: Any) -> dict[str, Any]:
         """Evaluate as the server does, and note what had been spent until then."""
         begin = time.process_time()
-        worked = [meter.cpu for meter in self.meters]
-        facts = evaluation.evaluate(*args, **options)
+        # The next round may be under way: a round is evaluated meanwhile.
+        round = len(self.curve) * config.eval.every
+        facts = evaluation.evaluate(language, held_out, config, **options)
+        worked = sum(sum(meter.cpu.values()) for meter in self.meters)
         row = {
             "loss": min(facts["eval/loss"], DIVERGED),
-            "down": sum(meter.down for meter in self.meters),
-            "up": sum(meter.up for meter in self.meters),
-            "nodes_cpu": worked,
-            "server_cpu": begin - self.start - self.evaluating - sum(worked),
+            "down": sum(until(meter.down, round) for meter in self.meters),
+            "up": sum(until(meter.up, round) for meter in self.meters),
+            "nodes_cpu": [until(meter.cpu, round) for meter in self.meters],
+            "server_cpu": begin - self.start - self.evaluating - worked,
         }
         self.curve.append(row | ({"rouge": facts["eval/rougeL"]} if "eval/rougeL" in facts else {}))
         self.evaluating += time.process_time() - begin

@@ -59,7 +59,7 @@ def test_what_a_private_node_sends_does_not_say_that_a_loss_was_not_finite(setti
     settings |= {"privacy.clip": 1.0, "num-server-rounds": 1, "eval.data": ""}
     monkeypatch.setattr(gradient_client, "response_loss", lambda model, batch: response_loss(model, batch) * math.nan)
     ledger = run(settings, data_files)
-    replies = [protocol.decode("gradient-reply", record.blob) for record in ledger.records("reply")]
+    replies = [protocol.decode("gradient-reply", ledger.payload(record)) for record in ledger.records("reply")]
     assert len(replies) == 3 and all(reply.skipped == 0 and reply.unit > 0 for reply in replies)
 
 

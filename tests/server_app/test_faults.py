@@ -214,7 +214,7 @@ def test_a_late_reply_is_noted_and_counts_nowhere(faulty, data_files):
     settings = faulty | {"strategy.min-replies": 2, "strategy.min-nodes": 2}
 
     def late(grid, number, message):
-        return {"content": grid.train(number, message), "after": SOON + 3}
+        return {"content": grid.train(number, message), "after": SOON + 4}
 
     settings |= {"round.grace": 0.01, "num-server-rounds": 5}
     execute(FaultyGrid(settings, data_files, late), settings, run_id=1)
@@ -230,7 +230,7 @@ def test_a_late_reply_counts_in_the_next_round_where_asked_to(faulty, data_files
 
     def late(grid, number, message):
         grid.dead.add(number)  # a node at work hears no greeting
-        return {"content": grid.train(number, message), "after": SOON + 3}
+        return {"content": grid.train(number, message), "after": SOON + 4}
 
     execute(FaultyGrid(settings, data_files, late), settings, run_id=1)
     ledger = Ledger.read(Path(settings["run.dir"]))
