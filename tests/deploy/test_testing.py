@@ -138,7 +138,7 @@ def test_a_strategy_that_cannot_do_without_a_node_is_caught(signvote, monkeypatc
 
 def test_a_lost_reply_is_waited_for_no_longer_than_the_deadline(tmp_path):
     ledger = Federation(tmp_path, {"num-server-rounds": 1}).run("run", [Fault(1, 1, "lost")])
-    assert [record.node for record in ledger.records("reply")] == ["node-0", "node-2"]
+    assert {record.node for record in ledger.records("reply")} == {"node-0", "node-2"}
 
 
 def test_a_method_that_is_not_installed_is_named(tmp_path):
