@@ -40,6 +40,9 @@ class History:
         self._folder = folder
         self._file = folder / FILE if folder else None
         self._rows: list[Row] = []
+        self._agreed = 0  # where the newest agreement is among them
+        self._rounds: set[tuple[str, int]] = set()  # of which results have left since then
+        self._results = 0
         self._read = 0
         if folder:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -52,14 +55,15 @@ class History:
                 stream.seek(self._read)
                 whole = stream.read().rpartition(b"\n")[0]
             self._read += len(whole) + 1 if whole else 0
-            self._rows += [row for line in whole.splitlines() if (row := _row(line)) is not None]
+            for row in filter(None, map(_row, whole.splitlines())):
+                self._take(row)
         return self._rows
 
     def append(self, event: str, **facts: Any) -> None:
         """Write one event; `OSError` where it cannot be written."""
         row = {"event": event, "time": round(time.time(), 3), **facts}
         if self._file is None:
-            self._rows.append(row)
+            self._take(row)
             return
         handle = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
         with os.fdopen(handle, "r+b", buffering=0) as stream:
@@ -74,15 +78,15 @@ class History:
 
     def agreement(self, otherwise: Terms) -> Agreement:
         """What the owner agreed to last; where nothing is written, the terms of the node's configuration."""
-        since = self._since_agreed()
-        if not since or since[0]["event"] != AGREED:
+        rows = self.rows()
+        if not rows or rows[self._agreed]["event"] != AGREED:
             return Agreement(otherwise)
-        return Agreement(Terms(**since[0]["terms"]), since[0]["settings"])
+        return Agreement(Terms(**rows[self._agreed]["terms"]), rows[self._agreed]["settings"])
 
     def spent(self) -> Spent:
         """What has left since then that tells something about the data."""
-        results = [row for row in self._since_agreed() if row["event"] == LEFT and row["result"]]
-        return Spent(frozenset((row["run"], row["round"]) for row in results), len(results))
+        self.rows()
+        return Spent(frozenset(self._rounds), self._results)
 
     def model(self, agreed: str) -> str:
         """The fingerprint that the base model must have; empty where any, or the first, will do."""
@@ -117,10 +121,17 @@ class History:
             draft.unlink()
         return file.read_text()
 
+    def _take(self, row: Row) -> None:
+        """Take up one event: each task asks what was agreed to and spent, so that is not counted again each time."""
+        if row["event"] == AGREED:
+            self._agreed, self._rounds, self._results = len(self._rows), set(), 0
+        elif row["event"] == LEFT and row.get("result"):
+            self._rounds.add((row["run"], row["round"]))
+            self._results += 1
+        self._rows.append(row)
+
     def _since_agreed(self) -> list[Row]:
-        rows = self.rows()
-        agreed = [number for number, row in enumerate(rows) if row["event"] == AGREED]
-        return rows[agreed[-1] :] if agreed else rows
+        return self.rows()[self._agreed :]
 
 
 def _row(line: bytes) -> Row | None:
