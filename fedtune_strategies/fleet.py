@@ -17,14 +17,13 @@ from dataclasses import dataclass
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 from fedtune_strategies.admission import Admission, Members, Node, label
 from fedtune_strategies.errors import FedTuneError, NodesError
 from fedtune_strategies.protocol import messages as protocol
-from fedtune_strategies.protocol.flower import answer
+from fedtune_strategies.protocol.flower import WrappedGrid, answer
 from fedtune_strategies.protocol.records import from_record
-from fedtune_strategies.stream.grid import StreamedReply, StreamGrid
+from fedtune_strategies.stream.grid import StreamedReply
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def _nothing_to_supply(wanted: protocol.ModelRequest) -> protocol.Message:
     raise NodesError(f"{wanted.node} lacks the base model, and there is none to send.")
 
 
-class Fleet(Grid):
+class Fleet(WrappedGrid):
     """A Grid that knows its nodes.
 
     Parameters
@@ -90,9 +89,7 @@ class Fleet(Grid):
         members: Members | None = None,
         only: Collection[str] = (),
     ) -> None:
-        self._grid = grid
-        self._poll_interval = poll_interval
-        self._pause = grid.wait if isinstance(grid, StreamGrid) else time.sleep
+        super().__init__(grid, poll_interval)
         self._admission = Admission(grid, fingerprint, on_event, nodes, supply, members, only)
         self._late: dict[str, tuple[Node, Message]] = {}
         self._limit = 0.0
@@ -135,7 +132,7 @@ class Fleet(Grid):
                 return
             if over or self._admission.is_hopeless():
                 raise self._admission.too_few(len(self.nodes), count, wait)
-            self._pause(self._poll_interval)
+            self.wait(self._poll_interval)
 
     def exchange(
         self,
@@ -187,7 +184,7 @@ class Fleet(Grid):
             if not replies and over:  # what arrived meanwhile counts, however long that took
                 break
             if not replies:
-                self._pause(self._poll_interval)
+                self.wait(self._poll_interval)
         waited = time.monotonic() - start
         for message_id, message in pending.items():
             node = self._admission.lose(message.metadata.dst_node_id, f"did not answer within {waited:.0f} s")
@@ -214,21 +211,6 @@ class Fleet(Grid):
 
     # Flower's Grid interface
 
-    def set_run(self, run: Run) -> None:
-        """See Flower."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """See Flower."""
-        return self._grid.run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """See Flower."""
-        return Message(content, dst_node_id=dst_node_id, message_type=message_type, group_id=group_id, ttl=ttl)
-
     def get_node_ids(self) -> list[int]:
         """Return the ids of `nodes`, in the order of their names."""
         return [node.id for node in self.nodes.values()]
@@ -240,19 +222,6 @@ class Fleet(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """See Flower."""
         return self._grid.pull_messages(message_ids)
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """See Flower; replies are collected promptly."""
-        pending = set(self._grid.push_messages(messages))
-        limit = time.monotonic() + (timeout if timeout is not None else float("inf"))
-        replies: list[Message] = []
-        while pending and time.monotonic() < limit:
-            arrived = list(self._grid.pull_messages(list(pending)))
-            pending -= {reply.metadata.reply_to_message_id for reply in arrived}
-            replies += arrived
-            if not arrived:
-                self._pause(self._poll_interval)
-        return replies
 
     def _received(self, task: Message, reply: Message, node: Node | None = None) -> NodeReply:
         node_id = task.metadata.dst_node_id

@@ -1,10 +1,14 @@
-"""Typed messages in and out of Flower's: the place where `messages` and `records` meet."""
+"""Typed messages in and out of Flower's: the place where `messages` and `records` meet; and a Grid over another."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
 from typing import TypeVar
 
 from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
 
 from fedtune_strategies.errors import NodesError, ProtocolError, error_from_code
 from fedtune_strategies.protocol import messages as protocol
@@ -97,3 +101,54 @@ def answer(reply: Message) -> protocol.Message:
     if isinstance(message, protocol.Failure):
         raise error_from_code(message.exit_code, message.message)
     return message
+
+
+class WrappedGrid(Grid):
+    """A Flower ``Grid`` over another: what all of ours have alike.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's grid, or another of ours.
+    poll_interval : float
+        Seconds between two looks for replies.
+    """
+
+    def __init__(self, grid: Grid, poll_interval: float = 0.25) -> None:
+        self._grid = grid
+        self._poll_interval = poll_interval
+
+    def wait(self, seconds: float) -> None:
+        """Wait until there may be a reply to take, at most so long."""
+        if isinstance(self._grid, WrappedGrid):
+            self._grid.wait(seconds)
+        else:
+            time.sleep(seconds)
+
+    def set_run(self, run: Run) -> None:
+        """See Flower."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """See Flower."""
+        return self._grid.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """See Flower."""
+        return Message(content, dst_node_id=dst_node_id, message_type=message_type, group_id=group_id, ttl=ttl)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """See Flower; replies are collected promptly."""
+        pending = set(self.push_messages(messages))
+        limit = time.monotonic() + (timeout if timeout is not None else float("inf"))
+        replies: list[Message] = []
+        while pending and time.monotonic() < limit:
+            arrived = list(self.pull_messages(list(pending)))
+            pending -= {reply.metadata.reply_to_message_id for reply in arrived}
+            replies += arrived
+            if not arrived:
+                self.wait(self._poll_interval)
+        return replies

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Error, Message
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
+from fedtune_strategies.protocol.flower import WrappedGrid
 from fedtune_strategies.protocol.records import for_flower, from_record, to_record, with_offer
 from fedtune_strategies.stream.offer import STREAM_ADDRESS, STREAM_FOLDER
 from fedtune_strategies.stream.server import Outcome, StreamServer
@@ -31,7 +31,7 @@ class StreamedReply(Message):
     """A reply that came over its node's stream."""
 
 
-class StreamGrid(Grid):
+class StreamGrid(WrappedGrid):
     """Reaches every node by its stream where there is one, and by Flower where there is none.
 
     What goes by Flower brings the node an offer of a stream, so that the next message can go that way. A task whose
@@ -46,7 +46,7 @@ class StreamGrid(Grid):
     """
 
     def __init__(self, grid: Grid, server: StreamServer | None) -> None:
-        self._grid = grid
+        super().__init__(grid)
         self._server = server
         self._numbers = itertools.count(1)
         self._sent: dict[str, Message] = {}  # over streams, without a reply that was taken
@@ -91,7 +91,7 @@ class StreamGrid(Grid):
         if self._server:
             self._server.wait(seconds)
         else:
-            time.sleep(seconds)
+            super().wait(seconds)
 
     def _stream(self, message: Message) -> str:
         """Send a message over its node's stream; returns its id, or nothing where there is no stream."""
@@ -133,36 +133,6 @@ class StreamGrid(Grid):
             del self._sent[key]
             self._replies.pop(key, None)
         self._again = {flower: key for flower, key in self._again.items() if key in self._sent}
-
-    # The rest of Flower's Grid interface
-
-    def set_run(self, run: Run) -> None:
-        """See Flower."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """See Flower."""
-        return self._grid.run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """See Flower."""
-        return Message(content, dst_node_id=dst_node_id, message_type=message_type, group_id=group_id, ttl=ttl)
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """See Flower."""
-        pending = set(self.push_messages(messages))
-        limit = time.monotonic() + (timeout if timeout is not None else float("inf"))
-        replies: list[Message] = []
-        while pending and time.monotonic() < limit:
-            arrived = self.pull_messages(pending)
-            pending -= {reply.metadata.reply_to_message_id for reply in arrived}
-            replies += arrived
-            if not arrived:
-                self.wait(0.25)
-        return replies
 
 
 @contextlib.contextmanager
