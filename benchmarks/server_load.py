@@ -45,7 +45,7 @@ from fedtune_strategies.seed_space import fingerprint
 from fedtune_strategies.testing import Handler, InMemoryGrid
 from server_app.guard import Guard
 from server_app.ledger import Ledger
-from server_app.rounds import run_rounds
+from server_app.rounds import Run, run_rounds
 
 
 class Crowd(Fleet):
@@ -166,7 +166,7 @@ def long_run(rounds: int, folder: Path) -> None:
             InMemoryGrid({number: handler(f"node-{number}") for number in range(1, nodes + 1)}), fingerprint(base),
             on_event=note,
         )  # fmt: skip
-        run_rounds(strategy, fleet, ledger, config, place, lambda: None, Guard(config, ledger))
+        run_rounds(Run(strategy, fleet, ledger, config), place, lambda: None, Guard(config, ledger))
         size = (ledger.folder / "ledger.sqlite").stat().st_size
         ledger.close()
     first, last = statistics.median(costs[10 : 10 + window]), statistics.median(costs[-window:])

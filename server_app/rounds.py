@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import safetensors.torch
@@ -29,30 +30,17 @@ from fedtune_strategies.strategy import TuningStrategy
 from fedtune_strategies.words import counted
 from server_app.guard import Guard
 from server_app.ledger import Ledger, Record
-from server_app.node_status import NodeStatus, NodeStatuses
+from server_app.node_status import NodeStatuses
 from server_app.progress import Progress, round_records
 
 log = logging.getLogger("fedtune")
 
 
-class _Finished(Exception):  # noqa: N818
-    """The evaluation of a round says that the run is finished, while the next one has begun."""
+@dataclass(frozen=True)
+class Run:
+    """What every round of a run works with.
 
-
-def run_rounds(
-    strategy: TuningStrategy,
-    fleet: Fleet,
-    ledger: Ledger,
-    config: Config,
-    place: Callable[[int, ArrayRecord], None],
-    evaluate: Callable[[], None],
-    guard: Guard,
-) -> tuple[int, str]:
-    """Run all rounds that the ledger does not hold yet.
-
-    A round is evaluated while the nodes work on the next one.
-
-    Parameters
+    Attributes
     ----------
     strategy : TuningStrategy
         A new strategy; it takes up the ledger's state.
@@ -62,6 +50,32 @@ def run_rounds(
         Open for writing.
     config : Config
         The run configuration.
+    statuses : NodeStatuses
+        Who takes part, as far as the ledger has been read.
+    """
+
+    strategy: TuningStrategy
+    fleet: Fleet
+    ledger: Ledger
+    config: Config
+    statuses: NodeStatuses = field(default_factory=NodeStatuses)
+
+
+class _Finished(Exception):  # noqa: N818
+    """The evaluation of a round says that the run is finished, while the next one has begun."""
+
+
+def run_rounds(
+    run: Run, place: Callable[[int, ArrayRecord], None], evaluate: Callable[[], None], guard: Guard
+) -> tuple[int, str]:
+    """Run all rounds that the ledger does not hold yet.
+
+    A round is evaluated while the nodes work on the next one.
+
+    Parameters
+    ----------
+    run : Run
+        What the rounds work with.
     place : callable
         Called with (round, arrays) before the first round and after every round; it puts the weights in place,
         which also gives the strategy the fingerprint that it expects of the nodes.
@@ -82,11 +96,11 @@ def run_rounds(
     NodesError
         Too few nodes, or too few usable replies in all attempts of a round. The ledger keeps what was committed.
     """
-    done, arrays = restore(strategy, ledger)
-    statuses = NodeStatuses()
+    last = run.config.num_server_rounds
+    done, arrays = restore(run.strategy, run.ledger)
     if done:
-        log.info("resuming after round %d of %d", done, config.num_server_rounds)
-    strategy.summary()
+        log.info("resuming after round %d of %d", done, last)
+    run.strategy.summary()
     place(done, arrays)
 
     def meanwhile() -> None:
@@ -95,9 +109,9 @@ def run_rounds(
             raise _Finished
 
     with contextlib.suppress(_Finished):
-        while done < config.num_server_rounds and not guard.look():
+        while done < last and not guard.look():
             with about(round=done + 1):
-                arrays = _round(done + 1, strategy, arrays, fleet, ledger, config, statuses, meanwhile)
+                arrays = _Round(run, done + 1, arrays, meanwhile).to_its_end()
             done += 1
             place(done, arrays)
         evaluate()
@@ -152,144 +166,186 @@ def as_messages(replies: list[Record], ledger: Ledger) -> list[Message]:
     ]
 
 
-def _round(
-    number: int,
-    strategy: TuningStrategy,
-    arrays: ArrayRecord,
-    fleet: Fleet,
-    ledger: Ledger,
-    config: Config,
-    statuses: NodeStatuses,
-    meanwhile: Callable[[], None],
-) -> ArrayRecord:
-    settings, progress = config.strategy, _take_up(number, strategy, arrays, fleet, ledger)
-    # A server that was stopped in the round continues with the nodes that it had asked; it asks nobody where the round
-    # was complete.
-    while not progress.asked or progress.open or len(progress.answered) < settings.min_replies:
-        if not progress.open and progress.attempt == config.round.attempts:
-            raise _too_few(number, ledger, config.round.attempts)
-        fleet.exclude(())
-        # The first round waits for those who were there when the run was started: who joins first must not decide it.
-        hoped = config.round.first_nodes if number == 1 and not progress.asked else 0
-        fleet.wait_for_nodes(settings.min_nodes, config.round.node_wait, hoped)
-        _take_late(number, strategy, fleet, ledger, progress)
-        only = progress.open or None
-        attempt = progress.attempt if only else progress.attempt + 1
-        # Whose late reply counts in this round is not asked in it.
-        fleet.exclude(progress.answered - progress.asked if attempt == 1 else progress.answered)
-        _log_missing(number, statuses.update(ledger))
-        if attempt > 1 and set(fleet.nodes) - progress.failed:
-            fleet.exclude(progress.answered | progress.failed)
-        _ask(number, strategy, arrays, fleet, ledger, config, progress, attempt, only, meanwhile)
-        progress.close()
-        if len(progress.answered) < settings.min_replies:
+class _Round:
+    """One round: asks, takes what comes, and commits."""
+
+    def __init__(self, run: Run, number: int, arrays: ArrayRecord, meanwhile: Callable[[], None]) -> None:
+        self.strategy, self.fleet, self.ledger, self.config = run.strategy, run.fleet, run.ledger, run.config
+        self.statuses, self.number, self.arrays, self.meanwhile = run.statuses, number, arrays, meanwhile
+        self.progress = Progress()
+
+    def to_its_end(self) -> ArrayRecord:
+        """Ask until enough replies count; return the model that they make."""
+        self._take_up()
+        # A server that was stopped in the round continues with the nodes that it had asked; it asks nobody where the
+        # round was complete.
+        while not self.progress.asked or self.progress.open or self._lacks_replies():
+            if not self.progress.open and self.progress.attempt == self.config.round.attempts:
+                raise self._too_few()
+            self._attempt()
+        self.meanwhile()  # where nobody was asked
+        return self._commit(list(self.ledger.records("reply", round=self.number)))
+
+    def _take_up(self) -> None:
+        """Fold what the ledger holds of the round into its strategy, which then stands where the server left it."""
+        for record in round_records(self.ledger, self.number):
+            self.progress.take(record)
+            if record.kind == "asked":
+                self._ask_again_as(record)
+            elif record.kind in ("reply", "acknowledged"):
+                accept = self.strategy.accept_late if record.body["late"] else self.strategy.accept
+                message = protocol.decode(record.body["kind"], self.ledger.payload(record))
+                # A reply that is late by a round was checked against what only the server knew that had asked for it.
+                with contextlib.suppress(FedTuneError):
+                    accept(self.number, message)
+
+    def _ask_again_as(self, record: Record) -> None:
+        """Let the strategy make the tasks that it made then; they are not sent."""
+        asked = record.body["nodes"]
+        there = sorted([*asked.items(), *((name, 1) for name in record.body["idle"])])
+        present = [Node(name, place, count) for place, (name, count) in enumerate(there)]
+        list(self._tasks(Fleet(self.fleet, "", nodes=present)))
+        if not record.body["again"]:
+            self.strategy.note_asked(asked)
+
+    def _attempt(self) -> None:
+        """Ask once, and take what comes until all have answered or the deadline."""
+        self.fleet.exclude(())
+        self._wait_for_nodes()
+        self._take_late()
+        interrupted = set(self.progress.open)  # asked by a server that was stopped: the same attempt continues
+        attempt = self.progress.attempt + (not interrupted)
+        self._exclude(attempt)
+        self._log_missing()
+        restarted = self._ask(attempt, interrupted)
+        if restarted:
+            # Restarted nodes take part in this round too: the strategy now sends them all they need.
+            self._ask(attempt, restarted, again=True)
+        self.progress.close()
+        if self._lacks_replies():
             log.warning(
                 "round %d, attempt %d of %d: %d usable replies, %d needed",
-                number, attempt, config.round.attempts, len(progress.answered), settings.min_replies,
+                self.number, attempt, self.config.round.attempts,
+                len(self.progress.answered), self.config.strategy.min_replies,
             )  # fmt: skip
-    meanwhile()  # where nobody was asked
-    return _commit(number, strategy, list(ledger.records("reply", round=number)), ledger)
 
+    def _wait_for_nodes(self) -> None:
+        # The first round waits for those who were there when the run was started: who joins first must not decide it.
+        is_first = self.number == 1 and not self.progress.asked
+        hoped = self.config.round.first_nodes if is_first else 0
+        self.fleet.wait_for_nodes(self.config.strategy.min_nodes, self.config.round.node_wait, hoped)
 
-def _take_up(number: int, strategy: TuningStrategy, arrays: ArrayRecord, fleet: Fleet, ledger: Ledger) -> Progress:
-    """Fold what the ledger holds of a round into its strategy, which then stands where the server left it."""
-    progress = Progress()
-    for record in round_records(ledger, number):
-        progress.take(record)
-        if record.kind == "asked":
-            names = record.body["nodes"]
-            there = [*names.items(), *((name, 1) for name in record.body["idle"])]
-            present = [Node(name, place, count) for place, (name, count) in enumerate(sorted(there))]
-            list(strategy.configure_train(number, arrays, ConfigRecord(), Fleet(fleet, "", nodes=present)))
-            if not record.body["again"]:
-                strategy.note_asked(names)
-        elif record.kind in ("reply", "acknowledged"):
-            message = protocol.decode(record.body["kind"], ledger.payload(record))
-            # A reply that is late by a round was checked against what only the server knew that had asked for it.
-            with contextlib.suppress(FedTuneError):
-                (strategy.accept_late if record.body["late"] else strategy.accept)(number, message)
-    return progress
+    def _exclude(self, attempt: int) -> None:
+        """Leave out who has answered; from the second attempt on also who failed, where others are there."""
+        progress = self.progress
+        # Whose late reply counts in this round is not asked in it.
+        self.fleet.exclude(progress.answered - progress.asked if attempt == 1 else progress.answered)
+        if attempt > 1 and set(self.fleet.nodes) - progress.failed:
+            self.fleet.exclude(progress.answered | progress.failed)
 
+    def _ask(self, attempt: int, only: set[str], *, again: bool = False) -> set[str]:
+        """Send tasks, where some nodes are named to these alone, and record what comes; returns who lacks its state."""
+        nodes = {node.id: node for node in self.fleet.nodes.values()}
+        tasks = [(nodes[task.metadata.dst_node_id], task) for task in self._tasks(self.fleet)]
+        tasks = [(node, task) for node, task in tasks if not only or node.name in only]
+        asked = {node.name: node.num_examples for node, _ in tasks}
+        idle = sorted({node.name for node in nodes.values()} - asked.keys())
+        # On record before anything is sent: a server that is stopped now asks the same nodes again.
+        self._note("asked", body={"nodes": asked, "idle": idle, "attempt": attempt, "again": again})
+        if not again:
+            self.strategy.note_asked(asked)
+        missing_state = self._exchange([task for _, task in tasks])
+        self._take_late()
+        for name in sorted((self.progress.open & asked.keys()) - missing_state):
+            log.warning("round %d: no usable reply from %s", self.number, name, extra={"node": name})
+        return missing_state
 
-def _ask(
-    number: int,
-    strategy: TuningStrategy,
-    arrays: ArrayRecord,
-    fleet: Fleet,
-    ledger: Ledger,
-    config: Config,
-    progress: Progress,
-    attempt: int,
-    only: set[str] | None,
-    meanwhile: Callable[[], None],
-    *,
-    again: bool = False,
-) -> None:
-    """Send the round's tasks, to some nodes only where these are named, and record what comes."""
-    nodes = {node.id: node for node in fleet.nodes.values()}
-    tasks = list(strategy.configure_train(number, arrays, ConfigRecord(), fleet))
-    if only is not None:
-        tasks = [task for task in tasks if nodes[task.metadata.dst_node_id].name in only]
-    asked = {node.name: node.num_examples for node in (nodes[task.metadata.dst_node_id] for task in tasks)}
-    idle = sorted({node.name for node in nodes.values()} - asked.keys())
-    facts: dict[str, Any] = {"nodes": asked, "idle": idle, "attempt": attempt, "again": again}
-    progress.take(ledger.append("asked", round=number, body=facts))
-    if not again:
-        strategy.note_asked(asked)
-    missing_state: set[str] = set()
-    patience = config.round.deadline if strategy.takes_late else 0.0
-    for replies in fleet.exchange(tasks, config.round.deadline, patience, meanwhile):
-        with ledger.together():
-            for received in replies:
-                _take(number, received, strategy, ledger, progress)
-        missing_state |= {one.node.name for one in replies if isinstance(one.message, protocol.StateMissing)}
-        if config.round.grace and len(progress.answered) >= config.strategy.min_replies:
-            fleet.shorten_deadline(config.round.grace)
-    _take_late(number, strategy, fleet, ledger, progress)
-    for name in sorted((progress.open & asked.keys()) - missing_state):
-        log.warning("round %d: no usable reply from %s", number, name, extra={"node": name})
-    if missing_state and not again:
-        # Restarted nodes take part in this round too: the strategy now sends them all they need.
-        _ask(number, strategy, arrays, fleet, ledger, config, progress, attempt, missing_state, meanwhile, again=True)
+    def _tasks(self, fleet: Fleet) -> Iterable[Message]:
+        return self.strategy.configure_train(self.number, self.arrays, ConfigRecord(), fleet)
 
+    def _exchange(self, tasks: list[Message]) -> set[str]:
+        """Send tasks and record the answers as they come; returns who lacks its state."""
+        missing_state: set[str] = set()
+        limits = self.config.round
+        patience = limits.deadline if self.strategy.takes_late else 0.0
+        for replies in self.fleet.exchange(tasks, limits.deadline, patience, self.meanwhile):
+            with self.ledger.together():
+                for received in replies:
+                    self._take(received)
+            missing_state |= {one.node.name for one in replies if isinstance(one.message, protocol.StateMissing)}
+            if limits.grace and not self._lacks_replies():
+                self.fleet.shorten_deadline(limits.grace)
+        return missing_state
 
-def _take(number: int, received: NodeReply, strategy: TuningStrategy, ledger: Ledger, progress: Progress) -> None:
-    """Record one answer: accepted, or refused with the reason."""
-    name = received.node.name
-    try:
-        kind, facts, payload = _accept(number, received, strategy.accept)
-    except FedTuneError as error:
-        log.warning("round %d: %s: %s", number, name, error, extra={"node": name})
-        refusal = {"reason": str(error), "exit_code": error.exit_code}
-        progress.take(ledger.append("refused", round=number, node=name, body=refusal))
-    else:
-        progress.take(ledger.append(kind, round=number, node=name, body=facts, blob=payload))
-
-
-def _take_late(number: int, strategy: TuningStrategy, fleet: Fleet, ledger: Ledger, progress: Progress) -> None:
-    """Let replies to earlier rounds count in this one, where the strategy wants them."""
-    for received in fleet.late():
+    def _take(self, received: NodeReply) -> None:
+        """Record one answer: accepted, or refused with the reason."""
         name = received.node.name
-        round = getattr(received.message, "round", number)
         try:
-            if name in progress.answered | {record.node for record in ledger.records("reply", round=round)}:
-                raise ProtocolError("it has answered for this round already: the reply is left out.")
-            kind, facts, payload = _accept(number, received, strategy.accept_late, late=True)
+            kind, facts, payload = _accept(self.number, received, self.strategy.accept)
         except FedTuneError as error:
-            log.warning("round %d: %s answered late: %s", number, name, error, extra={"node": name})
-            ledger.append("late", round=number, node=name, body={"reason": str(error)})
+            log.warning("round %d: %s: %s", self.number, name, error, extra={"node": name})
+            self._note("refused", name, {"reason": str(error), "exit_code": error.exit_code})
         else:
-            progress.take(ledger.append(kind, round=number, node=name, body=facts, blob=payload))
+            self._note(kind, name, facts, payload)
 
+    def _take_late(self) -> None:
+        """Let replies to earlier rounds count in this one, where the strategy wants them."""
+        for received in self.fleet.late():
+            name = received.node.name
+            try:
+                self._check_counts_once(received)
+                kind, facts, payload = _accept(self.number, received, self.strategy.accept_late, late=True)
+            except FedTuneError as error:
+                log.warning("round %d: %s answered late: %s", self.number, name, error, extra={"node": name})
+                self._note("late", name, {"reason": str(error)})
+            else:
+                self._note(kind, name, facts, payload)
 
-def _log_missing(round: int, statuses: dict[str, NodeStatus]) -> None:
-    missing = [
-        f"{name} since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(one.since))} ({one.reason})"
-        for name, one in statuses.items()
-        if not one.present
-    ]
-    if missing:
-        log.warning("round %d: missing: %s", round, ", ".join(missing))
+    def _check_counts_once(self, late: NodeReply) -> None:
+        round = getattr(late.message, "round", self.number)
+        before = {record.node for record in self.ledger.records("reply", round=round)}
+        if late.node.name in self.progress.answered | before:
+            raise ProtocolError("it has answered for this round already: the reply is left out.")
+
+    def _note(self, kind: str, node: str = "", body: dict[str, Any] | None = None, payload: bytes = b"") -> None:
+        """Append a record of this round, and take it up as a restarted server would."""
+        self.progress.take(self.ledger.append(kind, round=self.number, node=node, body=body, blob=payload))
+
+    def _lacks_replies(self) -> bool:
+        return len(self.progress.answered) < self.config.strategy.min_replies
+
+    def _log_missing(self) -> None:
+        missing = [
+            f"{name} since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(one.since))} ({one.reason})"
+            for name, one in self.statuses.update(self.ledger).items()
+            if not one.present
+        ]
+        if missing:
+            log.warning("round %d: missing: %s", self.number, ", ".join(missing))
+
+    def _commit(self, replies: list[Record]) -> ArrayRecord:
+        arrays, metrics = self.strategy.aggregate_train(self.number, as_messages(replies, self.ledger))
+        if arrays is None:
+            told = counted(len(replies), "reply", "replies")
+            raise NodesError(f"round {self.number}: the strategy made no model of {told}.")
+        state = self.strategy.state()
+        facts: dict[str, Any] = {
+            "files": {label: self.ledger.put_file(tensors) for label, tensors in state.files.items()},
+            "metrics": dict(metrics or {}),
+            "replies": [record.node for record in replies],
+        }
+        self.ledger.append("round", round=self.number, body=facts, blob=safetensors.torch.save(state.tensors))
+        log.info("round %d: %d replies, %s", self.number, len(replies), _brief(facts["metrics"]))
+        return arrays
+
+    def _too_few(self) -> FedTuneError:
+        refused = list(self.ledger.records("refused", round=self.number))
+        reasons = dict.fromkeys(f"{record.node}: {record.body['reason']}" for record in refused)
+        line = f"round {self.number} had too few usable replies in {self.config.round.attempts} attempts: "
+        line += "; ".join(reasons) or "no node answered by the deadline"
+        if {record.body["exit_code"] for record in refused} == {DivergenceError.exit_code}:
+            return DivergenceError(f"the run diverges: {line}. Start another one with a lower 'train.lr'.")
+        return NodesError(f"{line}. Start the run again to continue from round {self.number - 1}.")
 
 
 def _accept(
@@ -312,32 +368,6 @@ def _accept(
     facts |= {"kind": message.kind, "bytes_down": received.bytes_down, "bytes_up": received.bytes_up, "late": late}
     facts["way"] = "stream" if received.streamed else "flower"
     return "reply" if counts else "acknowledged", facts, payload
-
-
-def _commit(number: int, strategy: TuningStrategy, replies: list[Record], ledger: Ledger) -> ArrayRecord:
-    arrays, metrics = strategy.aggregate_train(number, as_messages(replies, ledger))
-    if arrays is None:
-        raise NodesError(f"round {number}: the strategy made no model of {counted(len(replies), 'reply', 'replies')}.")
-    state = strategy.state()
-    files = {label: ledger.put_file(tensors) for label, tensors in state.files.items()}
-    facts: dict[str, Any] = {
-        "files": files,
-        "metrics": dict(metrics or {}),
-        "replies": [record.node for record in replies],
-    }
-    ledger.append("round", round=number, body=facts, blob=safetensors.torch.save(state.tensors))
-    log.info("round %d: %d replies, %s", number, len(replies), _brief(facts["metrics"]))
-    return arrays
-
-
-def _too_few(round: int, ledger: Ledger, attempts: int) -> FedTuneError:
-    refused = list(ledger.records("refused", round=round))
-    reasons = dict.fromkeys(f"{record.node}: {record.body['reason']}" for record in refused)
-    line = f"round {round} had too few usable replies in {attempts} attempts: "
-    line += "; ".join(reasons) or "no node answered by the deadline"
-    if {record.body["exit_code"] for record in refused} == {DivergenceError.exit_code}:
-        return DivergenceError(f"the run diverges: {line}. Start another one with a lower 'train.lr'.")
-    return NodesError(f"{line}. Start the run again to continue from round {round - 1}.")
 
 
 def _brief(metrics: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ from server_app.export import export_model
 from server_app.guard import Guard
 from server_app.ledger import Ledger
 from server_app.members import listed_members
-from server_app.rounds import restore, run_rounds
+from server_app.rounds import Run, restore, run_rounds
 from server_app.tracking import tracking
 
 log = logging.getLogger("fedtune")
@@ -136,7 +136,7 @@ def _execute(grid: Grid, config: Config, ledger: Ledger, report: Callable[[], No
 
     guard = Guard(config, ledger)
     try:
-        done, early = run_rounds(strategy, fleet, ledger, config, place, evaluate_newest, guard)
+        done, early = run_rounds(Run(strategy, fleet, ledger, config), place, evaluate_newest, guard)
     except DivergenceError as error:
         folder = export(guard.best)
         raise DivergenceError(
