@@ -104,3 +104,15 @@ def test_bytes_are_those_of_the_messages_both_ways():
 def test_the_interval_is_students():
     assert interval([1.0, 2.0, 3.0], 2) == "2.00 ± 2.48"  # 4.303 / sqrt(3)
     assert interval([1.5]) == "1.500"
+
+
+def test_runs_of_different_evaluations_are_not_shown_side_by_side(tmp_path):
+    def line(start, stage="final"):
+        return json.dumps({"entrant": "FedAvg", "stage": stage, "curve": [{"loss": start}]}) + "\n"
+
+    results = tmp_path / "runs.jsonl"
+    results.write_text(line(4.0471) + line(4.0471) + line(3.5, "search"), encoding="utf-8")
+    assert len(runs.read_runs(results)) == 3
+    results.write_text(results.read_text() + line(4.0895), encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"different evaluations: before tuning they are at 4\.047, 4\.09"):
+        runs.read_runs(results)

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deploy.local.smollm2 import NAME as SMOLLM2
+from deploy.local.smollm2 import fetch_smollm2, smollm2_folder
 from fedtune_strategies.config import defaults
 from fedtune_strategies.language.partition import partition_file
 from fedtune_strategies.tiny.tasks import write_federation
@@ -101,6 +103,8 @@ class Protocol:
         settings = read_settings(ROOT / "configs" / "small" / f"{self.config or self.name}.toml")
         if settings.get("model.name") == STORIES.name:
             settings["model.name"] = str(STORIES)
+        if settings.get("model.name") == SMOLLM2:
+            settings["model.name"] = str(smollm2_folder())
         return settings
 
     def run_config(self, entrant: Entrant, lr: float) -> dict[str, Any]:
@@ -140,12 +144,13 @@ def methods(protocol: Protocol) -> list[Entrant]:
     signs = {"train.upload": "sign"}
 
     def entrant(name: str, method: str, start: float, own: dict[str, Any], **more: Any) -> Entrant:
-        kind = {"fedkseed-pro": "fedkseed", "fedit": "fedavg", "fedzo": "fedavg"}.get(method, method)
+        kind = {"fedkseed-pro": "fedkseed", "fedzo": "fedavg"}.get(method, method)
         return Entrant(name, {"method.name": method} | own, protocol.starts.get(kind, start), **more)
 
     def gradient(seeds: int) -> Entrant:
         own = steps | {"fedkseed.estimator": "gradient", "fedkseed.seeds": seeds}
-        return Entrant(f"seed-space gradient, K = {seeds}", {"method.name": "fedkseed"} | own, 0.01)
+        start = protocol.starts.get("gradient", 0.01)
+        return Entrant(f"seed-space gradient, K = {seeds}", {"method.name": "fedkseed"} | own, start)
 
     return [
         *map(gradient, (16384, 4096, 1024)),
@@ -207,6 +212,12 @@ def dolly(folder: Path, alpha: float, nodes: int = 10, held_out: str = "general_
     return Files(files, pooled, _write(folder / "validation.jsonl", seen[:256]), _write(folder / "test.jsonl", test))
 
 
+def smollm2(folder: Path) -> Files:
+    """Fetch the real model, and cut Dolly for four nodes."""
+    fetch_smollm2(print)
+    return dolly(folder, 0.5, nodes=4)
+
+
 def natural_instructions(folder: Path, nodes: int = 40, tests: int = 8) -> Files:
     """Natural Instructions: one task a node; the test's tasks are on no node."""
     source = DATA / "superni"
@@ -255,11 +266,15 @@ PROTOCOLS = {
         ),
         Protocol(
             "tiny", tiny, rounds=4, steps=24, asked=4,
-            starts={"fedkseed": 3e-4, "fedcybgd": 3e-3, "fedavg": 1e-3},
+            starts={"fedkseed": 3e-4, "fedcybgd": 3e-3, "fedavg": 1e-3, "fedit": 1e-3},
         ),
         Protocol(
             "tiny-long", tiny, rounds=16, steps=24, asked=4,
-            starts={"fedkseed": 3e-4, "fedcybgd": 6e-4, "fedavg": 6e-4}, config="tiny",
+            starts={"fedkseed": 3e-4, "fedcybgd": 6e-4, "fedavg": 6e-4, "fedit": 6e-4}, config="tiny",
+        ),
+        Protocol(
+            "smollm2", smollm2, rounds=4, steps=8, asked=2,
+            starts={"gradient": 2.5e-3, "fedkseed": 3e-6, "fedcybgd": 1e-4, "fedavg": 2e-5, "fedit": 1e-3},
         ),
     )
 }  # fmt: skip

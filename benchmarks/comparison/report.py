@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import matplotlib
 
 from comparison.protocols import Entrant, Protocol
+from comparison.runs import read_runs
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -60,8 +60,7 @@ class Line:
 
 def read_lines(protocol: Protocol, folder: Path) -> list[Line]:
     """Read a study's final runs."""
-    rows = [json.loads(line) for line in (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
-    finals = [row for row in rows if row["stage"] == "final"]
+    finals = [row for row in read_runs(folder / "runs.jsonl") if row["stage"] == "final"]
     lines = []
     for entrant in protocol.entrants():
         runs = [row for row in finals if row["entrant"] == entrant.name]
@@ -112,7 +111,7 @@ def table(protocol: Protocol, lines: list[Line]) -> str:
 
 def search_table(folder: Path) -> str:
     """Make the Markdown table of all step sizes that were tried."""
-    rows = [json.loads(line) for line in (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_runs(folder / "runs.jsonl")
     tried: dict[str, dict[float, float]] = {}
     for row in rows:
         if row["stage"] == "search":

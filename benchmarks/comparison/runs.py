@@ -126,6 +126,18 @@ def run_once(settings: dict[str, Any], files: list[Path], folder: Path) -> dict[
     return {"curve": watch.curve, "evaluating": watch.evaluating}
 
 
+def read_runs(results: Path) -> list[dict[str, Any]]:
+    """Read a study's runs; final runs that began at different losses were not evaluated alike, and end the command."""
+    rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    begun = Counter(round(row["curve"][0]["loss"], 3) for row in rows if row["stage"] == "final")
+    if len(begun) > 1:
+        raise SystemExit(
+            f"{results} holds runs of different evaluations: before tuning they are at "
+            f"{', '.join(map(str, sorted(begun)))}. Remove the older lines, then run them again."
+        )
+    return rows
+
+
 class Study:
     """All runs of one protocol, in one file.
 
@@ -146,7 +158,7 @@ class Study:
         self.end = time.monotonic() + seconds
         self.common = protocol.settings()
         self.files: Files = protocol.write(work / "data")
-        self.done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+        self.done = read_runs(results) if results.exists() else []
 
     def run_all(self, names: list[str], seeds: Iterable[int] = SEEDS) -> None:
         """Search and run the named entrants, federations first, seed by seed: a study may end early."""
