@@ -12,23 +12,24 @@ from rich.markup import escape
 
 from deploy.commands.output import Format, agree, log, words
 from fedtune_strategies.errors import ConfigError, FedTuneError
-from fedtune_strategies.words import counted
 
 
 def invite(membership: Any, offer: Mapping[str, Any], yes: bool, form: Format) -> Any:
     """Show what an owner who joins agrees to, and ask; returns the agreement, None where none is to be kept."""
     from deploy.owner.consent import ALWAYS, NOTHING_ANNOUNCED, by_hand, propose
+    from deploy.owner.data import read_data
 
-    out, examples = words(form), _examples(membership)
+    settings = offer.get("settings") or {}
+    out, (examples, usable) = words(form), read_data(membership.node_config(), _model_here(membership, settings))
     out.print(f"[bold]You are invited[/bold] to {escape(membership.address)} as [bold]{membership.name}[/bold].\n")
-    _rows([("your data", f"{membership.data}: {counted(examples, 'example')}, {_usable(membership)}")], out)
+    _rows([("your data", f"{membership.data}: {usable}")], out)
     agreement = None
     if membership.has_own_terms():
         out.print("\nThe terms that you have set, on which any run is answered:", markup=False)
         rows, lines = by_hand(membership.node_config().terms)
         _rows(rows, out)
         _leaves(lines, out)
-    elif settings := offer.get("settings"):
+    elif settings:
         try:
             proposal = propose(settings, membership, examples, offer.get("plan"))
         except FedTuneError as error:
@@ -86,10 +87,11 @@ def agree_to_waiting(membership: Any, yes: bool, form: Format) -> None:
 
 def _proposal(membership: Any, run: Mapping[str, Any]) -> Any:
     from deploy.owner.consent import propose
+    from deploy.owner.data import read_data
 
     if not run["config"]:
         raise ConfigError("its settings are too long to be shown: ask the operator")
-    return propose(run["config"], membership, _examples(membership))
+    return propose(run["config"], membership, read_data(membership.node_config())[0])
 
 
 def _show(proposal: Any, out: Console) -> None:
@@ -113,12 +115,7 @@ def _rows(rows: list[tuple[str, str]], out: Console) -> None:
         out.print(f"  {label:12}{text}", markup=False)
 
 
-def _examples(membership: Any) -> int:
-    from fedtune_strategies.language.data import read_rows
-
-    own = membership.node_config()
-    return len(read_rows(own.data, own.format, own.columns, own.skip_bad))
-
-
-def _usable(membership: Any) -> str:
-    return "bad rows left out" if membership.node_config().skip_bad else "all readable"
+def _model_here(membership: Any, settings: Mapping[str, Any]) -> str:
+    """The base model that the owner named, else the run's; empty where the server gives it."""
+    named = membership.model or str(settings.get("model.name", ""))
+    return "" if named == "server" else named

@@ -89,9 +89,9 @@ def _planned(
 
     from deploy.plan import plan as plan_method
     from fedtune_strategies.config import parse
-    from fedtune_strategies.language.model_files import model_folder
+    from fedtune_strategies.language.model import check_model
 
-    folder = model_folder(model)
+    folder, _ = check_model(model)
     available = memory * 1e9 if memory is not None else psutil.virtual_memory().available
     rows = []
     for name in methods():

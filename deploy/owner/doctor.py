@@ -20,7 +20,6 @@ from deploy.common.units import size
 from deploy.owner.join import Membership, ask
 from fedtune_strategies.config.node import NONE, NodeConfig
 from fedtune_strategies.errors import ConfigError, LinkError, ResourceError, TermsError
-from fedtune_strategies.words import counted
 
 PACKAGES = {"flwr": "1.39", "torch": "", "transformers": "", "grpcio": "", "numba": ""}
 OPTIONAL = {"numba": "rebuilding the model will be slow: pip install 'fedtune[cpu]'"}
@@ -50,10 +49,13 @@ def examine(address: str, authority: str | None, own: NodeConfig) -> Iterator[Ch
     yield check("memory", _memory)
     yield check("gpu", lambda: _gpu(own.device))
     yield check("disk", _disk)
-    if own.data:
-        yield check("data", lambda: _data(own))
+    usable = ""
     if own.model:
-        yield check("model", lambda: _model(own.model))
+        model = check("model", lambda: _model(own.model))
+        yield model
+        usable = own.model if model.ok else ""
+    if own.data:
+        yield check("data", lambda: _data(own, usable))
     if not address:
         return
     reached = check("address", lambda: _reach(address))
@@ -133,11 +135,10 @@ def _disk() -> str:
     return f"{size(free)} free in {there}"
 
 
-def _data(own: NodeConfig) -> str:
-    from fedtune_strategies.language.data import read_rows
+def _data(own: NodeConfig, model: str) -> str:
+    from deploy.owner.data import read_data
 
-    rows = read_rows(own.data, own.format, own.columns, own.skip_bad)
-    return f"{own.data}: {counted(len(rows), 'example')}, {'bad rows left out' if own.skip_bad else 'all readable'}"
+    return f"{own.data}: {read_data(own, model)[1]}"
 
 
 def _model(model: str) -> str:

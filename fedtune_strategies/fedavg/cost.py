@@ -24,7 +24,7 @@ TENSOR_HEADER = 70  # bytes: name, shape and place of one tensor in a message
 def cost(config: Any, shape: Shape, fleet: Fleet) -> Cost:
     """Count a node's bytes; every formula stands in docs/planning.md."""
     train = config.train
-    tensors = list(shape.model.parameters())
+    tensors = list(tuned_parameters(shape.model).values())
     if isinstance(config, FedITRunConfig):
         lora = config.lora
         adapters = add_adapters(copy.deepcopy(shape.model), lora.rank, lora.alpha, lora.targets, train.seed)

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 def _strategy(config: Any, model: nn.Module, base: Mapping[str, Tensor]) -> TuningStrategy:
     from fedtune_strategies.fedavg.fedit import FedIT
     from fedtune_strategies.fedavg.strategy import ArraysStrategy
+    from fedtune_strategies.seed_space import tuned_parameters
 
-    return FedIT(config, model, base) if isinstance(config, FedITRunConfig) else ArraysStrategy(config, base)
+    if isinstance(config, FedITRunConfig):
+        return FedIT(config, model, base)
+    return ArraysStrategy(config, {name: base[name] for name in tuned_parameters(model)})
 
 
 def _client(context: NodeContext) -> Callable[[Message], Message]:

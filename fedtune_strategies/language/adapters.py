@@ -40,7 +40,11 @@ def add_adapters(model: nn.Module, rank: int, alpha: int, targets: str, seed: in
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise ConfigError("adapters need PEFT, here and on every node: pip install 'fedtune[lora]'") from None
-    lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets or None, task_type="CAUSAL_LM")
+    # What text does not train (a vision tower) gets no adapters.
+    frozen = [name for name, module in model.named_modules() if not getattr(_weight(module), "requires_grad", True)]
+    lora = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=targets or None, exclude_modules=frozen or None, task_type="CAUSAL_LM"
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
@@ -49,6 +53,11 @@ def add_adapters(model: nn.Module, rank: int, alpha: int, targets: str, seed: in
             line = str(error).splitlines()[0][:200]
             raise ConfigError(f"run config: 'lora.targets' is '{targets}': {line}") from None
     return {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+
+
+def _weight(module: nn.Module) -> Tensor | None:
+    weight = getattr(module, "weight", None)
+    return weight if isinstance(weight, Tensor) else None
 
 
 def sharing_weights(model: nn.Module) -> nn.Module:

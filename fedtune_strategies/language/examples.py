@@ -9,18 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from fedtune_strategies.errors import DataError
+from fedtune_strategies.language.chat import changed, fold_system, render
 from fedtune_strategies.language.data import Row
 
 IGNORE = -100
 """Label of a token that the loss leaves out; torch's and transformers' convention."""
-
-ROLES = {"system": "System", "user": "Instruction", "assistant": "Response"}
-"""Titles of the plain prompt template, used where the tokenizer has no chat template."""
 
 CHUNK = 1000
 """Rows tokenised at a time: token ids are Python lists until they are packed."""
@@ -145,12 +142,13 @@ def tokenise_prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) ->
     """
     if any(row.prompt is None for row in rows):
         raise DataError("plain text has no answers to compare with; set 'eval.answers' to 0, or evaluate on prompts")
-    texts = [_render(row, tokenizer, number)[0] for number, row in enumerate(rows, start=1)]
+    texts = [render(row, tokenizer, number)[0] for number, row in enumerate(fold_system(rows, tokenizer), start=1)]
     options = _token_options(rows[0], tokenizer)
     tokens = tokenizer(texts, **options).input_ids
     # Some tokenizers close every text, but the model is to answer the prompt.
     closed = options["add_special_tokens"] and tokenizer.eos_token_id is not None
     tokens = [ids[:-1] if closed and ids[-1:] == [tokenizer.eos_token_id] else ids for ids in tokens]
+    tokens = [_begun_once(ids, tokenizer) for ids in tokens]
     return Prompts(tokens, [row.references for row in rows])
 
 
@@ -217,63 +215,33 @@ def collate(examples: Examples, indices: Sequence[int] | NDArray[np.int64]) -> B
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def _render(row: Row, tokenizer: PreTrainedTokenizerBase, number: int) -> tuple[str, str]:
-    """Return prompt text and response text, the response closed by the end-of-sequence token."""
-    end = tokenizer.eos_token or ""
-    if row.prompt is None:
-        return "", row.response + end
-    if tokenizer.chat_template is not None:
-        try:
-            prompt, response = _render_chat(row, tokenizer)
-        except TemplateError as error:  # Gemma's knows no system message, and Mistral's wants turns to alternate
-            raise DataError(f"row {number}: the model's chat template refuses the conversation: {error}") from None
-        last = {"role": "user", "content": row.prompt} if isinstance(row.prompt, str) else row.prompt[-1]
-        if last["role"] == "user" and last["content"].strip() not in prompt:
-            line = f"row {number}: the model's chat template loses the prompt's text; take one for plain text"
-            raise DataError(line, public=line)
-        return prompt, response
-    if isinstance(row.prompt, str):
-        return row.prompt, row.response + end
-    if row.tools or any("tool_calls" in message for message in row.prompt):
-        raise DataError(f"row {number}: calls tools, but the model has no chat template to write calls with")
-    turns = [f"### {ROLES.get(message['role'], message['role'])}:\n{message['content']}\n\n" for message in row.prompt]
-    return "".join(turns) + f"### {ROLES['assistant']}:\n", row.response + end
-
-
-def _render_chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    asked = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt or []
-    answered = [*asked, {"role": "assistant", "content": row.response}]
-    prompt = tokenizer.apply_chat_template(asked, tools=row.tools, tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(answered, tools=row.tools, tokenize=False)
-    assert isinstance(prompt, str) and isinstance(whole, str)
-    if whole.startswith(prompt) and row.response.strip() in whole[len(prompt) :]:
-        return prompt, whole[len(prompt) :]
-    # Templates of reasoning models drop the thoughts of answers, and some open a thought when asked to generate.
-    response = row.response
-    if prompt.rstrip().endswith("<think>"):
-        if response.lstrip().startswith("<think>"):
-            response = response.lstrip().removeprefix("<think>").lstrip()
-        else:
-            prompt += "\n</think>\n\n"
-    return prompt, response + (tokenizer.eos_token or "")
-
-
 def _encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Row, list[int], int]]:
     """Yield each row, the token ids of its prompt and response, and where the response begins in them."""
+    folded = fold_system(rows, tokenizer)
+    if moved := changed(rows, folded):
+        taken = "the model's chat template takes no system message; its text stands before the user's first"
+        log.warning("%d of %d rows: %s", moved, len(rows), taken)
+    rows = folded
     for first in range(0, len(rows), CHUNK):
         chunk = rows[first : first + CHUNK]
-        texts = [_render(row, tokenizer, number) for number, row in enumerate(chunk, start=first + 1)]
+        texts = [render(row, tokenizer, number) for number, row in enumerate(chunk, start=first + 1)]
         options = _token_options(chunk[0], tokenizer)
         prompts = tokenizer([prompt for prompt, _ in texts], **options).input_ids
         wholes = tokenizer([prompt + response for prompt, response in texts], **options).input_ids
         for row, prompt, whole in zip(chunk, prompts, wholes, strict=True):
-            yield row, whole, 0 if row.prompt is None else _common_prefix(prompt, whole)
+            ids = _begun_once(whole, tokenizer)
+            yield row, ids, 0 if row.prompt is None else _common_prefix(_begun_once(prompt, tokenizer), ids)
 
 
 def _token_options(row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
     # A chat template writes the special tokens itself; other text gets the tokenizer's own.
     special = tokenizer.chat_template is None or row.prompt is None
     return {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
+
+
+def _begun_once(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Drop the tokenizer's beginning of sequence before text that has its own."""
+    return ids[1:] if ids[:2] == [tokenizer.bos_token_id] * 2 else ids
 
 
 def _common_prefix(left: list[int], right: list[int]) -> int:

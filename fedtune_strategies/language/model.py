@@ -166,7 +166,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     folder = model_folder(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception on a malformed file
         pieces = (folder / "tokenizer.model").is_file() and find_spec("sentencepiece") is None
         remedy = "pip install sentencepiece" if pieces else "copy the tokenizer's files there"
@@ -389,12 +390,14 @@ def _container_memory() -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bars off the screen."""
-    shown = transformers_logging.is_progress_bar_enabled()
+    """Keep transformers' progress bars and advice off the screen."""
+    shown, told = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(told)
         if shown:
             transformers_logging.enable_progress_bar()
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import models, processors
 
 from fedtune_strategies.errors import DataError
+from fedtune_strategies.language.chat import try_template
 from fedtune_strategies.language.data import Row
 from fedtune_strategies.language.examples import (
     CHUNK,
@@ -73,10 +74,59 @@ def test_template_that_opens_answers_differently_when_generating():
 def test_conversation_that_the_template_refuses():
     tokenizer = make_tokenizer(pad_token="<unk>")
     refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    tokenizer.chat_template = refusal + CHAT_TEMPLATE
-    refused = [{"role": "system", "content": "be brief"}, *MESSAGES]
-    with pytest.raises(DataError, match="row 2: the model's chat template refuses the conversation: no system"):
+    tokenizer.chat_template = refusal.replace("system", "tool") + CHAT_TEMPLATE
+    refused = [{"role": "tool", "content": "be brief"}, *MESSAGES]
+    with pytest.raises(DataError, match="row 2: the model's chat template refuses the conversation: no tool"):
         tokenise([Row(MESSAGES, "ada"), Row(refused, "ada")], tokenizer, 100)
+
+
+REFUSES_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT_TEMPLATE
+LOSES_SYSTEM = (
+    "{% for m in messages if m.role != 'system' %}|{{ m.role }}:{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}|assistant:{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [REFUSES_SYSTEM, LOSES_SYSTEM])
+def test_system_text_stands_before_the_users_first_where_the_template_takes_no_system_message(template, caplog):
+    tokenizer = make_tokenizer(pad_token="<unk>")
+    tokenizer.chat_template = template
+    rows = [Row([{"role": "system", "content": "be brief"}, *MESSAGES], "ada", ("ada",)), Row(MESSAGES, "ada")]
+    with caplog.at_level(logging.WARNING):
+        examples = tokenise(rows, tokenizer, 100)
+    assert parts(examples, tokenizer) == ("|user:be brief\n\nwho is it?</s>|assistant:", "ada</s>")
+    assert "1 of 2 rows: the model's chat template takes no system message" in caplog.text
+    assert tokenizer.decode(tokenise_prompts(rows, tokenizer).tokens[0]) == parts(examples, tokenizer)[0]
+    assert try_template(rows, tokenizer) == 1
+
+
+def test_a_template_that_takes_system_messages_gets_them(chat_tokenizer):
+    rows = [Row([{"role": "system", "content": "be brief"}, *MESSAGES], "ada")]
+    assert parts(tokenise(rows, chat_tokenizer, 100), chat_tokenizer)[0].startswith("|system:be brief</s>|user:")
+    assert try_template(rows, chat_tokenizer) == 0
+
+
+def test_trying_a_template_names_the_row_that_it_refuses(chat_tokenizer, monkeypatch):
+    monkeypatch.setattr("fedtune_strategies.language.chat.TRIED", 2)
+    tokenizer = make_tokenizer(pad_token="<unk>")
+    tokenizer.chat_template = REFUSES_SYSTEM
+    alone = Row([{"role": "system", "content": "be brief"}, {"role": "assistant", "content": "who"}], "ada")
+    with pytest.raises(DataError, match=r"row 3: .* no system"):  # every second of four is tried
+        try_template([Row(MESSAGES, "ada"), Row(MESSAGES, "ada"), alone, Row(MESSAGES, "ada")], tokenizer)
+
+
+@pytest.mark.parametrize("text", ["<s>once</s>", "<s>once", "once</s>", "once"])
+def test_text_that_is_formatted_already_is_not_closed_twice(chat_tokenizer, text):
+    examples = tokenise([Row(None, text)], chat_tokenizer, 100)
+    assert parts(examples, chat_tokenizer) == ("", "<s>once</s>")
+
+
+@pytest.mark.parametrize("completion", ["ada", "ada</s>"])
+def test_a_prompt_that_is_formatted_already_is_learnt_as_written(tokenizer, chat_tokenizer, completion):
+    row = Row("<s>|user:who</s>|assistant:", completion)
+    for known in (chat_tokenizer, tokenizer):
+        assert parts(tokenise([row], known, 100), known) == ("<s>|user:who</s>|assistant:", "ada</s>")
+        assert known.decode(tokenise_prompts([row], known).tokens[0]) == "<s>|user:who</s>|assistant:"
 
 
 def test_tool_calls_and_descriptions_of_tools_reach_the_template():

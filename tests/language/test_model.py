@@ -17,13 +17,16 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from client_app.node import Node
 from deploy.plan import structure
 from fedtune_strategies.errors import ConfigError, ModelError, ResourceError
 from fedtune_strategies.language import model as model_module
 from fedtune_strategies.language.evaluation import generate_answers
 from fedtune_strategies.language.model import base_tensors, check_context, check_model, load_model, save_model
 from fedtune_strategies.seed_space import tuned_parameters
+from fedtune_strategies.testing import InMemoryGrid
 from fedtune_strategies.tiny import MODEL_FOLDER
+from server_app.run import execute
 from tests.models import CONFIGS, CONTEXT, make_model, make_tokenizer
 
 
@@ -308,6 +311,23 @@ def test_of_a_model_that_also_sees_the_language_model_alone_is_tuned(seeing_fold
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, list(tuned.values())))
     save_model(language.model, language.tokenizer, tmp_path / "tuned")
     assert load_model(str(tmp_path / "tuned")).model.state_dict().keys() == language.model.state_dict().keys()
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedit"])
+def test_averaging_tunes_the_language_model_alone_of_a_model_that_also_sees(method, seeing_folder, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b c d"}\n' * 8)
+    settings = {
+        "method.name": method, "model.name": str(seeing_folder), "num-server-rounds": 1,
+        "run.dir": str(tmp_path / "run"),
+        "train.seq-length": 32, "train.local-steps": 2,
+    } | ({"lora.targets": "all-linear"} if method == "fedit" else {})  # fmt: skip
+    node = Node(settings, {"name": "node", "data": str(data), "folder": str(tmp_path / "node")}, 1)
+    tuned = load_model(str(execute(InMemoryGrid({1: node.handle}), settings, run_id=1))).model
+    before = load_model(str(seeing_folder)).model.state_dict()
+    moved = {name for name, value in tuned.state_dict().items() if not value.equal(before[name])}
+    assert moved
+    assert not [name for name in moved if "vision" in name or "projector" in name]
 
 
 def test_context_of_a_model_that_also_sees(seeing_folder):
