@@ -111,7 +111,7 @@ class History:
         """The node's own key for the order of batches, made once; empty for a record in memory."""
         if self._folder is None:
             return ""
-        file, draft = self._folder / "batch.key", self._folder / f".batch.key.{os.getpid()}"
+        file, draft = self._folder / "draw.key", self._folder / f".draw.key.{os.getpid()}"
         if not file.exists():
             draft.unlink(missing_ok=True)
             with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:

@@ -72,8 +72,8 @@ class Node:
         self.history = History(Path(own.folder).expanduser() if own.folder else None)
         self._terms, self._on_step = own.terms, on_step
         self._check_terms()
-        key = own.batch_key or self.history.key()
-        self._node = own = replace(own, batch_key="" if key == PUBLIC else key)
+        key = own.draw_key or self.history.key()
+        self._node = own = replace(own, draw_key="" if key == PUBLIC else key)
         self._method = register_messages(self.config.method.name)
         self._rows = read_rows(own.data, own.format, own.columns, own.skip_bad)
         self._cache = ModelCache(own.cache_folder, int(own.cache_gb * 1e9))

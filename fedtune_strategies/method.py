@@ -13,6 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from fedtune_strategies.errors import ConfigError
+from fedtune_strategies.shared_random import digest
 
 if TYPE_CHECKING:  # the configuration is read where no torch is
     from torch import Tensor, nn
@@ -58,11 +59,29 @@ class NodeContext:
     node: NodeConfig
     on_step: Callable[[int, int], object] = lambda begun, steps: None
 
+    def secret(self, purpose: str, round: int) -> str:
+        """Return what only this node can compute: for random choices that it tells the server alone.
+
+        Parameters
+        ----------
+        purpose : str
+            What it is for; secrets for other purposes cannot be told from it.
+        round : int
+            The round.
+
+        Returns
+        -------
+        str
+            32 hexadecimal digits, the same each time; empty where the node's ``draw-key`` is public.
+        """
+        key = self.node.draw_key
+        return digest(purpose, self.config.train.seed, round, self.name, key).hex() if key else ""
+
     def batches(self, round: int, steps: int) -> Iterator[Batch]:
         """Draw a round's batches, ``train.batch-size`` examples each; see `language.examples.batches`.
 
-        Their order depends on the run's seed, the round and the node's ``batch-key``, which the operator does not know:
-        who cannot tell which examples a step was about can make less of what leaves.
+        Their order depends on the run's seed, the round and the node's ``draw-key``, which nobody else knows: who
+        cannot tell which examples a step was about can make less of what leaves.
 
         Parameters
         ----------
@@ -78,7 +97,7 @@ class NodeContext:
         """
         from fedtune_strategies.language.examples import batches
 
-        train, own = self.config.train, self.node.batch_key
+        train, own = self.config.train, self.node.draw_key
         key = (train.seed, round, self.name, *([own] if own else []))
         for step, batch in enumerate(batches(self.examples, train.batch_size, steps, key), start=1):
             self.on_step(step, steps)

@@ -12,6 +12,23 @@ from collections.abc import Sequence
 import numpy as np
 
 
+def digest(*key: int | str) -> bytes:
+    """Return 16 bytes that a key decides, and that tell nothing of it.
+
+    Parameters
+    ----------
+    *key : int or str
+        For example a purpose, run seed, round and a secret.
+
+    Returns
+    -------
+    bytes
+        The digest.
+    """
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key).encode()
+    return hashlib.blake2b(text, digest_size=16).digest()
+
+
 def stream(*key: int | str) -> np.random.Philox:
     """Open the random stream that belongs to a key.
 
@@ -25,9 +42,7 @@ def stream(*key: int | str) -> np.random.Philox:
     numpy.random.Philox
         A bit generator; take its ``random_raw``.
     """
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key).encode()
-    words = np.frombuffer(hashlib.blake2b(text, digest_size=16).digest(), dtype="<u8")
-    return np.random.Philox(key=words)
+    return np.random.Philox(key=np.frombuffer(digest(*key), dtype="<u8"))
 
 
 def sample(key: Sequence[int | str], names: Sequence[str], count: int) -> list[str]:

@@ -30,7 +30,7 @@ from fedtune_strategies.folders import remove_folder
 START_TIMEOUT = 300.0
 SERVER = "server"  # its log's name
 # All nodes are one person's: any run is answered, and what they compute can be repeated.
-OWN = ("--yes", "--set", "terms.methods=any", "--set", "batch-key=public")
+OWN = ("--yes", "--set", "terms.methods=any", "--set", "draw-key=public")
 
 
 @dataclass(frozen=True)

@@ -53,10 +53,10 @@ class NodeConfig:
         "", "Folder for what the node remembers, its history above all; empty for ~/.fedtune/nodes/<name>."
     )
     terms: Terms = field(default_factory=Terms)
-    batch_key: str = option(
+    draw_key: str = option(
         "",
-        "Decides the order of batches; empty for a key that is made once in that folder, 'public' for an order that "
-        "everybody can compute.",
+        "Decides the order of batches and the directions that are tried; empty for a key that is made once in that "
+        "folder, 'public' for choices that everybody can compute.",
     )
     device: str = option("cpu", "Where the model runs: cpu, cuda, cuda:1.")
     micro_batch: int = option(0, "Examples computed at once, for less memory; 0 for the whole batch.", low=0)

@@ -15,7 +15,7 @@ from fedtune_strategies.fedkseed.config import FedKSeedRunConfig
 from fedtune_strategies.fedkseed.messages import SeedReply, SeedTask
 from fedtune_strategies.fedkseed.packing import round_scalars, unpack
 from fedtune_strategies.fedkseed.pools import nth_pool, pool_number, rebuild
-from fedtune_strategies.fedkseed.seed_draws import draw_seeds, seed_key
+from fedtune_strategies.fedkseed.seed_draws import compared, draw_seeds, seed_key
 from fedtune_strategies.language.examples import Batch, collate
 from fedtune_strategies.language.loss import example_losses, finite_mean, loss_in_parts
 from fedtune_strategies.memory import peak_memory
@@ -44,7 +44,7 @@ class FedKSeedClient:
         self._config: FedKSeedRunConfig = context.config
         self._model, self._base = context.model, context.base
         self._name, self._examples = context.name, context.examples
-        self._batches = context.batches
+        self._batches, self._secret = context.batches, context.secret
         self._micro_batch = context.node.micro_batch
         self._pattern = self._config.train.parameters or None
         self._parameters = tuned_parameters(self._model, self._pattern)
@@ -74,6 +74,7 @@ class FedKSeedClient:
             peak_memory=peak_memory(),
             lr=found.lr,
             noise=found.noise,
+            key=self._key(task.round),
         )
 
     def take(self, task: SeedTask) -> bool:
@@ -156,7 +157,7 @@ class FedKSeedClient:
             The odds of the seeds are unusable.
         """
         settings = self._config.fedkseed
-        key = seed_key(self._config, task.round, self._name)
+        key = seed_key(self._config, task.round, self._name, self._key(task.round))
         odds = self._odds(task)
         seeds = draw_seeds(key, self._config.train.local_steps, settings.seeds, odds)
         self._rebuild(task)
@@ -176,6 +177,9 @@ class FedKSeedClient:
             directions=settings.directions,
         )
         return steps, starting_print
+
+    def _key(self, round: int) -> str:
+        return "" if compared(self._config) else self._secret("seeds", round)
 
     def _rebuild(self, task: SeedTask) -> None:
         rebuild(self._config, list((self._units * task.unit).astype(np.float32)), self._parameters, self._base)

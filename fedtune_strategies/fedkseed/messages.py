@@ -53,7 +53,7 @@ class SeedTask:
 class SeedReply(TrainReply):
     """What a node answers to a `SeedTask`: scalars alone.
 
-    The seeds need not travel: `fedtune_strategies.shared_random.draw_seeds` gives them to both sides.
+    The seeds need not travel: `fedtune_strategies.fedkseed.seed_draws` gives them to both sides.
 
     Attributes
     ----------
@@ -66,6 +66,9 @@ class SeedReply(TrainReply):
         Step size that the node took: its own where the task left it open.
     noise : float
         Share of error in its slopes, where the node found the step size; otherwise not a number. See `calibrate`.
+    key : str
+        The node's secret for the draws of this round, 32 hexadecimal digits, so that no other node can tell which
+        changes of theta are its doing; empty where all may know its draws.
     """
 
     kind: ClassVar[str] = "seed-reply"
@@ -73,6 +76,7 @@ class SeedReply(TrainReply):
     unit: float
     lr: float
     noise: float
+    key: str = ""
 
 
 @dataclass(frozen=True)

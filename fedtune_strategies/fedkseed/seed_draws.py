@@ -1,22 +1,34 @@
-"""Which seed each local step of FedKSeed takes: both sides of the network draw alike, from keys alone."""
+"""Which seed each local step of FedKSeed takes: both sides of the network draw alike, from keys alone.
+
+A node's key holds a secret, which it tells the server with its scalars. The server adds up the nodes' scalars, and
+other nodes see the sums: without the secret they cannot tell whose scalar stands on which seed.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.fedkseed.config import COMPARED, FedKSeedRunConfig
 from fedtune_strategies.shared_random import stream
 
+_SECRET = re.compile(r"[0-9a-f]{32}")
 # Keeps the sum of the odds of 2**20 seeds within 32 bits.
 MAX_ODDS = 4095
 # A seed's odds are one of so many: 4 bits a seed on the wire, each within 1/30 of a softmax's range.
 LEVELS = 16
 
 
-def seed_key(config: FedKSeedRunConfig, round: int, node: str) -> tuple[int | str, ...]:
+def compared(config: FedKSeedRunConfig) -> bool:
+    """Whether replies are compared with each other seed by seed, so that all nodes draw the same seeds."""
+    return config.strategy.aggregation in COMPARED
+
+
+def seed_key(config: FedKSeedRunConfig, round: int, node: str, secret: str = "") -> tuple[int | str, ...]:
     """Return the key of a node's draws in a round, for `draw_seeds`.
 
     Parameters
@@ -27,14 +39,29 @@ def seed_key(config: FedKSeedRunConfig, round: int, node: str) -> tuple[int | st
         The round.
     node : str
         The node's name.
+    secret : str
+        What the node and the server know alone; empty where everybody may know the draws.
 
     Returns
     -------
     tuple of int or str
-        Run seed, round and name; without the name where replies are compared with each other seed by seed.
+        Run seed and round; and name and secret, unless all nodes draw the same seeds.
     """
-    compared = config.strategy.aggregation in COMPARED
-    return (config.train.seed, round) if compared else (config.train.seed, round, node)
+    if compared(config):
+        return config.train.seed, round
+    return (config.train.seed, round, node, *([secret] if secret else []))
+
+
+def check_secret(secret: str) -> None:
+    """Refuse a secret that `NodeContext.secret` does not make.
+
+    Raises
+    ------
+    ProtocolError
+        It is neither empty nor 32 hexadecimal digits.
+    """
+    if secret and not _SECRET.fullmatch(secret):
+        raise ProtocolError("the key of its draws is not 32 hexadecimal digits: the reply is left out.")
 
 
 def draw_seeds(key: Sequence[int | str], steps: int, num_seeds: int, weights: NDArray[np.int16]) -> NDArray[np.int64]:

@@ -39,7 +39,7 @@ from fedtune_strategies.fedkseed.messages import SeedReply, SeedTask
 from fedtune_strategies.fedkseed.packing import SCALAR_TYPES, pack, read_scalars
 from fedtune_strategies.fedkseed.pools import pool_number, rebuild
 from fedtune_strategies.fedkseed.screening import amplitude, clipped, in_line, running_amplitude
-from fedtune_strategies.fedkseed.seed_draws import draw_seeds, odds_of_levels, seed_key
+from fedtune_strategies.fedkseed.seed_draws import check_secret, draw_seeds, odds_of_levels, seed_key
 from fedtune_strategies.fedkseed.versions import LARGEST, Versions, round_move, unit_of
 from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.protocol import messages as protocol
@@ -163,6 +163,7 @@ class FedKSeed(TuningStrategy):
                 f"{reply.node} sent {tuple(reply.scalars.shape)} scalars of {reply.scalars.dtype}, not "
                 f"{steps} of {SCALAR_TYPES[settings.scalar_bits]}: the reply is left out."
             )
+        check_secret(reply.key)
         if not 0 < reply.lr < math.inf:
             raise DivergenceError(f"{reply.node} found no step size: its losses are not finite. The reply is left out.")
         scalars = read_scalars(reply.scalars, reply.unit)
@@ -201,7 +202,7 @@ class FedKSeed(TuningStrategy):
             metrics.update({**mean_loss(answers, weights), **self.spent.metrics()})
         self.amplitude = running_amplitude(self.amplitude, amplitudes)
         for answer, one in zip(answers, scalars, strict=True):
-            self.observe(self.draws(answer.node, answer.round, odds[answer.round]), one)
+            self.observe(self.draws(answer, odds[answer.round]), one)
         self.last_odds = odds[server_round]
         self._move(arrays["theta"].numpy(), server_round)
         if pool_number(self.config, server_round + 1) > len(self.closed):
@@ -270,10 +271,10 @@ class FedKSeed(TuningStrategy):
         forget_moments(self.inner)
         log.info("pool %d has served its rounds: the next one begins", len(self.closed))
 
-    def draws(self, node: str, round: int, odds: NDArray[np.int16]) -> NDArray[np.int64]:
-        """Return the seeds that a node draws in a round, int64 [tau]."""
+    def draws(self, answer: SeedReply, odds: NDArray[np.int16]) -> NDArray[np.int64]:
+        """Return the seeds that a reply's node drew in its round, int64 [tau]."""
         steps, seeds = self.config.train.local_steps, self.config.fedkseed.seeds
-        return draw_seeds(seed_key(self.config, round, node), steps, seeds, odds)
+        return draw_seeds(seed_key(self.config, answer.round, answer.node, answer.key), steps, seeds, odds)
 
     def _task(self, round: int, held: int) -> SeedTask:
         since, change = self.versions.change(held, round - 1)
@@ -333,6 +334,6 @@ class FedKSeed(TuningStrategy):
         self, answer: SeedReply, scalars: NDArray[np.float32], odds: NDArray[np.int16], weight: float
     ) -> Message:
         """Turn a reply into the theta that its node reached, as a reply to a Flower strategy."""
-        seeds, theta = self.draws(answer.node, answer.round, odds), self.theta.astype(np.float64)
+        seeds, theta = self.draws(answer, odds), self.theta.astype(np.float64)
         np.subtract.at(theta, seeds, self.lr(answer.round) * np.nan_to_num(scalars.astype(np.float64)))
         return for_aggregation(arrays_of(theta=torch.from_numpy(theta)), weight, int(np.isnan(scalars).sum()))

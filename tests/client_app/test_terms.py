@@ -68,9 +68,7 @@ def test_a_node_whose_owner_agreed_to_nothing_takes_part_in_nothing(settings, ow
 
 
 def test_what_was_agreed_to_runs_to_the_bits_of_a_run_without_terms(settings, agreed, tmp_path):
-    execute(
-        make_grid({1: Node(settings, agreed | {"batch-key": "public"}, 1)}), settings | {"strategy.min-nodes": 1}, 1
-    )
+    execute(make_grid({1: Node(settings, agreed | {"draw-key": "public"}, 1)}), settings | {"strategy.min-nodes": 1}, 1)
     free = settings | {"run.dir": str(tmp_path / "free"), "strategy.min-nodes": 1}
     execute(make_grid({1: Node(free, {"name": "node-0", "data": agreed["data"]}, 1)}), free, 1)
     assert final_state(settings) == final_state(free)
@@ -210,7 +208,7 @@ def test_all_that_leaves_is_written_down_for_the_owner_alone(settings, agreed):
         ("run", 0, "fedkseed", "hello-reply"), ("run", 1, "fedkseed", "seed-reply"),
     ]  # fmt: skip
     assert [row["bytes"] for row in left] == sizes and [row["result"] for row in left] == [False, True]
-    assert {stat.S_IMODE(one.stat().st_mode) for one in (file, file.with_name("batch.key"))} == {0o600}
+    assert {stat.S_IMODE(one.stat().st_mode) for one in (file, file.with_name("draw.key"))} == {0o600}
 
 
 def test_what_cannot_be_written_down_does_not_leave(settings, agreed):
@@ -246,7 +244,7 @@ def test_the_order_of_batches_is_the_node_s_own_and_stays_its_own(settings, own,
         node = Node(settings, {**own, "terms.methods": "any", **changes}, 1)
         return ask(node, seed_task()).scalars
 
-    mine, public = scalars(), scalars(**{"batch-key": "public"})
+    mine, public = scalars(), scalars(**{"draw-key": "public"})
     assert not torch.equal(mine, public)
     assert torch.equal(mine, scalars())  # a restarted node
     assert not torch.equal(mine, scalars(folder=str(tmp_path / "another")))

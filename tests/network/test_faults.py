@@ -52,7 +52,7 @@ class Lab:
             "flower-supernode", "--grpc-rere", "--superlink", f"localhost:{self.port}",
             "--root-certificates", str(self.server.authority), "--host", "127.0.0.1",
             "--auth-supernode-private-key", str(node_key(self.folder / "keys", name).private),
-            "--node-config", f'name="{name}" data="{self.data_files[name]}" batch-key="public"',
+            "--node-config", f'name="{name}" data="{self.data_files[name]}" draw-key="public"',
             "--port", str(processes.free_port()),
         ]  # fmt: skip
         environment = self.server.control.environment | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}

@@ -82,7 +82,7 @@ def test_without_a_node_the_others_contributions_are_left(settings, data_files, 
             total = sum(answer.num_examples for answer in answers)
             odds = _odds(config, state)
             for answer in answers:
-                seeds = draw_seeds(seed_key(config, number, answer.node), 6, 64, odds)
+                seeds = draw_seeds(seed_key(config, number, answer.node, answer.key), 6, 64, odds)
                 share = answer.num_examples / total
                 np.subtract.at(theta, seeds, config.train.lr * share * answer.scalars.numpy().astype(float))
         assert np.allclose(_theta(settings, out), theta, atol=2e-3 * np.abs(theta).max())
