@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,10 +14,12 @@ from deploy.commands.output import (
     Format,
     FormatOption,
     NodeSetOption,
+    TokenArgument,
     agree,
     console,
     log,
     node_changes,
+    read_token,
     show,
     words,
 )
@@ -29,14 +30,7 @@ YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Say yes without be
 
 
 def join(
-    token: Annotated[
-        str,
-        typer.Argument(
-            envvar="FEDTUNE_TOKEN",
-            help="File that holds the join token, or `-` to paste it or read it from standard input. Leave it out to "
-            "start a node that has joined.",
-        ),
-    ] = "",
+    token: TokenArgument = "",
     data: Annotated[
         Path | None, typer.Option(help="Your data: JSONL, JSON, CSV, Parquet, or a `datasets` folder.")
     ] = None,
@@ -69,6 +63,8 @@ def join(
 ) -> None:
     """Join a federation with the token that its operator gave you, and take part until Ctrl-C.
 
+    Without TOKEN, start the node of a federation that this machine has joined.
+
     Checks the server against the token, reads your data, shows what will be tuned, what it takes of this machine and
     **exactly what leaves it**, and asks once. Then it runs Flower's SuperNode, and reconnects for ever.
 
@@ -96,7 +92,7 @@ def join(
     else:
         if data is None:
             raise ConfigError("--data is missing: name the file with your examples, such as --data ~/notes.jsonl")
-        word = _read_token(token)
+        word = read_token(token)
         node = {"data": str(data.expanduser().resolve()), "format": data_format, "model": model, "device": device}
         membership = _join(word, {**node, "settings": node_changes(columns, changes)}, yes, form)
     show(_facts(membership), form, lambda: None)
@@ -140,15 +136,6 @@ def leave(
 
 def _facts(membership: Any) -> dict[str, Any]:
     return {**asdict(membership), "folder": membership.folder}
-
-
-def _read_token(given: str) -> str:
-    """The token itself; as a word of the command it would stand in the list of processes, for every account to read."""
-    if given == "-":
-        asked = sys.stdin.isatty()
-        return str(typer.prompt("Join token", hide_input=True, err=True)) if asked else sys.stdin.readline()
-    file = Path(given).expanduser()
-    return file.read_text(errors="replace").strip() if len(given) < 4096 and file.is_file() else given
 
 
 def _join(word: str, node: dict[str, Any], yes: bool, form: Format) -> Any:

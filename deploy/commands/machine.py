@@ -16,8 +16,10 @@ from deploy.commands.output import (
     FormatOption,
     NodeSetOption,
     SetOption,
+    TokenArgument,
     console,
     node_changes,
+    read_token,
     setting,
     show,
 )
@@ -47,7 +49,7 @@ def version(form: FormatOption = Format.text) -> None:
 
 
 def doctor(
-    token: Annotated[str, typer.Argument(envvar="FEDTUNE_TOKEN", help="A join token, to check before joining.")] = "",
+    token: TokenArgument = "",
     data: Annotated[Path | None, typer.Option(help="Your data: reads all of it, and shows the first bad line.")] = None,
     data_format: Annotated[str, typer.Option("--data-format", help="Format of the data.")] = "auto",
     columns: ColumnsOption = "",
@@ -70,7 +72,7 @@ def doctor(
     given = node_changes(columns, changes)
     own = Membership("", "", str(data or ""), data_format, model, device, given).node_config()
     if token:
-        known = decode_token(token)
+        known = decode_token(read_token(token))
         try:
             authority: str | None = fetch_server_info(known)[0]
         except FedTuneError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
 import tomllib
 from collections.abc import Callable
@@ -14,8 +16,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from deploy.common.join_token import PREFIX
 from fedtune_strategies.config import Scalar
 from fedtune_strategies.errors import ConfigError
+from fedtune_strategies.protocol.door import clean
 
 
 class Format(StrEnum):
@@ -36,6 +40,15 @@ RunArgument = Annotated[
 # The one option of every command that prints facts.
 FormatOption = Annotated[Format, typer.Option("--format", help="For a person, or as one JSON document on stdout.")]
 
+# A token itself would be in the list of processes, for every account of the machine to read.
+TokenArgument = Annotated[
+    str,
+    typer.Argument(
+        envvar="FEDTUNE_TOKEN",
+        help="File that holds the join token, or `-` to paste it or read it from standard input.",
+    ),
+]
+
 # Colours and widths follow the terminal; without one, plain text.
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -55,6 +68,30 @@ def agree(question: str, form: Format) -> None:
     """Ask a person; whoever says no ends the command with code 1."""
     if not typer.confirm(question, err=form is Format.json):
         raise typer.Exit(1)
+
+
+def read_token(given: str) -> str:
+    """Read a join token from a file, standard input or the environment, which no other account can read.
+
+    Raises
+    ------
+    ConfigError
+        There is no such file; or it is the token itself.
+    """
+    if given == "-":
+        asked = sys.stdin.isatty()
+        return str(typer.prompt("Join token", hide_input=True, err=True)) if asked else sys.stdin.readline()
+    file = Path(given).expanduser()
+    if len(given) < 1024 and file.is_file():
+        return file.read_text(errors="replace").strip()
+    if given == os.environ.get("FEDTUNE_TOKEN"):
+        return given
+    if given.startswith(PREFIX):
+        raise ConfigError(
+            "a token in a command can be read by every account of this machine: save it as token.txt and give that "
+            "name instead, or `-` to paste it"
+        )
+    raise ConfigError(f"{clean(given, 80)}: no such file; save the join token there, or give `-` to paste it")
 
 
 def node_changes(columns: str, changes: list[str] | None) -> dict[str, Scalar]:

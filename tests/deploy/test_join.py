@@ -144,7 +144,7 @@ def test_a_token_whose_name_could_be_a_path_or_a_line_is_refused_by_both_sides(n
     data.write_text('{"text": "a"}\n')
     with pytest.raises((LinkError, ProtocolError)):
         JoinToken(address, name, bytes(32), SECRET, 2_000_000_000)
-    said = CliRunner().invoke(app, ["join", forged(name, address), "--data", str(data), "--yes"])
+    said = CliRunner().invoke(app, ["join", "-", "--data", str(data), "--yes"], input=forged(name, address) + "\n")
     assert said.exit_code in (LinkError.exit_code, ProtocolError.exit_code)
     assert said.stderr.count("\n") == 1 and said.stderr.strip().isprintable()
     assert [path.name for path in tmp_path.iterdir()] == ["notes.jsonl"]

@@ -109,7 +109,8 @@ def test_an_owner_s_words_and_questions(tmp_path, monkeypatch):
     monkeypatch.setattr(owner_join, "register", lambda token, authority, mine, waits: mine.save() or mine)
     monkeypatch.setattr(owner_node, "run_node", lambda membership, log, asked: None)
     monkeypatch.setattr(service, "_systemctl", lambda *_: False)
-    result = CliRunner().invoke(app, ["join", word, "--data", str(data), "--format", "json"], input="y\n")
+    (token := tmp_path / "token.txt").write_text(word)
+    result = CliRunner().invoke(app, ["join", str(token), "--data", str(data), "--format", "json"], input="y\n")
     mine = Membership("alice", "server.example:9092", str(data))
     found = json.loads(result.stdout)
     assert "Do you agree?" in result.stderr and "begins here only once you have agreed" in result.stderr

@@ -83,8 +83,9 @@ def test_joining_refuses_before_it_connects(tmp_path):
     for arguments, text, error, line in [
         ((), None, ConfigError, "has joined no such federation"),
         (("x",), None, ConfigError, "--data is missing"),
-        (("x", "--data", "notes"), None, LinkError, "no join token"),
-        ((old, "--data", "notes"), None, LinkError, "expired"),
+        (("x", "--data", "notes"), None, ConfigError, "x: no such file"),
+        ((old, "--data", "notes"), None, ConfigError, "every account of this machine"),
+        (("-", "--data", "notes"), "x\n", LinkError, "no join token"),
         (("-", "--data", "notes"), old + "\n", LinkError, "expired"),
     ]:
         code, _, shown = call("join", *arguments, text=text)
@@ -369,10 +370,14 @@ def test_a_node_that_runs_ends_when_its_owner_leaves_and_its_record_stays(member
     assert stat.S_IMODE(left[0].stat().st_mode) == 0o600
 
 
-def test_a_token_is_read_from_a_file_or_from_standard_input(tmp_path):
+def test_a_token_is_read_from_a_file_or_the_environment_and_never_from_the_list_of_processes(tmp_path, monkeypatch):
     old = JoinToken("127.0.0.1:1", "alice", bytes(32), bytes(16), int(time.time()) - 60).encode()
     (tmp_path / "token.txt").write_text(old + "\n")
     code, _, shown = call("join", str(tmp_path / "token.txt"), "--data", "notes")
     assert code == LinkError.exit_code and "expired" in shown
-    code, _, shown = call("join", str(tmp_path / "nothing.txt"), "--data", "notes")
-    assert code == LinkError.exit_code and "no join token" in shown
+    for command in (("join", old, "--data", "notes"), ("doctor", old)):
+        code, _, shown = call(*command)
+        assert code == ConfigError.exit_code and "save it as token.txt" in shown and old not in shown
+    monkeypatch.setenv("FEDTUNE_TOKEN", old)
+    code, _, shown = call("join", "--data", "notes")
+    assert code == LinkError.exit_code and "expired" in shown
