@@ -16,6 +16,7 @@ from fedtune_strategies.errors import ConfigError
 from fedtune_strategies.shared_random import digest
 
 if TYPE_CHECKING:  # the configuration is read where no torch is
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from fedtune_strategies.config import Config
@@ -124,10 +125,6 @@ class Panel:
     unit: str
 
 
-def _no_panel(config: Any, state: Mapping[str, Tensor]) -> Panel | None:
-    return None
-
-
 @dataclass(frozen=True)
 class Method:
     """A tuning method.
@@ -157,8 +154,9 @@ class Method:
     parts : callable or None
         From the run configuration and the model's structure on the meta device to the parts that it trains by turns:
         name, number of parameters, and whether it is frozen.
-    panel : callable
-        From the run configuration and the tensors that the strategy stored last to the method's `Panel`.
+    panel : callable or None
+        From the run configuration and the tensors that the strategy stored last, as NumPy arrays, to the method's
+        `Panel`; None where it shows nothing of its own. Imports neither torch nor Flower: the status page does not.
     """
 
     name: str
@@ -171,7 +169,7 @@ class Method:
     cost: Callable[[Any, Shape, Fleet], Cost] | None = None
     seconds: Callable[[Any, LanguageModel, int, Callable[[], float]], float] | None = None
     parts: Callable[[Any, nn.Module], Sequence[tuple[str, int, bool]]] | None = None
-    panel: Callable[[Any, Mapping[str, Tensor]], Panel | None] = _no_panel
+    panel: Callable[[Any, Mapping[str, NDArray[Any]]], Panel | None] | None = None
 
 
 @cache

@@ -11,6 +11,7 @@ import numpy as np
 from fedtune_strategies.seed_space import tuned_parameters
 from server_app.export import open_run
 from server_app.ledger import Ledger
+from server_app.run_view import RunView
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def compare_rounds(run: Path, first: int, second: int | None) -> Change:
         tensors.append(TensorChange(name, *_shares(*sums)))
         total += sums
     tensors.sort(key=lambda one: -one.relative)
-    losses = {record.round: record.body["eval/loss"] for record in ledger.records("evaluation")}
+    losses = {number: one.loss for number, one in RunView.of(run).evaluations.items()}
     loss = (losses.get(first), losses.get(second))
     return Change(first, second, *_shares(*total), loss, tensors)
 

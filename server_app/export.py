@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from fedtune_strategies.config import Config, parse
 from fedtune_strategies.errors import LedgerError, ResourceError
@@ -14,8 +13,9 @@ from fedtune_strategies.method import register_messages
 from fedtune_strategies.seed_space import tuned_parameters
 from fedtune_strategies.words import counted
 from server_app.base_model import load_base
-from server_app.ledger import TRAFFIC, Ledger
+from server_app.ledger import Ledger
 from server_app.rounds import restore
+from server_app.run_view import Evaluation, RunView
 
 
 def export_model(
@@ -163,17 +163,11 @@ def model_card(config: Config, ledger: Ledger, round: int, without: Sequence[str
     name = Path(config.model.name).name if Path(config.model.name).is_absolute() else config.model.name
     pattern = getattr(config.train, "parameters", "")
     tuned = f"The parameters with a match of `{pattern}`" if pattern else "The parameters"
-    sent, nodes = 0, set[str]()
-    for record in (record for record in ledger.records(*TRAFFIC) if record.round <= round):
-        sent += record.body["bytes_down"] + record.body["bytes_up"]
-        nodes |= {record.node} if record.kind == "reply" and record.node not in without else set()
-    evaluated: dict[int, dict[str, Any]] = {}
-    for record in ledger.records("evaluation"):
-        if record.round <= round and not without:
-            evaluated.setdefault(record.round, {}).update(record.body)
-    shown = dict.fromkeys([*list(evaluated)[:1], max(evaluated, default=0)]) if evaluated else {}
-    newest = ledger.last("round")
-    rounds = newest.round if newest else 0
+    view = RunView.of(ledger.folder)
+    sent = sum(one.bytes_up + one.bytes_down for one in view.rounds.values() if one.number <= round)
+    nodes = [one for one in view.nodes.values() if 0 < one.first_reply <= round and one.name not in without]
+    evaluated = [one for number, one in sorted(view.evaluations.items()) if number <= round and not without]
+    rounds = len(view.done)
     lines = [
         "---",
         "library_name: transformers",
@@ -191,12 +185,12 @@ def model_card(config: Config, ledger: Ledger, round: int, without: Sequence[str
         "",
         "| round | held-out loss (nats a token) | perplexity | Rouge-L |",
         "|---|---|---|---|",
-        *(_row(number, evaluated[number]) for number in shown),
+        *(_row(one) for one in evaluated[:1] + evaluated[1:][-1:]),
         "",
     ]
     return "\n".join(lines)
 
 
-def _row(round: int, facts: dict[str, Any]) -> str:
-    rouge = f"{facts['eval/rougeL']:.3f}" if "eval/rougeL" in facts else "-"
-    return f"| {round} | {facts['eval/loss']:.3f} | {facts['eval/perplexity']:.2f} | {rouge} |"
+def _row(one: Evaluation) -> str:
+    rouge = "-" if one.rouge_l is None else f"{one.rouge_l:.3f}"
+    return f"| {one.round} | {one.loss:.3f} | {one.perplexity:.2f} | {rouge} |"

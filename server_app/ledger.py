@@ -19,20 +19,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from fedtune_strategies.errors import FedTuneError, LedgerError, ResourceError
 from server_app import ledger_file
 from server_app.ledger_file import INLINE_BYTES, Damage
 
+if TYPE_CHECKING:  # who reads what happened needs no torch
+    from torch import Tensor
+
 log = logging.getLogger("fedtune")
 
-TRAFFIC = ("reply", "acknowledged")
-"""Kinds of records that bear the bytes of a task and of its answer."""
 _COLUMNS = "seq, time, kind, round, node, body, file"
 
 
@@ -242,6 +241,8 @@ class Ledger:
         ResourceError
             The disk is full or read-only; nothing is left behind.
         """
+        import safetensors.torch
+
         return self._put(safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
     def get_file(self, name: str) -> dict[str, Tensor]:
@@ -252,6 +253,8 @@ class Ledger:
         LedgerError
             The file is missing or its bytes are not those that were stored.
         """
+        import safetensors.torch
+
         return safetensors.torch.load(self._get(name))
 
     def check_file(self, name: str) -> None:

@@ -20,7 +20,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from fedtune_strategies.config import Config
 from fedtune_strategies.errors import ConfigError
 from fedtune_strategies.folders import make_folder, remove_folder
-from server_app.ledger import TRAFFIC, Ledger, Record
+from server_app.ledger import Ledger
+from server_app.run_view import Evaluation, Round, RunView
 
 log = logging.getLogger("fedtune")
 
@@ -61,45 +62,43 @@ def tracking(config: Config, ledger: Ledger, settings: dict[str, Any]) -> Iterat
         reason = " ".join(str(error).split())
         raise ConfigError(f"'run.report-to' is {name!r}, which does not start: {reason}.") from None
     try:
-        yield _Report(ledger, tracker).catch_up
+        yield _Report(RunView(ledger.folder), tracker).catch_up
     finally:
         tracker.finish()
 
 
 class _Report:
-    def __init__(self, ledger: Ledger, tracker: GeneralTracker) -> None:
-        self._ledger, self._tracker = ledger, tracker
-        self._seen, self._works = 0, True
-        self._bytes = {"bytes_up": 0, "bytes_down": 0}
+    def __init__(self, view: RunView, tracker: GeneralTracker) -> None:
+        self._view, self._tracker = view, tracker
+        self._rounds, self._works = 0, True
+        self._evaluations: dict[int, Evaluation] = {}
+        self._up = self._down = 0
 
     def catch_up(self) -> None:
-        """Report the records that are new."""
+        """Report the rounds and evaluations that are new."""
         if not self._works:
             return
         try:
-            for record in self._ledger.records(after=self._seen):
-                if metrics := self._metrics(record):
-                    self._tracker.log(metrics, step=record.round)
-                self._seen = record.seq
+            self._view.update()
+            for one in self._view.done[self._rounds :]:
+                self._tracker.log(self._metrics(one), step=one.number)
+            for number, evaluation in self._view.evaluations.items():
+                if evaluation != self._evaluations.get(number):  # with answers a second time
+                    self._tracker.log(_measured(evaluation), step=number)
+            self._rounds, self._evaluations = len(self._view.done), dict(self._view.evaluations)
         except Exception as error:
             log.warning("%s takes no more reports: %s: %s", self._tracker.name, type(error).__name__, error)
             self._works = False
 
-    def _metrics(self, record: Record) -> dict[str, float]:
-        body = record.body
-        if record.kind in TRAFFIC:
-            self._bytes = {key: count + body.get(key, 0) for key, count in self._bytes.items()}
-        elif record.kind == "round":
-            counts = {"nodes/replies": len(body["replies"])}
-            totals = {key.replace("_", "/"): count for key, count in self._bytes.items()}
-            return {**_numbers(body["metrics"]), **counts, **totals}
-        elif record.kind == "evaluation":
-            return {key: value for key, value in _numbers(body).items() if key.startswith("eval/")}
-        return {}
+    def _metrics(self, one: Round) -> dict[str, float]:
+        self._up, self._down = self._up + one.bytes_up, self._down + one.bytes_down
+        metrics = {key: float(value) for key, value in one.metrics.items() if isinstance(value, int | float)}
+        return metrics | {"nodes/replies": one.replies, "bytes/up": self._up, "bytes/down": self._down}
 
 
-def _numbers(facts: dict[str, Any]) -> dict[str, float]:
-    return {key: float(value) for key, value in facts.items() if isinstance(value, int | float)}
+def _measured(one: Evaluation) -> dict[str, float]:
+    metrics = {"eval/loss": one.loss, "eval/perplexity": one.perplexity, "eval/rougeL": one.rouge_l}
+    return {key: value for key, value in metrics.items() if value is not None}
 
 
 def _start(name: str, folder: Path, settings: dict[str, Any]) -> GeneralTracker:

@@ -108,13 +108,14 @@ def runs(
     form: FormatOption = Format.text,
 ) -> None:
     """List the runs on this machine, the newest first. Other commands take a run by its name, or the newest."""
-    from deploy.common.paths import runs_folder
-    from deploy.status.view import RunView, newest_runs
+    from deploy.common.paths import newest_runs, runs_folder
+    from deploy.status.report import report
+    from server_app.run_view import RunView
 
     views = [RunView(folder) for folder in newest_runs(runs_folder(), most)]
     for view in views:
         view.follow()
-    found = [_brief(view.report()) for view in views]
+    found = [_brief(report(view)) for view in views]
     show(found, form, lambda: _print_runs(found))
 
 
@@ -133,20 +134,21 @@ def status(
 
     Reads the run's record alone; needs no server, disturbs no run.
     """
+    from deploy.common.paths import newest_runs
     from deploy.common.processes import told_on_ctrl_c
     from deploy.operator.runs import find_run
     from deploy.operator.watch import Screen
     from deploy.status.page import write_page
-    from deploy.status.view import RunView, newest_runs
+    from deploy.status.report import report
+    from server_app.run_view import RunView
 
     if html is not None:
         write_page(run if run is not None and newest_runs(run) else find_run(run), html)
         show({"page": html}, form, lambda: console.print(f"Wrote {html}", markup=False))
         return
-    view = RunView(find_run(run))
-    view.update()
+    view = RunView.of(find_run(run))
     if not watch:
-        show(view.report(), form, lambda: _print_screen(view))
+        show(report(view), form, lambda: _print_screen(view))
         return
     with told_on_ctrl_c("the run continues"), Live(Screen(view), console=console, auto_refresh=False) as live:
         while view.end is None:
@@ -164,9 +166,8 @@ def _print_screen(view: Any) -> None:
 
 
 def _print_model(view: Any) -> None:
-    run = view.report()["run"]
-    if run["exported"]:
-        console.print(f"The tuned model: {run['exported']} (round {run['kept']})", markup=False)
+    if view.end and (model := view.end.body.get("model")):
+        console.print(f"The tuned model: {model} (round {view.end.body.get('kept')})", markup=False)
 
 
 def _brief(report: dict[str, Any]) -> dict[str, Any]:
@@ -188,8 +189,9 @@ def _print_runs(found: list[dict[str, Any]]) -> None:
 def _tune(control: Any, settings: dict[str, Scalar], detach: bool, form: Format) -> None:
     from deploy.operator.runs import submit, tune
     from deploy.operator.watch import Lines, Screen
-    from deploy.status.view import RunView
+    from deploy.status.report import report
     from fedtune_strategies.errors import LedgerError
+    from server_app.run_view import RunView
 
     folder = settings["run.dir"]
     if detach:
@@ -211,7 +213,7 @@ def _tune(control: Any, settings: dict[str, Scalar], detach: bool, form: Format)
             view.update()
             news(view)
         tune(control, settings, view, tell, log)
-    show(view.report(), form, lambda: _print_model(view))
+    show(report(view), form, lambda: _print_model(view))
 
 
 def _preflight(control: Any, settings: dict[str, Scalar]) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import socket
 
-from fedtune_strategies.errors import LinkError
+from fedtune_strategies.errors import ConfigError, LinkError
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -20,6 +21,28 @@ def split_address(address: str) -> tuple[str, int]:
     if not found or not port.isdigit() or not 0 < int(port) < 65536 or not host:
         raise LinkError(f"address {address!r}: write it as host:port, such as my.server.example:9092")
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def split_listen(where: str) -> tuple[str, int]:
+    """Split ``host:port`` or ``[host]:port`` of an address to listen on; port 0 is a free one.
+
+    Raises
+    ------
+    ConfigError
+        It is neither.
+    """
+    host, found, port = where.rpartition(":")
+    host = host.strip("[]")
+    if not found or not port.isdigit() or int(port) > 65535 or not host:
+        raise ConfigError(f"{where!r} is no address to listen on: write it as host:port, such as 127.0.0.1:9096")
+    return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether an address can be reached from this machine alone."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def own_host() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -23,6 +24,24 @@ def server_folder() -> Path:
 def runs_folder() -> Path:
     """The runs that an operator submitted, each with its ledger and its model."""
     return home() / "runs"
+
+
+def newest_runs(folder: Path, count: int = 12) -> list[Path]:
+    """List at most so many runs in a folder, the newest first; a run's own folder is its only run."""
+    if (folder / "ledger.sqlite").exists():
+        return [folder]
+    ledgers = sorted(folder.glob("*/ledger.sqlite"), key=_touched, reverse=True)
+    return [ledger.parent for ledger in ledgers[:count]]
+
+
+def _touched(ledger: Path) -> float:
+    """Return when a ledger was written last: its log tells while it is open. An empty log is a mere reader's."""
+    times = [0.0]
+    for path in (ledger, ledger.with_name("ledger.sqlite-wal")):
+        with contextlib.suppress(OSError):
+            facts = path.stat()
+            times += [facts.st_mtime] * (facts.st_size > 0)
+    return max(times)
 
 
 def nodes_folder() -> Path:

@@ -17,7 +17,7 @@ from deploy.local.federation import Federation, federation
 from deploy.local.proxy import Traffic
 from deploy.local.report import Result, as_facts, markdown, samples, summarise, table
 from deploy.local.smollm2 import NAME, fetch_smollm2, smollm2_folder
-from deploy.status import write_page
+from deploy.status.page import write_page
 from fedtune_strategies.config import Scalar, parse
 from fedtune_strategies.errors import ConfigError, DataError, ResourceError
 from fedtune_strategies.folders import check_ours, make_folder, remove_folder
@@ -159,7 +159,7 @@ def _tune(running: Federation, config: Mapping[str, Scalar], console: Console) -
     traffic = sum((after[node] - before[node] for node in after), Traffic())
     result = summarise(folder, method, len(running.nodes), traffic, time.time() - started)
     console.print(
-        f"[green]✓[/green] {method}: held-out loss {result.before['eval/loss']:.3f} → {result.after['eval/loss']:.3f} "
+        f"[green]✓[/green] {method}: held-out loss {result.before.loss:.3f} → {result.after.loss:.3f} "
         f"in {clock(result.seconds)}",
         highlight=False,
     )

@@ -13,7 +13,7 @@ from rich.table import Table
 from deploy.common.units import size
 from deploy.local.proxy import Traffic
 from fedtune_strategies.errors import RunError
-from server_app.ledger import Ledger
+from server_app.run_view import Evaluation, RunView
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Result:
         Name of the method.
     rounds, nodes : int
         Rounds of the run and nodes of the federation.
-    before, after : dict
-        First and last evaluation: ``eval/loss``, ``eval/perplexity``, ``eval/rougeL`` and ``answers``.
+    before, after : Evaluation
+        The first and the last.
     traffic : Traffic
         Bytes on all nodes' connections from submission to the end: everything, framework and handshakes included.
     peak_memory : int
@@ -41,8 +41,8 @@ class Result:
     method: str
     rounds: int
     nodes: int
-    before: dict[str, Any]
-    after: dict[str, Any]
+    before: Evaluation
+    after: Evaluation
     traffic: Traffic
     peak_memory: int
     seconds: float
@@ -63,25 +63,20 @@ def summarise(folder: Path, method: str, nodes: int, traffic: Traffic, seconds: 
     RunError
         The run has not finished, or was not evaluated.
     """
-    ledger = Ledger.read(folder)
-    try:
-        finished = ledger.last("finished")
-        evaluations = [record.body for record in ledger.records("evaluation")]
-        if finished is None or len(evaluations) < 2:
-            raise RunError(f"the run in {folder} has no result yet: see its ledger")
-        peaks = [record.body["peak_memory"] for record in ledger.records("reply")]
-    finally:
-        ledger.close()
+    view = RunView.of(folder)
+    evaluations = list(view.evaluations.values())
+    if view.end is None or view.end.kind != "finished" or len(evaluations) < 2:
+        raise RunError(f"the run in {folder} has no result yet: see its ledger")
     return Result(
         method=method,
-        rounds=finished.round,
+        rounds=view.end.round,
         nodes=nodes,
         before=evaluations[0],
         after=evaluations[-1],
         traffic=traffic,
-        peak_memory=max(peaks, default=0),
+        peak_memory=max(node.peak_memory for node in view.nodes.values()),
         seconds=seconds,
-        model=finished.body["model"],
+        model=view.end.body["model"],
     )
 
 
@@ -110,27 +105,27 @@ def as_facts(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 def samples(results: Sequence[Result], count: int = 3) -> list[dict[str, str]]:
     """Sample answers, evenly spread over the evaluated ones: prompt, expected, before, then one answer by method."""
-    asked = results[0].before.get("answers", [])
+    asked = results[0].before.answers
     places = [len(asked) * i // count for i in range(min(count, len(asked)))]
     return [
         {
             "prompt": asked[i]["prompt"],
             "expected": asked[i]["reference"],
             "before": asked[i]["answer"],
-            **{result.method: result.after["answers"][i]["answer"] for result in results},
+            **{result.method: result.after.answers[i]["answer"] for result in results},
         }
         for i in places
     ]
 
 
 def _change(name: str, digits: int) -> Callable[[Result], str]:
-    return lambda result: f"{result.before[name]:.{digits}f} → {result.after[name]:.{digits}f}"
+    return lambda result: f"{getattr(result.before, name):.{digits}f} → {getattr(result.after, name):.{digits}f}"
 
 
 ROWS: list[tuple[str, Callable[[Result], str]]] = [
-    ("held-out loss, nats a token", _change("eval/loss", 3)),
-    ("held-out perplexity", _change("eval/perplexity", 2)),
-    ("Rouge-L", _change("eval/rougeL", 3)),
+    ("held-out loss, nats a token", _change("loss", 3)),
+    ("held-out perplexity", _change("perplexity", 2)),
+    ("Rouge-L", _change("rouge_l", 3)),
     ("up, per node and round", lambda result: size(result.per_node_and_round.up)),
     ("down, per node and round", lambda result: size(result.per_node_and_round.down)),
     ("up and down, whole run", lambda result: size(result.traffic.up + result.traffic.down)),

@@ -53,7 +53,7 @@ def run_metrics(reports: Iterable[dict[str, Any]]) -> bytes:
     Parameters
     ----------
     reports : iterable of dict
-        From `deploy.status.view.report`.
+        From `deploy.status.report`.
 
     Raises
     ------

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from starlette.responses import PlainTextResponse, Response
 
-from deploy.common.httpd import Answer, Site, serving, split_listen
+from deploy.common.address import split_listen
+from deploy.common.web import serving, site
 from deploy.monitoring.metrics import CONTENT_TYPE, worker_metrics
 from deploy.status.operator import kept_token
 
@@ -44,12 +46,12 @@ def node_page(folder: Path, where: str) -> Iterator[str]:
     host, port = split_listen(where)
     file = folder / "facts.json"
     token = kept_token(folder / "metrics.token")
-    site = Site(
-        public={"/healthz": lambda headers: Answer(b"ok\n")},
-        guarded={"/metrics": lambda headers: Answer(worker_metrics(_facts(file)), CONTENT_TYPE)},
+    pages = site(
+        public={"/healthz": lambda request: PlainTextResponse("ok\n")},
+        guarded={"/metrics": lambda request: Response(worker_metrics(_facts(file)), media_type=CONTENT_TYPE)},
         token=token,
     )
-    with serving(site, host, port) as url:
+    with serving(pages, host, port) as url:
         yield url
 
 

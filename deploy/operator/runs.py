@@ -10,14 +10,14 @@ from typing import Any
 
 from deploy.common.app_folder import write_app
 from deploy.common.flower_cli import Control, RunStatus
-from deploy.common.paths import runs_folder
+from deploy.common.paths import newest_runs, runs_folder
 from deploy.common.processes import told_on_ctrl_c
 from deploy.operator.announcement import announce
 from deploy.operator.members import Members
-from deploy.status.view import ENDS, RunView, newest_runs
 from fedtune_strategies.config import Scalar, defaults
 from fedtune_strategies.errors import FedTuneError, LedgerError, LinkError, RunError, error_from_code
 from server_app.ledger import Ledger
+from server_app.run_view import RunView
 
 LOOK_EVERY = 0.5  # seconds between two looks at the ledger
 ASK_EVERY = 60.0  # seconds between two questions to the SuperLink, a second of one core each
@@ -57,10 +57,10 @@ def settings_of(folder: Path) -> dict[str, Scalar]:
     LedgerError
         It has not begun.
     """
-    started = _last(folder, "start")
-    if started is None:
+    view = RunView.of(folder)
+    if not view.starts:
         raise LedgerError(f"the run in {folder} has not begun")
-    return dict(started.body["config"])
+    return dict(view.config)
 
 
 def submit(control: Control, settings: Mapping[str, Scalar]) -> int:
@@ -110,11 +110,10 @@ def tune(
     """
     folder, left, rounds = view.folder, MOST_RESTARTS, 0
     while True:
-        before = _last(folder, "start")
         run_id = submit(control, settings)
         on_event(f"submitted as Flower's run {run_id}; record: {folder}")
         with told_on_ctrl_c("the run continues: `fedtune status` shows it, `fedtune stop` stops it"):
-            status = _follow(control, run_id, before.seq if before else 0, view, on_look, on_event)
+            status = _follow(control, run_id, view, on_look, on_event)
         begun = _has_begun(view, run_id)
         ended = view.end if begun else None
         if ended and ended.kind == "finished":
@@ -127,9 +126,8 @@ def tune(
             line = status.details.removeprefix(_RAISED)
             _record(folder, "failed", {"exit_code": RunError.exit_code, "message": line})
             raise RunError(line)
-        done = len(view.rounds) + len(view.summaries)
-        left = MOST_RESTARTS if done > rounds else left - 1
-        rounds = done
+        left = MOST_RESTARTS if len(view.done) > rounds else left - 1
+        rounds = len(view.done)
         if not left:
             raise RunError(f"the run died {MOST_RESTARTS} times in a row ({status.details}): see `flwr log {run_id}`")
         on_event(f"the run died ({status.details or status.state}); going on from its record")
@@ -139,7 +137,6 @@ def tune(
 def _follow(
     control: Control,
     run_id: int,
-    after: int,
     view: RunView,
     on_look: Callable[[RunView], object],
     on_event: Callable[[str], None],
@@ -152,7 +149,7 @@ def _follow(
         with contextlib.suppress(LedgerError):  # until the ServerApp has made its ledger
             view.update()
         on_look(view)
-        ended = view.end is not None and view.end.seq > after and _has_begun(view, run_id)
+        ended = view.end is not None and _has_begun(view, run_id)
         if ended or time.monotonic() - asked > ask_after:
             status = _status(control, run_id)
             asked, ask_after = time.monotonic(), min(2 * ask_after, ASK_EVERY)
@@ -176,10 +173,10 @@ def stop(control: Control, folder: Path) -> None:
     RunError
         It has ended already.
     """
-    started = _last(folder, "start")
-    if started is None or any((end := _last(folder, kind)) and end.seq > started.seq for kind in ENDS):
+    view = RunView.of(folder)
+    if not view.starts or view.end:
         raise RunError(f"the run in {folder} has ended already")
-    control.stop_run(int(started.body["run_id"]))
+    control.stop_run(int(view.starts[-1]["run_id"]))
     limit = time.monotonic() + STOP_WITHIN
     while Ledger.is_written(folder) and time.monotonic() < limit:
         time.sleep(LOOK_EVERY)
@@ -201,9 +198,3 @@ def _status(control: Control, run_id: int) -> RunStatus:
 def _record(folder: Path, kind: str, body: dict[str, Any]) -> None:
     with contextlib.closing(Ledger(folder)) as ledger:
         ledger.append(kind, body=body)
-
-
-def _last(folder: Path, kind: str) -> Any:
-    with contextlib.suppress(LedgerError), contextlib.closing(Ledger.read(folder)) as ledger:
-        return ledger.last(kind)
-    return None

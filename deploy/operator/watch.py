@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from deploy.common.units import clock, size
-from deploy.status.view import RunView
+from deploy.status.report import phase, report
 from fedtune_strategies.words import counted
+from server_app.run_view import Round, RunView
 
 BARS = "▁▂▃▄▅▆▇█"
 COLOURS = {"finished": "green", "running": "cyan", "failed": "red"}
@@ -32,15 +33,15 @@ class Screen:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """See rich."""
-        report = self._view.report()
-        yield from _head(report["run"])
-        yield _figures(report)
-        if report["nodes"]:
-            yield _nodes(report["nodes"])
-        for note in report["notes"][:MOST_NOTES]:
+        shown = report(self._view)
+        run = shown["run"]
+        yield from _head(run)
+        yield _figures(shown)
+        if shown["nodes"]:
+            yield _nodes(shown["nodes"])
+        for note in shown["notes"][:MOST_NOTES]:
             at = time.strftime("%H:%M:%S", time.localtime(note["time"]))
             yield Text(f"{at} {_told(note)}", style="yellow")
-        run = report["run"]
         if run["message"]:
             yield Text(run["message"], style="red" if run["exit_code"] else "")
 
@@ -54,26 +55,22 @@ class Lines:
 
     def __call__(self, view: RunView) -> list[str]:
         """The lines since the last call."""
-        # All that happened, not the report, in which a long run is thinned out.
-        report, evaluations = view.report(), list(view.evaluations.values())
-        total = report["run"]["rounds"]
-        rounds = [one for one in view.rounds_after(self._rounds) if one["committed"]]
-        lines = [_round_line(one, total) for one in rounds]
+        total, evaluations = view.config.get("num-server-rounds", 0), list(view.evaluations.values())
+        lines = [_round_line(one, total) for one in view.done[self._rounds :]]
         for one in evaluations[self._evaluations :]:
-            lines.append(f"round {one['round']}/{total}: held-out loss {one['loss']:.4f}")
+            lines.append(f"round {one.round}/{total}: held-out loss {one.loss:.4f}")
         lines += [_told(note) for note in view.notes[self._notes :]]
-        waiting = phase if (phase := report["run"]["phase"]).startswith("waiting") else ""
+        waiting = now if (now := phase(view)).startswith("waiting") else ""
         lines += [waiting] if waiting and waiting != self._waiting else []
-        self._rounds = max([self._rounds, *(one["round"] for one in rounds)])
-        self._evaluations, self._notes = len(evaluations), len(view.notes)
+        self._rounds, self._evaluations, self._notes = len(view.done), len(evaluations), len(view.notes)
         self._waiting = waiting
         return lines
 
 
-def _round_line(one: dict[str, Any], total: int) -> str:
-    loss = f", training loss {one['train_loss']:.4f}" if one["train_loss"] is not None else ""
-    traffic = f"up {size(one['bytes_up'])}, down {size(one['bytes_down'])}"
-    return f"round {one['round']}/{total}: {one['replies']} of {one['asked']} replies{loss}, {traffic}"
+def _round_line(one: Round, total: int) -> str:
+    loss = f", training loss {one.train_loss:.4f}" if one.train_loss is not None else ""
+    traffic = f"up {size(one.bytes_up)}, down {size(one.bytes_down)}"
+    return f"round {one.number}/{total}: {one.replies} of {one.asked} replies{loss}, {traffic}"
 
 
 def _told(note: Mapping[str, Any]) -> str:

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from deploy.common.address import own_host
+from deploy.common.address import is_loopback, own_host, split_listen
 from deploy.common.certificates import server_files
-from deploy.common.httpd import is_loopback, split_listen
 from deploy.common.paths import private_folder, runs_folder, write_private
 from deploy.status.server import serve_page
 

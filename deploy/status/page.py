@@ -6,13 +6,16 @@ import base64
 import hashlib
 import json
 import time
+from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from deploy.status.view import RunView, newest_runs
+from deploy.common.paths import newest_runs
+from deploy.status.report import report
 from fedtune_strategies.errors import LedgerError
+from server_app.run_view import RunView
 
 
 def write_page(folder: Path, path: Path) -> None:
@@ -33,16 +36,15 @@ def write_page(folder: Path, path: Path) -> None:
     views = [RunView(run) for run in newest_runs(folder)]
     for view in views:
         view.follow()
-    runs = [view.report() for view in views]
-    if not runs:
+    if not views:
         raise LedgerError(f"no run in {folder}: name a run's folder ('run.dir'), or a folder that holds some.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(document(runs)), encoding="utf-8")
+    path.write_text(render(document(views)), encoding="utf-8")
 
 
-def document(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Put reports together as the page takes them."""
-    return {"generated": time.time(), "runs": runs}
+def document(views: Iterable[RunView]) -> dict[str, Any]:
+    """Put the reports of runs together as the page takes them."""
+    return {"generated": time.time(), "runs": [report(view) for view in views]}
 
 
 def render(data: dict[str, Any] | None) -> str:

@@ -9,15 +9,17 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from email.message import Message as Headers
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from deploy.common.httpd import Answer, Site, serving
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+
+from deploy.common.paths import newest_runs
+from deploy.common.web import serving, site
 from deploy.monitoring.metrics import CONTENT_TYPE, run_metrics
 from deploy.status.page import document, policy, render
-from deploy.status.view import RunView, newest_runs
+from server_app.run_view import RunView
 
 FRESH_SECONDS = 1.0  # the ledgers are looked at once in so long, however many ask
 
@@ -64,15 +66,15 @@ def serve_page(
         The address cannot be bound.
     """
     runs = Runs(folder)
-    site = Site(
-        public={"/": _page, "/healthz": lambda headers: _healthy(runs.look())},
+    pages = site(
+        public={"/": _page, "/healthz": lambda request: _healthy(runs.look())},
         guarded={
-            "/report.json": lambda headers: _report(runs.look(), headers),
-            "/metrics": lambda headers: Answer(run_metrics(runs.look().reports), CONTENT_TYPE),
+            "/report.json": lambda request: _report(runs.look(), request),
+            "/metrics": lambda request: Response(run_metrics(runs.look().reports), media_type=CONTENT_TYPE),
         },
         token=token,
     )
-    with serving(site, host, port, certificate=certificate, key=key) as url:
+    with serving(pages, host, port, certificate=certificate, key=key) as url:
         yield f"{url}#token={token}"
 
 
@@ -101,24 +103,23 @@ class Runs:
         self.views = {path: self.views.get(path) or RunView(path) for path in paths}
         changed = [view.follow() for view in self.views.values()]
         if any(changed) or not self.body or len(paths) != len(self.reports):
-            self.reports = [view.report() for view in self.views.values()]
+            page = document(self.views.values())
+            self.reports = page["runs"]
             self.tag = '"' + hashlib.sha256(json.dumps(self.reports).encode()).hexdigest()[:20] + '"'
-            self.body = json.dumps(document(self.reports), allow_nan=False, separators=(",", ":")).encode()
+            self.body = json.dumps(page, allow_nan=False, separators=(",", ":")).encode()
 
 
-def _healthy(runs: Runs) -> Answer:
+def _healthy(runs: Runs) -> Response:
     """Say that the page is served: a run that cannot be read is shown as such, and no reason to stop serving."""
     broken = sum(bool(view.unreadable) for view in runs.views.values())
-    return Answer(f"{len(runs.views) - broken} runs can be read, {broken} not\n".encode())
+    return PlainTextResponse(f"{len(runs.views) - broken} runs can be read, {broken} not\n")
 
 
-def _page(headers: Headers) -> Answer:
-    rules = {"Content-Security-Policy": policy() + "; frame-ancestors 'none'"}
-    return Answer(render(None).encode(), "text/html; charset=utf-8", headers=rules)
+def _page(request: Request) -> Response:
+    return HTMLResponse(render(None), headers={"Content-Security-Policy": policy() + "; frame-ancestors 'none'"})
 
 
-def _report(runs: Runs, headers: Headers) -> Answer:
-    tag = {"ETag": runs.tag}
-    if headers.get("If-None-Match") == runs.tag:
-        return Answer(b"", "application/json", HTTPStatus.NOT_MODIFIED, tag)
-    return Answer(runs.body, "application/json", headers=tag)
+def _report(runs: Runs, request: Request) -> Response:
+    known = request.headers.get("If-None-Match") == runs.tag
+    body, status = (b"", 304) if known else (runs.body, 200)
+    return Response(body, status, {"ETag": runs.tag}, "application/json")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedtune_strategies.fedkseed.config import FedKSeedProRunConfig, FedKSeedRunConfig, GradientRunConfig
 from fedtune_strategies.method import Method, NodeContext, Panel
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from fedtune_strategies.cost import Cost, Fleet, Shape
@@ -67,7 +68,7 @@ def _seconds(
     return seconds(config, language, clock)
 
 
-def _panel(config: FedKSeedProRunConfig, state: Mapping[str, Tensor]) -> Panel | None:
+def _panel(config: FedKSeedProRunConfig, state: Mapping[str, NDArray[Any]]) -> Panel | None:
     from fedtune_strategies.fedkseed.panel import panel
 
     return panel(config, state)

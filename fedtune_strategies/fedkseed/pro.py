@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedtune_strategies.fedkseed.config import FedKSeedProRunConfig
-from fedtune_strategies.fedkseed.seed_draws import LEVELS
+from fedtune_strategies.fedkseed.seed_draws import levels
 from fedtune_strategies.fedkseed.strategy import FedKSeed
 from fedtune_strategies.strategy import State
 
@@ -39,20 +39,7 @@ class FedKSeedPro(FedKSeed):
 
     def levels(self) -> NDArray[np.int32]:
         """Return which of the odds each seed has, int32 [K]; empty before the first reply."""
-        if not self.count.any():
-            return np.empty(0, dtype=np.int32)
-        mean = self.mean_amplitude()
-        span = mean.max() - mean.min()
-        scaled = (mean - mean.min()) / span if span > 0 else np.zeros_like(mean)
-        return np.rint((LEVELS - 1) * scaled).astype(np.int32)
-
-    def mean_amplitude(self) -> NDArray[np.float64]:
-        """Return Lambda, the mean absolute scalar of each seed, clipped at `AMPLITUDE_LIMIT`, float64 [K]."""
-        if self.mean == "faithful":
-            return self.sums / (self.count + 1)
-        drawn = self.count > 0
-        unseen = self.sums[drawn].sum() / self.count[drawn].sum()
-        return np.where(drawn, self.sums / np.maximum(self.count, 1), unseen)
+        return levels(self.sums, self.count, self.mean)
 
     def observe(self, seeds: NDArray[np.int64], scalars: NDArray[np.float32]) -> None:
         """Add the clipped amplitudes of one node to the history of its seeds."""

@@ -91,6 +91,25 @@ def draw_seeds(key: Sequence[int | str], steps: int, num_seeds: int, weights: ND
     return np.searchsorted(cumulated, points, side="right").astype(np.int64)
 
 
+def mean_amplitude(sums: NDArray[np.float64], count: NDArray[np.int64], mean: str) -> NDArray[np.float64]:
+    """Return Lambda, the mean absolute scalar of each seed, float64 [K]; see `FedKSeedPro` for the two means."""
+    if mean == "faithful":
+        return sums / (count + 1)
+    drawn = count > 0
+    unseen = sums[drawn].sum() / count[drawn].sum()
+    return np.where(drawn, sums / np.maximum(count, 1), unseen)
+
+
+def levels(sums: NDArray[np.float64], count: NDArray[np.int64], mean: str) -> NDArray[np.int32]:
+    """Return which of the odds each seed has by its history, int32 [K]; empty before the first reply."""
+    if not count.any():
+        return np.empty(0, dtype=np.int32)
+    amplitude = mean_amplitude(sums, count, mean)
+    span = amplitude.max() - amplitude.min()
+    scaled = (amplitude - amplitude.min()) / span if span > 0 else np.zeros_like(amplitude)
+    return np.rint((LEVELS - 1) * scaled).astype(np.int32)
+
+
 def odds_of_levels() -> NDArray[np.int16]:
     """Return the odds of each level: a softmax over [0, 1] in `LEVELS` equal steps.
 

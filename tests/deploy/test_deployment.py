@@ -14,8 +14,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.monitoring.metrics import run_metrics
-from deploy.status import report
-from tests.deploy.status.runs import finished_run
+from tests.deploy.status.runs import finished_run, report
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

@@ -9,7 +9,6 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
-from deploy.status.view import report
 from fedtune_strategies.blocks.codecs import decode
 from fedtune_strategies.blocks.find import find_blocks
 from fedtune_strategies.blocks.uploads import Residuals
@@ -20,6 +19,7 @@ from fedtune_strategies.testing import InMemoryGrid
 from server_app.ledger import Ledger
 from server_app.run import execute
 from tests.conftest import write_rows
+from tests.deploy.status.runs import report
 from tests.federations import assert_resumes_exactly, make_nodes, run, run_with_restarts
 from tests.models import CONFIGS, make_model, make_tokenizer
 

@@ -15,9 +15,9 @@ from deploy.common.certificates import node_key
 from deploy.operator.members import admit
 from deploy.operator.runs import tune
 from deploy.operator.serve import serving
-from deploy.status.view import RunView
 from fedtune_strategies.errors import LedgerError
 from server_app.ledger import Ledger
+from server_app.run_view import RunView
 from tests.federations import final_state, run
 
 pytestmark = [pytest.mark.network, pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from deploy.status.view import report
 from fedtune_strategies.config import parse
 from fedtune_strategies.errors import ConfigError, DivergenceError, NodesError
 from fedtune_strategies.protocol import messages as protocol
@@ -16,6 +15,7 @@ from server_app.export import export_round
 from server_app.guard import Guard
 from server_app.ledger import Ledger
 from server_app.run import execute
+from tests.deploy.status.runs import report
 from tests.federations import make_grid, make_nodes, run
 from tests.server_app.test_run import forge
 

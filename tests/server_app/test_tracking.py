@@ -51,7 +51,7 @@ def test_a_resumed_run_is_reported_whole_and_once(tmp_path):
 def test_a_tracker_that_fails_does_not_stop_the_run(tmp_path, monkeypatch, caplog):
     ledger = begin(tmp_path)
     with opened(ledger) as report:
-        monkeypatch.setattr(tracking_module._Report, "_metrics", lambda self, record: 1 / 0)
+        monkeypatch.setattr(tracking_module, "_measured", lambda evaluation: 1 / 0)
         with caplog.at_level(logging.WARNING, "fedtune"):
             report()
             report()

@@ -44,7 +44,7 @@ def test_figures_are_those_of_the_ledger_and_the_connections(results):
     first = results[0]
     assert (first.rounds, first.nodes, first.peak_memory) == (2, 2, 200_000_000)
     assert first.per_node_and_round == Traffic(1_800, 18_000)
-    assert (first.before["eval/loss"], first.after["eval/loss"]) == (4.0, 2.0)
+    assert (first.before.loss, first.after.loss) == (4.0, 2.0)
 
 
 def test_markdown_table_is_complete_and_rectangular(results):

@@ -17,9 +17,10 @@ from deploy.operator.announcement import announce, read_announcement
 from deploy.operator.members import Members
 from deploy.operator.runs import find_run, settings_of, tune
 from deploy.operator.watch import Lines, Screen, sparkline
-from deploy.status.view import RunView, report
 from fedtune_strategies.errors import ConfigError, LedgerError, NodesError, RunError
 from server_app.ledger import Ledger
+from server_app.run_view import RunView
+from tests.deploy.status.runs import report
 from tests.federations import run as run_in_memory
 
 
@@ -162,16 +163,15 @@ def test_a_submitted_run_is_on_record_at_once_and_so_is_what_flower_refused(tmp_
     settings, seen = {"method.name": "fedkseed", "run.dir": str(tmp_path / "run")}, []
 
     def refuse(control, app, given):
-        seen.append(RunView(tmp_path / "run"))
-        seen[0].update()
+        seen.append(report(tmp_path / "run")["run"])
         raise ConfigError("flwr run failed")
 
     monkeypatch.setattr(Control, "submit", refuse)
     with pytest.raises(ConfigError):
         runs.submit(Control(tmp_path, {}), settings)
-    assert seen[0].report()["run"]["phase"] == "starting" and seen[0].report()["run"]["rounds"] == 10
-    seen[0].update()
-    assert (seen[0].report()["run"]["state"], seen[0].report()["run"]["message"]) == ("failed", "flwr run failed")
+    assert seen[0]["phase"] == "starting" and seen[0]["rounds"] == 10
+    failed = report(tmp_path / "run")["run"]
+    assert (failed["state"], failed["message"]) == ("failed", "flwr run failed")
 
 
 def test_ctrl_c_while_following_says_that_the_run_goes_on(control, tmp_path):
@@ -251,7 +251,7 @@ def test_a_run_is_shown_as_screen_lines_and_json(settings, data_files, tmp_path,
         app,
         ["eval", str(tmp_path / "run"), "--data", settings["eval.data"], "--answers", "0", "--format", "json"],
     )
-    assert json.loads(result.stdout)["eval/loss"] == pytest.approx(view.report()["evaluations"][-1]["loss"], abs=1e-4)
+    assert json.loads(result.stdout)["eval/loss"] == pytest.approx(view.evaluations[3].loss, abs=1e-4)
 
 
 def test_small_bars_follow_the_numbers():

@@ -3,11 +3,18 @@
 import numpy as np
 import safetensors.torch
 
+from deploy.status import report as document
 from fedtune_strategies.config import defaults, parse
 from fedtune_strategies.fedkseed.pro import FedKSeedPro
 from server_app.ledger import Ledger
+from server_app.run_view import RunView
 
 NODES = ("alice", "bob", "carol")
+
+
+def report(folder):
+    """What the page shows of a run."""
+    return document.report(RunView.of(folder))
 
 
 def evaluation(round, answer):

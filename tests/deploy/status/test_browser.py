@@ -4,8 +4,9 @@ import shutil
 
 import pytest
 
-from deploy.status import serve_page, write_page
 from deploy.status import server as server_module
+from deploy.status.page import write_page
+from deploy.status.server import serve_page
 from tests.deploy.status.runs import begin, finished_run, play
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

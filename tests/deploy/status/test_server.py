@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from deploy.common import httpd, processes
+from deploy.common import processes, web
 from deploy.common.certificates import server_files
 from deploy.status import server as server_module
 from deploy.status.page import write_page
@@ -35,9 +35,9 @@ def get(url, path="", headers=ALLOWED, context=None):
         return error.code, error.headers, error.read()
 
 
-def answers(url):
+def answers(url, trusted):
     with contextlib.suppress(OSError):
-        return get(url, "healthz")[0] == 200
+        return get(url.replace("127.0.0.1", "localhost"), "healthz", context=trusted)[0] == 200
     return False
 
 
@@ -90,27 +90,31 @@ def test_nothing_can_be_written_or_reached_beside_the_run(tmp_path):
             request = urllib.request.Request(url + "report.json", method=method, data=b"x")
             with pytest.raises(urllib.error.HTTPError) as caught:
                 urllib.request.urlopen(request, timeout=10)
-            assert caught.value.code == 501
+            assert caught.value.code == 405
         headers = get(url)[1]
         assert "default-src 'none'" in headers["Content-Security-Policy"]
         assert headers["X-Content-Type-Options"] == "nosniff" and headers["Cache-Control"] == "no-store"
 
 
-def test_whoever_holds_the_line_is_cut_off_and_others_are_served(tmp_path, monkeypatch):
-    monkeypatch.setattr(httpd, "REQUEST_SECONDS", 0.5)
-    monkeypatch.setattr(httpd, "MAX_REQUESTS", 2)
-    with page(tmp_path) as url:
+@pytest.mark.parametrize("silent", [False, True], ids=["in a request", "before the handshake"])
+def test_whoever_holds_the_line_is_cut_off_and_others_are_served(tmp_path, monkeypatch, silent):
+    monkeypatch.setattr(web, "REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr(web, "MAX_REQUESTS", 2)
+    files = server_files(tmp_path / "keys")
+    trusted = ssl.create_default_context(cafile=files.authority)
+    secrets = {"certificate": files.certificate, "key": files.key} if silent else {}
+    with page(tmp_path, **secrets) as url:
         address = ("127.0.0.1", urlsplit(url).port)
         idle = [socket.create_connection(address, timeout=10) for _ in range(2)]
         for one in idle:
-            one.sendall(b"GET /healthz HTTP/1.1\r\n")
+            one.sendall(b"" if silent else b"GET /healthz HTTP/1.1\r\n")
         time.sleep(0.2)
         third = socket.create_connection(address, timeout=10)
         assert third.recv(100) == b"", "all slots are taken"
         assert all(one.recv(100) == b"" for one in idle), "they were cut off"
         for one in (*idle, third):
             one.close()
-        processes.wait_until(lambda: answers(url), 10.0, lambda: "the slots came not back")
+        processes.wait_until(lambda: answers(url, trusted), 10.0, lambda: "the slots came not back")
 
 
 def test_over_tls_and_a_port_that_is_taken(tmp_path):

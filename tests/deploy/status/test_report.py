@@ -3,12 +3,14 @@ import sqlite3
 
 import pytest
 
-from deploy.status import view as view_module
-from deploy.status.view import RunView, newest_runs, report
+from deploy.common.paths import newest_runs
+from deploy.status import report as document
 from fedtune_strategies.config import defaults
 from fedtune_strategies.errors import LedgerError
+from server_app import run_view
 from server_app.ledger import Ledger
-from tests.deploy.status.runs import NODES, begin, finished_run, play, pro_state, reply
+from server_app.run_view import RunView
+from tests.deploy.status.runs import NODES, begin, finished_run, play, pro_state, reply, report
 from tests.federations import run
 
 
@@ -164,7 +166,7 @@ def test_a_view_follows_a_run_row_by_row(tmp_path):
     for round in (1, 2):
         play(ledger, round)
         assert view.update()
-        assert view.report() == report(tmp_path)
+        assert document.report(view) == report(tmp_path)
     ledger.close()
 
 
@@ -181,21 +183,21 @@ def test_a_view_notices_a_ledger_that_was_cut_back(tmp_path):
     play(ledger, 1, answering=("alice",))
     ledger.close()
     view.update()
-    assert view.report() == report(tmp_path)
+    assert document.report(view) == report(tmp_path)
 
 
 def test_a_long_run_of_a_large_fleet_stays_a_small_document(tmp_path, monkeypatch):
-    monkeypatch.setattr(view_module, "MAX_TURNS", 5)
-    monkeypatch.setattr(view_module, "MAX_POINTS", 8)
-    monkeypatch.setattr(view_module, "MAX_CELLS", 9)
+    monkeypatch.setattr(run_view, "TURNS", 5)
+    monkeypatch.setattr(document, "MAX_POINTS", 8)
+    monkeypatch.setattr(document, "MAX_CELLS", 9)
     finished_run(tmp_path, rounds=30)
     view = RunView(tmp_path)
     view.update()
-    shown = view.report()
+    shown = document.report(view)
     assert [one["round"] for one in shown["rounds"]] == [2, 6, 10, 14, 18, 22, 26, 30]
     assert {turn["round"] for turn in shown["turns"]} == {28, 29, 30}
     # Details of old rounds are not kept; their sums are.
-    assert len(view.rounds) == 5
+    assert sum(bool(one.turns) for one in view.rounds.values()) == 5
     assert (shown["run"]["round"], shown["totals"]["replies"]) == (30, 90)
     assert shown["totals"]["seconds"]["evaluation"] == pytest.approx(45.0)
 
