@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 
 
-def learning_rate(peak: float, round: int, rounds: int, kind: str = "constant", warmup: float = 0.0) -> float:
-    """Return the step size of a round: the schedule at the middle of the round.
+def scheduled_share(round: int, rounds: int, kind: str = "constant", warmup: float = 0.0) -> float:
+    """Return the share of the highest step size that a round uses: the schedule at the middle of the round.
 
     Parameters
     ----------
-    peak : float
-        Highest step size.
     round, rounds : int
         The round, from 1, and the rounds of the run.
     kind : {"constant", "linear", "cosine"}
@@ -22,10 +20,10 @@ def learning_rate(peak: float, round: int, rounds: int, kind: str = "constant", 
     Returns
     -------
     float
-        Above 0, at most `peak`.
+        Above 0, at most 1.
     """
     progress = (round - 0.5) / rounds
     if progress < warmup:
-        return peak * progress / warmup
+        return progress / warmup
     left = (1.0 - progress) / (1.0 - warmup)
-    return peak * {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[kind]
+    return {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[kind]

@@ -8,7 +8,7 @@ import statistics
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedtune_strategies.errors import FingerprintError, ProtocolError
-from fedtune_strategies.lr_schedule import learning_rate
+from fedtune_strategies.lr_schedule import scheduled_share
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.messages import TrainReply
 from fedtune_strategies.shared_random import sample
@@ -47,6 +47,10 @@ class State:
 
 class TuningStrategy(Strategy):
     """A Flower ``Strategy`` that the server can stop, resume, evaluate and export after any round.
+
+    The ``config`` of `configure_train` is the round's settings, at first `settings_of` the configuration. They are
+    recorded with the round: a server that takes it up, and a replay, hand the recorded ones over, whatever the
+    configuration says by then.
 
     Beside Flower's ``configure_train`` and ``aggregate_train``, a method says how its arrays become weights, which
     replies it accepts, and what to store. Evaluation happens on the server, so no evaluation tasks are sent.
@@ -149,6 +153,27 @@ class TuningStrategy(Strategy):
             The global model after that round.
         """
 
+    def used(self) -> dict[str, float]:
+        """Return what the round that was just aggregated used beside its settings, replies and the state before it."""
+        return {}
+
+    def skip(self, round: int, arrays: ArrayRecord) -> ArrayRecord:
+        """Let a round pass of whose replies a replay keeps none; for most methods it changes nothing.
+
+        Parameters
+        ----------
+        round : int
+            The round; `configure_train` was called for it.
+        arrays : ArrayRecord
+            The global model before it.
+
+        Returns
+        -------
+        ArrayRecord
+            The global model after it.
+        """
+        return arrays
+
     def note_asked(self, nodes: Mapping[str, int]) -> None:
         """Take note of whom a round really asks, also after a restart; most methods need not.
 
@@ -192,11 +217,33 @@ def sampled(config: Any, nodes: Sequence[str], round: int) -> list[str]:
     return sample((config.train.seed, round), list(nodes), min(count, len(nodes)))
 
 
-def step_size(config: Any, round: int, peak: float | None = None) -> float:
-    """Return the step size of a round: ``train.lr``, or another peak, by the run's schedule."""
+SCHEDULE = "schedule"
+"""In a round's settings: the share of the step size that the round uses."""
+
+
+def settings_of(config: Any, round: int) -> dict[str, float]:
+    """Return what the configuration says of a round that is about to begin.
+
+    Parameters
+    ----------
+    config : Config
+        The run configuration.
+    round : int
+        The round, from 1.
+
+    Returns
+    -------
+    dict of str to float
+        `SCHEDULE`, by ``train.lr-schedule`` and ``train.warmup``, where the method has these.
+    """
     train = config.train
-    peak = train.lr if peak is None else peak
-    return learning_rate(peak, round, config.num_server_rounds, train.lr_schedule, train.warmup)
+    kind, warmup = getattr(train, "lr_schedule", "constant"), getattr(train, "warmup", 0.0)
+    return {SCHEDULE: scheduled_share(round, config.num_server_rounds, kind, warmup)}
+
+
+def share_of_step(settings: ConfigRecord) -> float:
+    """Return `SCHEDULE` from what `TuningStrategy.configure_train` was given."""
+    return cast(float, settings.get(SCHEDULE, 1.0))
 
 
 def check_origin(reply: TrainReply, round: int, fingerprint: str) -> None:

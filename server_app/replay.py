@@ -109,12 +109,11 @@ def replay(
 def _fold(
     strategy: TuningStrategy, arrays: ArrayRecord, record: Record, replies: list[Record], ledger: Ledger
 ) -> ArrayRecord:
-    if replies:
-        present = [Node(name, number, 1) for number, name in enumerate(record.body["replies"])]
-        fleet = Fleet(InMemoryGrid({}), "", nodes=present)
-        strategy.configure_train(record.round, arrays, ConfigRecord(), fleet)
-        folded, _ = strategy.aggregate_train(record.round, as_messages(replies, ledger))
-        arrays = folded or arrays
+    present = [Node(name, number, 1) for number, name in enumerate(record.body["replies"])]
+    fleet = Fleet(InMemoryGrid({}), "", nodes=present)
+    strategy.configure_train(record.round, arrays, ConfigRecord(record.body["used"]), fleet)
+    folded = strategy.aggregate_train(record.round, as_messages(replies, ledger))[0] if replies else None
+    arrays = folded or strategy.skip(record.round, arrays)
     if strategy.history:
         stored = safetensors.torch.load(ledger.payload(record))
         as_it_was = {name: stored[name] for name in strategy.history}

@@ -26,7 +26,7 @@ from fedtune_strategies.logs import about
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.door import refusing
 from fedtune_strategies.protocol.records import from_record, to_record
-from fedtune_strategies.strategy import TuningStrategy
+from fedtune_strategies.strategy import TuningStrategy, settings_of
 from fedtune_strategies.words import counted
 from server_app.guard import Guard
 from server_app.ledger import Ledger, Record
@@ -173,6 +173,7 @@ class _Round:
         self.strategy, self.fleet, self.ledger, self.config = run.strategy, run.fleet, run.ledger, run.config
         self.statuses, self.number, self.arrays, self.meanwhile = run.statuses, number, arrays, meanwhile
         self.progress = Progress()
+        self.used: dict[str, Any] = dict(settings_of(run.config, number))
 
     def to_its_end(self) -> ArrayRecord:
         """Ask until enough replies count; return the model that they make."""
@@ -200,7 +201,8 @@ class _Round:
                     accept(self.number, message)
 
     def _ask_again_as(self, record: Record) -> None:
-        """Let the strategy make the tasks that it made then; they are not sent."""
+        """Let the strategy make the tasks that it made then, with the settings of then; they are not sent."""
+        self.used = record.body["used"]
         asked = record.body["nodes"]
         there = sorted([*asked.items(), *((name, 1) for name in record.body["idle"])])
         present = [Node(name, place, count) for place, (name, count) in enumerate(there)]
@@ -251,7 +253,8 @@ class _Round:
         asked = {node.name: node.num_examples for node, _ in tasks}
         idle = sorted({node.name for node in nodes.values()} - asked.keys())
         # On record before anything is sent: a server that is stopped now asks the same nodes again.
-        self._note("asked", body={"nodes": asked, "idle": idle, "attempt": attempt, "again": again})
+        facts = {"nodes": asked, "idle": idle, "attempt": attempt, "again": again, "used": self.used}
+        self._note("asked", body=facts)
         if not again:
             self.strategy.note_asked(asked)
         missing_state = self._exchange([task for _, task in tasks])
@@ -261,7 +264,7 @@ class _Round:
         return missing_state
 
     def _tasks(self, fleet: Fleet) -> Iterable[Message]:
-        return self.strategy.configure_train(self.number, self.arrays, ConfigRecord(), fleet)
+        return self.strategy.configure_train(self.number, self.arrays, ConfigRecord(self.used), fleet)
 
     def _exchange(self, tasks: list[Message]) -> set[str]:
         """Send tasks and record the answers as they come; returns who lacks its state."""
@@ -332,6 +335,7 @@ class _Round:
         facts: dict[str, Any] = {
             "files": {label: self.ledger.put_file(tensors) for label, tensors in state.files.items()},
             "metrics": dict(metrics or {}),
+            "used": self.used | self.strategy.used(),
             "replies": [record.node for record in replies],
         }
         self.ledger.append("round", round=self.number, body=facts, blob=safetensors.torch.save(state.tensors))

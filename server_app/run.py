@@ -35,7 +35,8 @@ from server_app.tracking import tracking
 log = logging.getLogger("fedtune")
 
 MODEL = "model"  # the export, in a run's folder
-# What may differ between the start of a run and its resumption: nothing that a result depends on.
+# What may differ between the start of a run and its resumption: nothing on which rounds depend that are over. A schedule
+# runs over all rounds; those that have begun keep the share of the step size that is recorded with them.
 _FREE_KEYS = ("num-server-rounds", "run.", "round.", "eval.", "stream.", "strategy.min-nodes", "model.name")
 
 
@@ -175,11 +176,8 @@ def _has_started(folder: Path) -> bool:
 
 
 def _check_same_run(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    # A schedule runs over all rounds of the run: with another number, rounds that are over would have had other steps.
-    scheduled = now.get("train.lr-schedule", "constant") != "constant" or now.get("train.warmup")
-    fixed = ("num-server-rounds",) if scheduled else ()
     for key in sorted(set(before) | set(now)):
-        if before.get(key) != now.get(key) and (key in fixed or not key.startswith(_FREE_KEYS)):
+        if before.get(key) != now.get(key) and not key.startswith(_FREE_KEYS):
             raise LedgerError(
                 f"the run in {folder} was started with '{key}' = {before.get(key)!r}, now it is {now.get(key)!r}: "
                 "set it back, or choose another 'run.dir'."

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune_strategies.lr_schedule import learning_rate
+from fedtune_strategies.lr_schedule import scheduled_share
 
 KINDS = ("constant", "linear", "cosine")
 
 
 def rates(kind, warmup, rounds):
-    return [learning_rate(2.0, number, rounds, kind, warmup) for number in range(1, rounds + 1)]
+    return [2.0 * scheduled_share(number, rounds, kind, warmup) for number in range(1, rounds + 1)]
 
 
 def test_the_shapes():

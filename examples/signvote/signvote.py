@@ -46,7 +46,7 @@ class SignVote(ArraysStrategy):
         super().__init__(config, base, FedAvg())
         self.lr = config.signvote.lr
 
-    def step_size(self, round):
+    def step_size(self, settings):
         """Nodes take no steps of their own."""
         return 0.0
 

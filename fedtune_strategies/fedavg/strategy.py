@@ -30,8 +30,8 @@ from fedtune_strategies.strategy import (
     log,
     mean_loss,
     sampled,
+    share_of_step,
     shares,
-    step_size,
 )
 
 _MODEL = "model"
@@ -81,15 +81,15 @@ class ArraysStrategy(TuningStrategy):
         """Send the tensors to the sampled nodes."""
         assert isinstance(grid, Fleet)
         self.fingerprint = fingerprint(self.current)
-        payload = protocol.encode(ArraysTask(server_round, self.current, self.step_size(server_round)))
+        payload = protocol.encode(ArraysTask(server_round, self.current, self.step_size(config)))
         return [
             address(grid.nodes[name].id, ArraysTask.kind, payload, server_round)
             for name in sampled(self.config, list(grid.nodes), server_round)
         ]
 
-    def step_size(self, round: int) -> float:
-        """Return the step size of a round's local steps."""
-        return step_size(self.config, round)
+    def step_size(self, settings: ConfigRecord) -> float:
+        """Return the size of a round's local steps."""
+        return float(self.config.train.lr * share_of_step(settings))
 
     def accept(self, round: int, reply: protocol.Message) -> bool:
         """Check type, round, starting weights, names, shapes and finiteness of a reply."""

@@ -45,8 +45,8 @@ from fedtune_strategies.strategy import (
     check_origin,
     log,
     mean_loss,
+    share_of_step,
     shares,
-    step_size,
 )
 
 # A task is cut into several above this: Flower holds a message several times over in memory.
@@ -127,7 +127,7 @@ class FedCyBGD(TuningStrategy):
     ) -> Iterable[Message]:
         """Give the round's nodes their blocks, with whatever they lack; and the next round's, as far as it is there."""
         assert isinstance(grid, Fleet)
-        nodes = list(grid.nodes)
+        nodes, lr = list(grid.nodes), self.config.train.lr * share_of_step(config)
         if server_round != self._round:
             self._round, self.plan, self._accepted = server_round, {}, []
         self.plan = self._plan(server_round, nodes, self.plan, self._accepted)
@@ -135,7 +135,7 @@ class FedCyBGD(TuningStrategy):
         prints = {block: self.store.turn_fingerprint(block) for block in self.plan.values()}
         for name, block in self.plan.items():
             self.leases[server_round, name] = Lease(block, int(self.store.versions[block]), prints[block])
-            for message in self._turn(server_round, name, block):
+            for message in self._turn(server_round, name, block, lr):
                 yield task(grid.nodes[name].id, message, server_round)
         if self.settings.prefetch and server_round < self.config.num_server_rounds:
             for name, block in self._plan(server_round + 1, nodes).items():
@@ -272,7 +272,7 @@ class FedCyBGD(TuningStrategy):
             return blocks * own.nodes_per_round
         return [*blocks, *(block for block in self.owed if block not in blocks)]
 
-    def _turn(self, round: int, node: str, block: int) -> Iterator[BlockTask]:
+    def _turn(self, round: int, node: str, block: int, lr: float) -> Iterator[BlockTask]:
         """Make the messages that let a node train a block."""
         version = int(self.store.versions[block])
         exact = {} if version == 0 or self.node_states.of(node).exact == (block, version) else self.store.weights[block]
@@ -280,7 +280,7 @@ class FedCyBGD(TuningStrategy):
         last = parts.pop()
         yield from self._offer(round, node, parts)
         yield BlockTask(
-            round, block, self.store.versions, exact, self._coded(last), step_size(self.config, round),
+            round, block, self.store.versions, exact, self._coded(last), lr,
             torch.tensor(self.store.absent_layers(block), dtype=torch.int64), self.node_states.of(node).committed,
         )  # fmt: skip
 

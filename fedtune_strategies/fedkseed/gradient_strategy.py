@@ -40,8 +40,8 @@ from fedtune_strategies.strategy import (
     log,
     mean_loss,
     sampled,
+    share_of_step,
     shares,
-    step_size,
 )
 
 Point = tuple[Tensor, float]
@@ -89,10 +89,6 @@ class SeedGradient(TuningStrategy):
         """Return theta = 0 of the first pool: the base model."""
         return arrays_of(theta=torch.zeros(self.config.fedkseed.seeds))
 
-    def lr(self, round: int) -> float:
-        """Return the step size of a round."""
-        return step_size(self.config, round, self.eta)
-
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
@@ -102,7 +98,8 @@ class SeedGradient(TuningStrategy):
         chosen = sampled(self.config, list(nodes), server_round)
         since = {name: 0 if name in self.forgot else self.held.get(name, 0) for name in chosen}
         # Most nodes lack the same points: what they are sent is encoded once.
-        payloads = {held: protocol.encode(self._task(server_round, held)) for held in set(since.values())}
+        lr = self.eta * share_of_step(config)
+        payloads = {held: protocol.encode(self._task(server_round, held, lr)) for held in set(since.values())}
         kind = GradientTask.kind
         return [address(nodes[name].id, kind, payloads[since[name]], server_round) for name in chosen]
 
@@ -156,6 +153,11 @@ class SeedGradient(TuningStrategy):
             metrics["move/kept"] = float(1 - np.square(theta - mean).sum() / length**2) if length else 0.0
         return arrays_of(theta=torch.from_numpy(theta)), metrics
 
+    def skip(self, round: int, arrays: ArrayRecord) -> ArrayRecord:
+        """Stay where the model is: the round had a pool of its own all the same."""
+        self.points.append(encode(np.zeros(self.config.fedkseed.seeds, np.float32), self.config.fedkseed.down_bits))
+        return self.initial_arrays()
+
     def materialise(self, arrays: ArrayRecord, parameters: Mapping[str, Tensor]) -> str:
         """Move the weights by the points that are not in them yet, and write them; others stay as they are."""
         self.moved.follow([self._decoded(point) for point in self.points[self.moved.rounds :]])
@@ -181,12 +183,12 @@ class SeedGradient(TuningStrategy):
             self.points.append((point["levels"], float(point["unit"])))
         return arrays_of(theta=torch.from_numpy(self._decoded(self.points[-1])))
 
-    def _task(self, round: int, held: int) -> GradientTask:
+    def _task(self, round: int, held: int, lr: float) -> GradientTask:
         new = self.points[held:]
         width = packed_bytes(self.config.fedkseed.seeds, self.config.fedkseed.down_bits)
         levels = torch.stack([levels for levels, _ in new]) if new else torch.empty(0, width, dtype=torch.uint8)
         units = torch.tensor([unit for _, unit in new], dtype=torch.float32)
-        return GradientTask(round, held, levels, units, self.lr(round))
+        return GradientTask(round, held, levels, units, lr)
 
     def _decoded(self, point: Point) -> NDArray[np.float32]:
         return decode(*point, self.config.fedkseed.down_bits, self.config.fedkseed.seeds)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import cast
 
 import numpy as np
 import torch
@@ -54,8 +55,8 @@ from fedtune_strategies.strategy import (
     log,
     mean_loss,
     sampled,
+    share_of_step,
     shares,
-    step_size,
 )
 from fedtune_strategies.zeroth_order.calibrate import default_distance
 
@@ -92,7 +93,10 @@ class FedKSeed(TuningStrategy):
         self.amplitude = 0.0
         self.spent = PrivacySpent(config)
         self.fingerprint, self.last_fingerprint = "", ""
-        self.last_odds = np.empty(0, dtype=np.int16)
+        self.share = 1.0  # of the step size, in the current round
+        # What a reply that comes a round late was made with.
+        self.last_odds, self.last_lr = np.empty(0, dtype=np.int16), 0.0
+        self.history = (*self.history, *(("last_odds", "last_lr") if self.takes_late else ()))
 
     def summary(self) -> None:
         """Log what will be tuned and how."""
@@ -115,6 +119,7 @@ class FedKSeed(TuningStrategy):
         assert isinstance(grid, Fleet)
         nodes = grid.nodes
         self.theta = arrays["theta"].numpy()
+        self.share, self.eta = share_of_step(config), cast(float, config.get("eta", self.eta))
         prepare(self.inner)
         self.inner.configure_train(server_round, arrays, config, grid)
         self.versions.add(
@@ -178,11 +183,9 @@ class FedKSeed(TuningStrategy):
         answers = self._in_line(answers)
         if not answers:
             return None, None
-        while pool_number(self.config, server_round) > len(self.closed):
-            self.next_pool()  # a replay may have left out all replies of the round that would have closed it
         self._calibrate(answers)
-        set_step(self.inner, self.lr(server_round), self.config.strategy.adaptivity)
-        odds = {server_round: self.odds(), server_round - 1: self.last_odds}
+        set_step(self.inner, self.lr, self.config.strategy.adaptivity)
+        drawn = {server_round: (self.odds(), self.lr), server_round - 1: (self.last_odds, self.last_lr)}
         received = [read_scalars(answer.scalars, answer.unit) for answer in answers]
         amplitudes = [amplitude(one) for one in received]
         limit = self._limit(float(np.median(amplitudes)))
@@ -192,7 +195,7 @@ class FedKSeed(TuningStrategy):
             for answer, share in zip(answers, shares(answers, self.config.strategy.weighting), strict=True)
         ]
         moved = [
-            self._moved(answer, one, odds[answer.round], weight)
+            self._moved(answer, one, *drawn[answer.round], weight)
             for answer, one, weight in zip(answers, scalars, weights, strict=True)
         ]
         arrays, metrics = self.inner.aggregate_train(server_round, moved)
@@ -202,12 +205,18 @@ class FedKSeed(TuningStrategy):
             metrics.update({**mean_loss(answers, weights), **self.spent.metrics()})
         self.amplitude = running_amplitude(self.amplitude, amplitudes)
         for answer, one in zip(answers, scalars, strict=True):
-            self.observe(self.draws(answer, odds[answer.round]), one)
-        self.last_odds = odds[server_round]
-        self._move(arrays["theta"].numpy(), server_round)
-        if pool_number(self.config, server_round + 1) > len(self.closed):
-            self.next_pool()
-        return arrays_of(theta=torch.from_numpy(self.theta)), metrics
+            self.observe(self.draws(answer, drawn[answer.round][0]), one)
+        self.last_odds, self.last_lr = drawn[server_round]
+        self._move(arrays["theta"].numpy())
+        return self._after(server_round), metrics
+
+    def used(self) -> dict[str, float]:
+        """Return the step size that the first round found: without some of its nodes it would be another one."""
+        return {"eta": self.eta}
+
+    def skip(self, round: int, arrays: ArrayRecord) -> ArrayRecord:
+        """Close the pool where the round was its last."""
+        return self._after(round)
 
     def materialise(self, arrays: ArrayRecord, parameters: Mapping[str, Tensor]) -> str:
         """Rebuild W(theta) from W_0; parameters that are not tuned stay as they are."""
@@ -222,7 +231,7 @@ class FedKSeed(TuningStrategy):
         Theta of a closed pool is a file: it will not change any more.
         """
         own = {"theta": self.theta, "carry": self.carry, "amplitude": np.float64(self.amplitude)}
-        own |= {"last_odds": self.last_odds} if self.config.strategy.late else {}
+        own |= {"last_odds": self.last_odds, "last_lr": np.float64(self.last_lr)} if self.takes_late else {}
         own |= {"eta": np.float64(self.eta)}
         files = {f"pool-{len(self.closed) - 1}": {"theta": torch.from_numpy(row)} for row in self.closed[-1:]}
         tensors = {name: torch.tensor(value) for name, value in own.items()}
@@ -235,15 +244,16 @@ class FedKSeed(TuningStrategy):
             self.closed.append(closed["theta"].numpy())
         self.theta, self.carry = tensors["theta"].numpy(), tensors["carry"].numpy()
         self.amplitude = float(tensors["amplitude"])
-        if self.config.strategy.late:
-            self.last_odds = tensors["last_odds"].numpy()
+        if self.takes_late:
+            self.last_odds, self.last_lr = tensors["last_odds"].numpy(), float(tensors["last_lr"])
         self.eta = float(tensors["eta"])
         self.spent.restore(tensors)
         return arrays_of(theta=tensors["theta"])
 
-    def lr(self, round: int) -> float:
-        """Return the step size of a round: eta times its schedule."""
-        return step_size(self.config, round, self.eta)
+    @property
+    def lr(self) -> float:
+        """Step size of the current round: eta times its schedule."""
+        return self.eta * self.share
 
     @property
     def unit(self) -> float:
@@ -286,7 +296,7 @@ class FedKSeed(TuningStrategy):
             unit=self.unit,
             levels=pack(levels) if levels.size else torch.empty(0, dtype=torch.uint8),
             odds=torch.from_numpy(odds_of_levels() if levels.size else odds_of_levels()[:0]),
-            lr=self.lr(round),
+            lr=self.lr,
             eps=self.eps,
             limit=self._limit(self.amplitude),
         )
@@ -317,11 +327,17 @@ class FedKSeed(TuningStrategy):
             self.eta = float(np.median([answer.lr for answer in answers]))
             log.info("found by %d nodes: train.lr = %.3g", len(answers), self.eta)
 
-    def _move(self, aggregated: NDArray[np.float64], round: int) -> None:
+    def _after(self, round: int) -> ArrayRecord:
+        """Close the pool where a round was its last; return theta."""
+        if pool_number(self.config, round + 1) > len(self.closed):
+            self.next_pool()
+        return arrays_of(theta=torch.from_numpy(self.theta))
+
+    def _move(self, aggregated: NDArray[np.float64]) -> None:
         """Move theta by the server's step, less weight decay, both rounded; what rounding leaves moves next time."""
         settings = self.config.strategy
         theta = self.theta.astype(np.float64)
-        decay = self.config.train.weight_decay * self.lr(round) / self.eta
+        decay = self.config.train.weight_decay * self.share
         move = settings.server_lr * (aggregated - theta) - decay * theta + self.carry
         steps = np.rint(theta / self.unit) + round_move(move / self.unit, self.config.fedkseed.theta_bits)
         self.theta = (np.clip(steps, -LARGEST, LARGEST) * self.unit).astype(np.float32)
@@ -331,9 +347,9 @@ class FedKSeed(TuningStrategy):
         return self.config.fedkseed.clip * amplitude or math.inf
 
     def _moved(
-        self, answer: SeedReply, scalars: NDArray[np.float32], odds: NDArray[np.int16], weight: float
+        self, answer: SeedReply, scalars: NDArray[np.float32], odds: NDArray[np.int16], lr: float, weight: float
     ) -> Message:
         """Turn a reply into the theta that its node reached, as a reply to a Flower strategy."""
         seeds, theta = self.draws(answer, odds), self.theta.astype(np.float64)
-        np.subtract.at(theta, seeds, self.lr(answer.round) * np.nan_to_num(scalars.astype(np.float64)))
+        np.subtract.at(theta, seeds, lr * np.nan_to_num(scalars.astype(np.float64)))
         return for_aggregation(arrays_of(theta=torch.from_numpy(theta)), weight, int(np.isnan(scalars).sum()))

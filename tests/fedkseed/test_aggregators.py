@@ -11,7 +11,7 @@ from fedtune_strategies.fedkseed.seed_draws import draw_seeds, seed_key
 from fedtune_strategies.fedkseed.strategy import FedKSeed
 from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.protocol.flower import task
-from fedtune_strategies.strategy import arrays_of
+from fedtune_strategies.strategy import arrays_of, settings_of
 from fedtune_strategies.testing import InMemoryGrid
 from tests.federations import final_state, run
 
@@ -34,7 +34,8 @@ def play(strategy, rounds, first=1):
     fleet = Fleet(InMemoryGrid({}), "base")
     points, arrays = [], arrays_of(theta=torch.from_numpy(strategy.theta))
     for number, answers in enumerate(rounds, start=first):
-        strategy.configure_train(number, arrays, ConfigRecord(), fleet)
+        settings = ConfigRecord(settings_of(strategy.config, number))
+        strategy.configure_train(number, arrays, settings, fleet)
         replies = [
             SeedReply(f"n{i}", number, 2.0, "", 1, 1.0, 1, torch.tensor(one, dtype=torch.float32), 1.0, 1e-4, 0.1)
             for i, one in enumerate(answers)

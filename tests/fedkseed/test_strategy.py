@@ -99,14 +99,15 @@ def test_a_skipped_step_moves_nothing():
 
 @pytest.mark.parametrize("cls", [FedKSeed, FedKSeedPro])
 def test_a_late_reply_moves_along_the_seeds_and_by_the_step_of_its_own_round(cls):
-    strategy = make(cls, strategy__late=0.5, train__lr_schedule="linear", fedkseed__theta_bits=24)
+    strategy = make(cls, strategy__late=0.5, fedkseed__theta_bits=24)
+    strategy.share = 0.75
     strategy.observe(np.arange(K), np.linspace(0.1, 9, K, dtype=np.float32))
     odds = strategy.odds()
     strategy.aggregate_train(1, [reply("b", [1.0] * TAU)])
     start = strategy.theta + strategy.carry
-    lr = [strategy.lr(1), strategy.lr(2)]
-    again = make(cls, strategy__late=0.5, train__lr_schedule="linear", fedkseed__theta_bits=24)
+    again = make(cls, strategy__late=0.5, fedkseed__theta_bits=24)
     again.restore(strategy.state().tensors, lambda label: None)
+    again.share, lr = 0.25, [0.75 * ETA, 0.25 * ETA]
     now = again.odds()
     again.aggregate_train(2, [reply("a", [1.0] * TAU, examples=6), reply("b", [1.0] * TAU, examples=3, round=2)])
     expected = start.astype(np.float64)

@@ -13,8 +13,11 @@ from typer.testing import CliRunner
 from deploy.cli import app
 from fedtune_strategies.config import parse
 from fedtune_strategies.errors import LedgerError
+from fedtune_strategies.fedkseed.moved import Moved
+from fedtune_strategies.fedkseed.pools import rebuild
 from fedtune_strategies.fedkseed.seed_draws import draw_seeds, seed_key
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.seed_gradient import decode
 from server_app.replay import replay
 from tests.federations import run
 
@@ -86,6 +89,42 @@ def test_without_a_node_the_others_contributions_are_left(settings, data_files, 
                 share = answer.num_examples / total
                 np.subtract.at(theta, seeds, config.train.lr * share * answer.scalars.numpy().astype(float))
         assert np.allclose(_theta(settings, out), theta, atol=2e-3 * np.abs(theta).max())
+
+
+@pytest.mark.parametrize("method", ["fedkseed", "fedkseed-pro"])
+def test_scalars_stay_in_their_pool_where_a_round_keeps_no_reply(settings, data_files, method, tmp_path):
+    settings |= {"method.name": method, "num-server-rounds": 6, "strategy.fraction-train": 0.3, "train.seed": 3}
+    settings |= {"fedkseed.pool-every": 2, "fedkseed.theta-bits": 24, "fedkseed.clip": 0.0}
+    ledger = run(settings, data_files)
+    rounds = list(ledger.records("round"))
+    # Of round 2, which closes the first pool, and of round 3 no reply is kept.
+    assert [number for number, one in enumerate(rounds, 1) if one.body["replies"] == ["node-0"]] == [2, 3]
+    first = [safetensors.torch.load(ledger.payload(one))["theta"] for one in rounds[::2]]
+    whole = [ledger.get_file(one.body["files"][f"pool-{pool}"])["theta"] for pool, one in enumerate(rounds[1::2])]
+    points = [first[0], whole[1] - first[1], whole[2]]
+    folder = Path(settings["run.dir"])
+    replay(folder, ["node-0"], out=tmp_path / "without")
+    base = {name: value for name, value in weights(settings["model.name"]).items() if name != "lm_head.weight"}
+    expected = {name: torch.empty_like(value) for name, value in base.items()}
+    rebuild(parse(settings), [point.numpy() for point in points], expected, base)
+    found = weights(tmp_path / "without")
+    assert all(torch.allclose(found[name], value, atol=1e-7) for name, value in expected.items())
+    assert not torch.equal(found["model.norm.weight"], base["model.norm.weight"])
+
+
+def test_points_stay_in_their_pool_where_a_round_keeps_no_reply(settings, data_files, tmp_path):
+    settings |= {"num-server-rounds": 6, "strategy.fraction-train": 0.3, "train.seed": 3}
+    settings |= {"fedkseed.estimator": "gradient", "fedkseed.up-bits": 8, "fedkseed.down-bits": 8}
+    ledger, folder = run(settings, data_files), Path(settings["run.dir"])
+    files = [next(iter(one.body["files"].values())) for one in ledger.records("round")]
+    points = [decode(one["levels"], float(one["unit"]), 8, 64) for one in map(ledger.get_file, files)]
+    replay(folder, ["node-0"], out=tmp_path / "without")
+    base = {name: value for name, value in weights(settings["model.name"]).items() if name != "lm_head.weight"}
+    moved = Moved(parse(settings), base)
+    moved.follow([point * (number not in (2, 3)) for number, point in enumerate(points, 1)])
+    found = weights(tmp_path / "without")
+    for name, value in moved.weights.items():  # up to the running unit, in which a round had its part
+        assert (found[name] - value).abs().max() < 0.03 * (value - base[name]).abs().max(), name
 
 
 def _odds(config, state):

@@ -9,12 +9,14 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deploy.testing import Killed, killed_after
 from fedtune_strategies.errors import DataError, FingerprintError, LedgerError, ModelError, NodesError
 from fedtune_strategies.fedavg.messages import ArraysReply
 from fedtune_strategies.fedkseed.messages import SeedReply
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.testing import InMemoryGrid
 from server_app.ledger import Ledger
+from server_app.replay import replay
 from server_app.run import execute
 from tests.conftest import write_rows
 from tests.federations import assert_resumes_exactly, final_state, make_grid, make_nodes, run, run_with_restarts
@@ -240,11 +242,19 @@ def test_a_run_goes_on_with_more_rounds_but_not_with_other_settings(settings, da
     assert [record.round for record in ledger.records("round")] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("schedule", [{"train.lr-schedule": "linear"}, {"train.warmup": 0.5}])
-def test_the_number_of_rounds_is_fixed_where_a_schedule_runs_over_them(settings, data_files, schedule):
-    run(settings | schedule, data_files)
-    with pytest.raises(LedgerError, match="num-server-rounds"):
-        run(settings | schedule | {"num-server-rounds": 4}, data_files)
+@pytest.mark.parametrize("method", ["fedkseed", "fedcybgd"])
+def test_rounds_that_have_begun_keep_their_step_size_when_a_run_gets_more_of_them(settings, data_files, method, tmp_path):
+    settings |= {"method.name": method, "train.lr-schedule": "linear", "num-server-rounds": 2, "strategy.late": 0.5}
+    asked = next(run(settings, data_files).records("asked", round=2))
+    folder = tmp_path / "killed"
+    settings |= {"run.dir": str(folder)}
+    nodes = make_nodes(settings, data_files)
+    with pytest.raises(Killed), killed_after(asked.seq):
+        execute(make_grid(nodes), settings, run_id=1)
+    execute(make_grid(nodes), settings | {"num-server-rounds": 4}, run_id=2)
+    shares = [record.body["used"]["schedule"] for record in Ledger.read(folder).records("round")]
+    assert shares == [0.75, 0.25, 0.375, 0.125]  # two of two rounds, then the last two of four
+    assert replay(folder).rounds == 4
 
 
 def test_a_start_that_asked_nobody_does_not_lock_the_folder(settings, data_files):
