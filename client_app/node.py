@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from client_app.history import LEFT, MODEL, History
 from client_app.terms import beyond, beyond_bytes, beyond_model, beyond_round, run_name
+from fedtune_strategies.blocks.uploads import Residuals
 from fedtune_strategies.config import from_flower, parse
 from fedtune_strategies.config.node import FIRST, PUBLIC, Terms, parse_node
 from fedtune_strategies.errors import FedTuneError, ModelError, ResourceError, TermsError
+from fedtune_strategies.folders import is_ours, remove_folder
 from fedtune_strategies.language.data import read_rows
 from fedtune_strategies.language.examples import tokenise
 from fedtune_strategies.language.model import base_tensors, check_context, load_model
@@ -30,6 +36,7 @@ from fedtune_strategies.seed_space import fingerprint
 log = logging.getLogger("fedtune")
 
 # Answers that tell nothing of what was learnt from the data, of every method.
+_OTHER_RUNS = 1  # of which a node keeps what coding held back, beside the present one
 _SHARED = (protocol.HelloReply, protocol.ModelRequest, protocol.Ack, protocol.StateMissing, protocol.Failure)
 
 
@@ -92,12 +99,26 @@ class Node:
         self._check_model(self.base_fingerprint)
         self.examples = tokenise(self._rows, self.language.tokenizer, self.config.train.seq_length)
         context = NodeContext(
-            self.config, self.name, self.language.model, self.base, self.examples, self._node, self._on_step
-        )
+            self.config, self.name, self.language.model, self.base, self.examples, self._node, self._on_step,
+            self._residuals(),
+        )  # fmt: skip
         self.answer = self._method.client(context)
         terms = self.history.agreement(self._terms).terms
         bound = "its owner has set no terms: any run is answered" if terms == Terms() else f"terms: {terms}"
         log.info("%s: %d examples, model %s; %s", self.name, len(self.examples), self.language.folder, bound)
+
+    def _residuals(self) -> MutableMapping[int, Mapping[str, Tensor]]:
+        """Return what coding held back in this run; that of the runs before last is removed."""
+        if not self._node.folder:
+            return {}
+        config = self.config
+        run = [self.name, config.run.dir, config.method.name, config.train.seed, self.base_fingerprint]
+        folder = Path(self._node.folder).expanduser() / "residuals"
+        own = folder / hashlib.sha256(json.dumps(run).encode()).hexdigest()[:16]
+        others = [other for other in folder.iterdir() if is_ours(other) and other != own] if folder.is_dir() else []
+        for other in sorted(others, key=lambda one: one.stat().st_mtime)[:-_OTHER_RUNS]:
+            remove_folder(other)
+        return Residuals(own)
 
     def handle(self, kind: str, payload: bytes) -> tuple[str, bytes]:
         """Do one task.

@@ -6,7 +6,7 @@ run can only name what the owners of the machines have installed: nothing execut
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -50,6 +50,9 @@ class NodeContext:
         The node's own configuration: how it uses its memory.
     on_step : callable
         Called with (steps begun, steps of the round) as `batches` is drawn from.
+    residuals : mapping of int to (mapping of str to Tensor)
+        What the coding of changes held back, by a number of the method's choice. It is kept in the node's folder for as
+        long as the run lasts: a worker that was ended takes it up again.
     """
 
     config: Any
@@ -59,6 +62,7 @@ class NodeContext:
     examples: Examples
     node: NodeConfig
     on_step: Callable[[int, int], object] = lambda begun, steps: None
+    residuals: MutableMapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def secret(self, purpose: str, round: int) -> str:
         """Return what only this node can compute: for random choices that it tells the server alone.

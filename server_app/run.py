@@ -35,8 +35,8 @@ from server_app.tracking import tracking
 log = logging.getLogger("fedtune")
 
 MODEL = "model"  # the export, in a run's folder
-# What may differ between the start of a run and its resumption: nothing on which rounds depend that are over. A schedule
-# runs over all rounds; those that have begun keep the share of the step size that is recorded with them.
+# What may differ between the start of a run and its resumption: nothing on which rounds depend that have begun. They
+# keep the share of the step size that is recorded with them, though a schedule runs over all rounds.
 _FREE_KEYS = ("num-server-rounds", "run.", "round.", "eval.", "stream.", "strategy.min-nodes", "model.name")
 
 

@@ -12,9 +12,13 @@ from server_app.run import execute
 
 
 def make_nodes(settings, data_files, **own):
-    """Make a node for each data file; ids are small numbers. `own` are keys of the nodes' own configuration."""
+    """Make a node for each data file; ids are small numbers.
+
+    `own` are keys of the nodes' own configuration; each node has a folder in `folder`.
+    """
+    folders = {name: {"folder": f"{own['folder']}/{name}"} if "folder" in own else {} for name in data_files}
     return {
-        number: Node(settings, {"name": name, "data": str(path), **own}, number)
+        number: Node(settings, {"name": name, "data": str(path), **own, **folders[name]}, number)
         for number, (name, path) in enumerate(data_files.items(), start=1)
     }
 
@@ -24,13 +28,13 @@ def make_grid(nodes):
     return InMemoryGrid({number: node.handle for number, node in nodes.items()})
 
 
-def run_with_restarts(settings, data_files):
+def run_with_restarts(settings, data_files, **own):
     """Run a whole federation in memory whose workers are restarted before every task."""
-    nodes = make_nodes(settings, data_files)
+    nodes = make_nodes(settings, data_files, **own)
 
     def restarted_for_each_task(number):
         def handle(kind, payload):
-            nodes[number] = make_nodes(settings, data_files)[number]
+            nodes[number] = make_nodes(settings, data_files, **own)[number]
             return nodes[number].handle(kind, payload)
 
         return handle

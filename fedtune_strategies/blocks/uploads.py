@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
+import os
 from collections.abc import Iterator, Mapping, MutableMapping
-from typing import IO
+from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fedtune_strategies.blocks.codec_config import Codec
 from fedtune_strategies.blocks.codecs import SIGN_ROW, decode, encode
+from fedtune_strategies.errors import ResourceError
+from fedtune_strategies.folders import make_folder
 
 Layout = dict[str, tuple[torch.dtype, torch.Size]]
 
@@ -86,26 +88,44 @@ def expected_layout(tensors: Mapping[str, Tensor], upload: str) -> Layout:
 
 
 class Residuals(MutableMapping[int, Mapping[str, Tensor]]):
-    """Named tensors by number, in files without a name: they take no memory, and go with the process."""
+    """Named tensors by number, each in a file: they take no memory, and outlive the process.
 
-    def __init__(self) -> None:
-        self._files: dict[int, IO[bytes]] = {}
+    Parameters
+    ----------
+    folder : Path
+        Made with the first of them, for this user alone. A kill at any moment leaves each file as it was, or whole.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
 
     def __setitem__(self, key: int, tensors: Mapping[str, Tensor]) -> None:
-        if key in self._files:
-            del self[key]
-        self._files[key] = tempfile.TemporaryFile()  # noqa: SIM115  # closed when it is deleted
-        self._files[key].write(safetensors.torch.save(dict(tensors)))
+        path = self._path(key)
+        partial = path.with_suffix(".partial")
+        try:
+            make_folder(self._folder)
+            partial.write_bytes(safetensors.torch.save(dict(tensors)))
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise ResourceError(f"cannot keep what coding held back in {self._folder}: {error.strerror}.") from None
 
     def __getitem__(self, key: int) -> Mapping[str, Tensor]:
-        self._files[key].seek(0)
-        return safetensors.torch.load(self._files[key].read())
+        try:
+            return safetensors.torch.load(self._path(key).read_bytes())
+        except FileNotFoundError:
+            raise KeyError(key) from None
 
     def __delitem__(self, key: int) -> None:
-        self._files.pop(key).close()
+        self._path(key).unlink()
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._files)
+        return iter(sorted(int(path.stem) for path in self._folder.glob("*.safetensors")))
 
     def __len__(self) -> int:
-        return len(self._files)
+        return sum(1 for _ in self)
+
+    def _path(self, key: int) -> Path:
+        return self._folder / f"{key}.safetensors"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedtune_strategies.blocks.codec_config import UPLOADS, Codec
 from fedtune_strategies.blocks.find import Block
 from fedtune_strategies.blocks.train import train_block
-from fedtune_strategies.blocks.uploads import Residuals, encode_with_feedback
+from fedtune_strategies.blocks.uploads import encode_with_feedback
 from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.fedavg.messages import ArraysReply, ArraysTask
 from fedtune_strategies.language.adapters import add_adapters
@@ -40,7 +40,7 @@ class FedAvgClient:
         self._name, self._examples = context.name, context.examples
         self._checkpoint, self._batches = context.node.checkpoint, context.batches
         self._parameters = self._trained()
-        self._lost = Residuals()  # by round: what coding kept back of its change
+        self._lost = context.residuals  # by round: what coding kept back of its change
 
     def __call__(self, task: protocol.Message) -> protocol.Message:
         """Answer an `ArraysTask`."""

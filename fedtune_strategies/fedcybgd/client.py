@@ -16,7 +16,7 @@ from fedtune_strategies.blocks.frozen import FrozenBlocks
 from fedtune_strategies.blocks.layers import without_layers
 from fedtune_strategies.blocks.rest import blocks_inside
 from fedtune_strategies.blocks.train import BlockUpdate, apply_delta, train_block
-from fedtune_strategies.blocks.uploads import Residuals, encode_with_feedback
+from fedtune_strategies.blocks.uploads import encode_with_feedback
 from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.fedcybgd.config import FedCyBGDRunConfig
 from fedtune_strategies.fedcybgd.frozen_form import turn_fingerprint
@@ -46,7 +46,6 @@ class _Sent:
     turn: int
     start: _Exact
     delta: Mapping[str, Tensor]
-    lost: Mapping[str, Tensor]
 
 
 class FedCyBGDClient:
@@ -77,7 +76,9 @@ class FedCyBGDClient:
         self._versions: Tensor | None = None
         self._exact: _Exact | None = None
         self._sent: _Sent | None = None
-        self._residuals = Residuals()
+        # By block: what coding kept back of its last committed change; under minus its turn, what it kept back of the
+        # change that was sent last.
+        self._residuals = context.residuals
 
     def __call__(self, task: protocol.Message) -> protocol.Message:
         """Answer a `BlockTask`."""
@@ -175,7 +176,9 @@ class FedCyBGDClient:
             )
         parts, lost = encode_with_feedback(update.delta, self._residuals.get(block.index, {}), self._upload)
         self._exact = start
-        self._sent = _Sent(task.round, start, decode(parts), lost)
+        self._sent = _Sent(task.round, start, decode(parts))
+        if lost:
+            self._residuals[-task.round] = lost
         return update, parts, starting_print
 
     def _check(self, task: BlockTask) -> None:
@@ -193,19 +196,29 @@ class FedCyBGDClient:
         """Hold the base model alone, every block in its frozen form."""
         self._versions = torch.zeros(len(self._blocks), dtype=torch.int64)
         self._exact = self._sent = None
-        self._residuals.clear()
         for block in self._blocks:
             self._freeze({name: self._base[name] for name in block.parameters})
 
     def _settle(self, task: BlockTask) -> None:
         """Apply the change that this node sent last if the server committed it; drop it if not."""
+        self._settle_lost(task)
         sent, self._sent = self._sent, None
         if sent is None or task.committed != sent.turn:
             return
-        self._residuals[sent.start.block] = sent.lost
         # Where others trained the block too, the server sends the mean, which replaces this.
         weights = apply_delta(sent.start.weights, sent.delta, self._config.strategy.server_lr)
         self._hold_exactly(_Exact(sent.start.block, sent.start.version + 1, weights))
+
+    def _settle_lost(self, task: BlockTask) -> None:
+        """Do so with what coding kept back, which a worker that was ended has left to this one."""
+        if not task.versions.any():  # a run begins, perhaps once more
+            self._residuals.clear()
+        for turn in [-key for key in self._residuals if key < 0]:
+            if turn == task.committed:
+                lost = self._residuals[-turn]
+                block = next(block.index for block in self._blocks if lost.keys() <= set(block.parameters))
+                self._residuals[block] = lost
+            del self._residuals[-turn]
 
     def _take_frozen(self, task: BlockTask) -> None:
         for block in self._blocks:

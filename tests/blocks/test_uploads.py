@@ -93,11 +93,12 @@ def test_a_change_that_is_not_finite_is_not_sent():
         encode({"w": torch.tensor([[1.0, float("nan")]])}, UPLOADS["sign"])
 
 
-def test_residuals_are_kept_as_they_were_until_they_are_replaced():
-    kept = Residuals()
+def test_residuals_are_kept_as_they_were_until_they_are_replaced(tmp_path):
+    kept = Residuals(tmp_path / "kept")
     kept[3] = {"a": torch.ones(2), "b": torch.zeros(1, 2)}
     kept[3] = {"a": torch.full((2,), 5.0)}
     kept[4] = {}
     assert list(kept) == [3, 4] and kept[3]["a"].tolist() == [5.0, 5.0] and kept[3].keys() == {"a"}
+    assert list(Residuals(tmp_path / "kept")) == [3, 4] and (tmp_path / "kept").stat().st_mode & 0o077 == 0
     kept.clear()
     assert not kept and kept.get(3, {}) == {}

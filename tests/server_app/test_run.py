@@ -243,7 +243,9 @@ def test_a_run_goes_on_with_more_rounds_but_not_with_other_settings(settings, da
 
 
 @pytest.mark.parametrize("method", ["fedkseed", "fedcybgd"])
-def test_rounds_that_have_begun_keep_their_step_size_when_a_run_gets_more_of_them(settings, data_files, method, tmp_path):
+def test_rounds_that_have_begun_keep_their_step_size_when_a_run_gets_more_of_them(
+    settings, data_files, method, tmp_path
+):
     settings |= {"method.name": method, "train.lr-schedule": "linear", "num-server-rounds": 2, "strategy.late": 0.5}
     asked = next(run(settings, data_files).records("asked", round=2))
     folder = tmp_path / "killed"
