@@ -23,10 +23,12 @@ class Stats:
         self.counts: dict[str, Any] = {
             "tasks": 0, "failures": 0, "seconds": 0.0, "bytes_down": 0, "bytes_up": 0, "started": time.time(),
         }  # fmt: skip
+        self.now = 0, 0  # steps of the task that have begun, and all of them
         self._stepped = 0.0
 
     def step(self, begun: int, steps: int) -> None:
         """Say how far the task is."""
+        self.now = begun, steps
         now = time.monotonic()
         if begun == 1:
             self._stepped = now
@@ -53,6 +55,7 @@ class Stats:
         counts["bytes_down"] += down
         counts["bytes_up"] += up
         counts |= {"last_kind": kind, "last_seconds": seconds, "last_time": time.time(), "peak_memory": peak_memory()}
+        self.now = 0, 0
         self._write({})
 
     def _write(self, more: dict[str, Any]) -> None:

@@ -52,10 +52,14 @@ class Stream:
         From a task's kind and payload to the reply's: the same that answers Flower's messages.
     end : callable
         Ends the worker for a reason: where a task takes longer than the server waits, nothing else stops it.
+    step : callable
+        How far the task is: steps begun, and all of them; signs of life say it.
     """
 
-    def __init__(self, do: Do, end: Callable[[str], None]) -> None:
-        self._do, self._end = do, end
+    def __init__(
+        self, do: Do, end: Callable[[str], None], step: Callable[[], tuple[int, int]] = lambda: (0, 0)
+    ) -> None:
+        self._do, self._end, self._step = do, end, step
         self._work = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stream-task")
         self._offer: Offer | None = None
         self._link: Link | None = None
@@ -85,7 +89,9 @@ class Stream:
 
     async def _keep(self, offer: Offer) -> None:
         """Keep a session until the server ends it."""
-        link = self._link = Link(lambda task: self._take(link, task), beat=BEAT_S, idle_beat=IDLE_BEAT_S)
+        link = self._link = Link(
+            lambda task: self._take(link, task), beat=BEAT_S, idle_beat=IDLE_BEAT_S, step=self._step
+        )
         address = (offer.shared and os.environ.get(STREAM_ADDRESS)) or offer.address
         credentials = grpc.ssl_channel_credentials(offer.certificate.encode())
         options = [*_OPTIONS, ("grpc.ssl_target_name_override", offer.name)]

@@ -77,6 +77,10 @@ class Service:
             self._facts.note(kind, name, len(payload), len(body), self.last_used - start)
         return name, body
 
+    def step(self) -> tuple[int, int]:
+        """Return how many steps of the task have begun, and how many it has; 0 of 0 where none is in work."""
+        return self._facts.now
+
     def idle_seconds(self) -> float:
         """Return the seconds since the last task; 0 while one runs."""
         return 0.0 if self._busy.locked() else time.monotonic() - self.last_used
@@ -105,7 +109,7 @@ def serve(folder: Path, host_pid: int) -> None:
     spec = WorkerSpec(**json.loads((folder / "spec.json").read_text()))
     service = Service(spec)
     ending: SimpleQueue[str] = SimpleQueue()
-    stream = Stream(service.do, ending.put)
+    stream = Stream(service.do, ending.put, service.step)
     server = grpc.server(ThreadPoolExecutor(max_workers=1), options=GRPC_OPTIONS)
     server.add_generic_rpc_handlers((_handlers(service, stream),))
     me = psutil.Process()

@@ -209,6 +209,15 @@ class Fleet(WrappedGrid):
         messages = [queues[node_id].popleft() for node_id in node_ids if queues[node_id]]
         return dict(zip(self._grid.push_messages(messages), messages, strict=True)) if messages else {}
 
+    def watch_named_steps(self, tell: Callable[[dict[str, tuple[int, int]]], None]) -> None:
+        """As `watch_steps`, with the nodes' names."""
+
+        def named(steps: dict[int, tuple[int, int]]) -> None:
+            found = [(self._admission.nodes.get(node), far) for node, far in steps.items()]
+            tell({node.name: far for node, far in found if node})
+
+        self.watch_steps(named)
+
     # Flower's Grid interface
 
     def get_node_ids(self) -> list[int]:

@@ -30,6 +30,7 @@ from server_app.guard import Guard
 from server_app.ledger import Ledger
 from server_app.members import listed_members
 from server_app.rounds import Run, restore, run_rounds
+from server_app.steps import write_steps
 from server_app.tracking import tracking
 
 log = logging.getLogger("fedtune")
@@ -103,6 +104,8 @@ def _execute(grid: Grid, config: Config, ledger: Ledger, report: Callable[[], No
         members=listed_members(),
         only=[name.strip() for name in config.strategy.nodes.split(",") if name.strip()],
     )
+
+    fleet.watch_named_steps(lambda steps: write_steps(ledger.folder, steps))
 
     newest = -1, ""
 

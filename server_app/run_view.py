@@ -12,6 +12,7 @@ from typing import Any
 
 from fedtune_strategies.errors import LedgerError
 from server_app.ledger import Ledger, Record
+from server_app.steps import Steps, read_steps
 
 TURNS = 60  # of the newest rounds it is kept what each node did: runs may be long and fleets large
 ENDS = ("finished", "failed", "stopped")
@@ -111,6 +112,7 @@ class RunView:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.unreadable = ""
+        self.steps: Steps = {}
         self._clear()
 
     def _clear(self) -> None:
@@ -154,10 +156,20 @@ class RunView:
                 # The ledger was cut back and continued differently.
                 self._clear()
                 records = ledger.records()
-            before = self.seq
+            before = self.seq, self.steps
             for record in records:
                 self._take(record)
-            return self.seq != before
+        self.steps = self._read_steps()
+        return (self.seq, self.steps) != before
+
+    def _read_steps(self) -> Steps:
+        """How far the nodes are in the round that is open; they say so over their streams alone."""
+        one = self.rounds[max(self.rounds)] if self.rounds and not self.end else None
+        asked = {name: turn.asked for name, turn in one.turns.items() if not turn.replied} if one else {}
+        if one is None or one.committed or not asked:
+            return {}
+        found = read_steps(self.folder, since=max(asked.values()))
+        return {name: found[name] for name in asked if name in found}
 
     def follow(self) -> bool:
         """As `update`; a ledger that cannot be read is a state of this run, and no error for those beside it."""
@@ -185,11 +197,13 @@ class RunView:
             case "reply":
                 self._reply(record)
             case "acknowledged":
-                self._turn(record).acknowledged = True
+                self._turn(record).acknowledged |= body.get("kind") != "state-missing"
                 self._count(record)
             case "round":
                 self.newest, one = record, self._round(record)
                 one.committed, one.metrics = record.time, body.get("metrics", {})
+                # Who only got what its next turn needs was asked for no reply.
+                one.asked -= sum(turn.acknowledged and not turn.replied for turn in one.turns.values())
                 if old := self.rounds.get(record.round - TURNS):
                     old.turns = {}
             case "evaluation":

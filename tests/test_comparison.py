@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from comparison import runs
 from comparison.protocols import PROTOCOLS, Entrant, Files, Protocol
-from comparison.report import interval, read_lines, write_report
+from comparison.report import _apart, interval, read_lines, write_report
 from comparison.runs import Study
 
 from fedtune_strategies.config import parse
@@ -99,6 +99,11 @@ def test_bytes_are_those_of_the_messages_both_ways():
     size = len(first)
     assert (meter.down, meter.up) == ({1: size, 2: size}, {1: 2 * size, 2: 2 * size})
     assert [runs.until(meter.down, round) for round in range(3)] == [0, size, 2 * size]
+
+
+def test_names_beside_a_plot_are_moved_apart_and_no_farther_than_needed():
+    assert _apart([1.0, 2.0, 3.0], 0.5) == [1.0, 2.0, 3.0]
+    assert _apart([1.0, 1.0, 1.0, 5.0], 0.5) == pytest.approx([0.5, 1.0, 1.5, 5.0])
 
 
 def test_the_interval_is_students():

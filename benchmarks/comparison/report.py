@@ -19,6 +19,10 @@ from comparison.runs import read_runs
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+# Dark enough to write with, and told apart by the colour-blind; grey for those that are no federation.
+COLOURS = ("#0072B2", "#C04000", "#00735C", "#A6427B", "#6A4FB3", "#8A6500", "#000000")
+CENTRAL = "#6E6E6E"
+DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 T95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -52,6 +56,12 @@ class Line:
             for rows in zip(*(run["curve"] for run in self.runs), strict=True)
         ]
 
+    def halves(self, name: str) -> list[float]:
+        """Return the half-width of the interval over seeds of a value along the curve."""
+        return [
+            half_width([row[name] for row in rows]) for rows in zip(*(run["curve"] for run in self.runs), strict=True)
+        ]
+
     @property
     def seconds(self) -> float:
         """Processor seconds of all nodes a local step, median of the seeds."""
@@ -72,10 +82,14 @@ def read_lines(protocol: Protocol, folder: Path) -> list[Line]:
 def interval(values: Sequence[float], digits: int = 3) -> str:
     """Return the mean and the half-width of its 95 % confidence interval."""
     mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {half_width(values):.{digits}f}"
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Return the half-width of the 95 % confidence interval of a mean; 0 of a single value."""
     if len(values) < 2:
-        return mean
-    half = T95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean} ± {half:.{digits}f}"
+        return 0.0
+    return T95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def size(count: float) -> str:
@@ -127,8 +141,8 @@ def search_table(folder: Path) -> str:
 
 
 def plot(protocol: Protocol, lines: list[Line], folder: Path) -> list[Path]:
-    """Draw loss against rounds, bytes and seconds, and final loss against bytes."""
-    colours = {line.entrant.name: plt.get_cmap("tab20")(i) for i, line in enumerate(lines)}
+    """Draw loss against local steps, bytes and seconds, and final loss against bytes, each with its interval."""
+    looks = _looks(lines)
     federated = [line for line in lines if not line.entrant.central]
     axes: list[tuple[str, str, list[Line], Any]] = [
         ("rounds", "local steps of all nodes", lines, None),
@@ -137,34 +151,28 @@ def plot(protocol: Protocol, lines: list[Line], folder: Path) -> list[Path]:
     ]
     files = []
     for name, label, shown, value in axes:
-        figure, axis = plt.subplots(figsize=(8.5, 4.5), layout="constrained")
+        figure, axis = _axes(label, log=name != "rounds")
+        ends = []
         for line in shown:
-            losses = line.course(lambda row: row["loss"])
+            means, halves = line.course(lambda row: row["loss"]), line.halves("loss")
             places = (
-                line.course(value) if value else [i * protocol.budget / (len(losses) - 1) for i in range(len(losses))]
+                line.course(value) if value else [i * protocol.budget / (len(means) - 1) for i in range(len(means))]
             )
-            first = 1 if name == "bytes" else 0  # nothing has been sent before the first round: no place on a log axis
-            style = "--" if line.entrant.central else "-"
-            axis.plot(
-                places[first:],
-                losses[first:],
-                style,
-                color=colours[line.entrant.name],
-                label=line.entrant.name,
-                marker=".",
-            )
-        if name == "bytes":
-            axis.set_xscale("log")
-        files.append(_finish(axis, figure, label, folder / f"loss-{name}.png"))
-    figure, axis = plt.subplots(figsize=(8.5, 4.5), layout="constrained")
+            if name != "rounds":  # nothing is spent before the first round: no place on a log axis
+                places, means, halves = places[1:], means[1:], halves[1:]
+            axis.plot(places, means, **looks[line.entrant.name], linewidth=1.6)
+            low, high = ([mean + sign * half for mean, half in zip(means, halves, strict=True)] for sign in (-1, 1))
+            axis.fill_between(places, low, high, color=looks[line.entrant.name]["color"], alpha=0.1, linewidth=0)
+            ends.append((line.entrant.name, places[-1], means[-1]))
+        files.append(_finish(figure, axis, ends, looks, folder / f"loss-{name}.png"))
+    figure, axis = _axes("bytes up and down, whole run, all nodes", log=True)
+    ends = []
     for line in federated:
-        sent = statistics.mean(line.last("up")) + statistics.mean(line.last("down"))
-        losses = line.last("loss")
-        mean = statistics.mean(losses)
-        spread = [[mean - min(losses)], [max(losses) - mean]]
-        axis.errorbar(sent, mean, yerr=spread, fmt="o", color=colours[line.entrant.name], label=line.entrant.name)
-    axis.set_xscale("log")
-    files.append(_finish(axis, figure, "bytes up and down, whole run, all nodes", folder / "pareto.png"))
+        sent, losses = statistics.mean(line.last("up")) + statistics.mean(line.last("down")), line.last("loss")
+        color = looks[line.entrant.name]["color"]
+        axis.errorbar(sent, statistics.mean(losses), yerr=half_width(losses), fmt="o", color=color, capsize=3)
+        ends.append((line.entrant.name, sent, statistics.mean(losses)))
+    files.append(_finish(figure, axis, ends, looks, folder / "pareto.png"))
     return files
 
 
@@ -194,7 +202,7 @@ def write_report(protocol: Protocol, folder: Path) -> None:
 
 STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem}"
-    "table{border-collapse:collapse;margin:1rem 0}img{max-width:36rem}"
+    "table{border-collapse:collapse;margin:1rem 0}img{max-width:100%}"
     "td{border-bottom:1px solid #ccc;padding:.2rem .7rem;text-align:right}td:first-child{text-align:left}"
 )
 
@@ -210,14 +218,56 @@ def _replies(protocol: Protocol, line: Line) -> int:
     return protocol.budget // steps
 
 
-def _finish(axis: Any, figure: Any, label: str, path: Path) -> Path:
+def _looks(lines: list[Line]) -> dict[str, dict[str, Any]]:
+    """Give the entrants of one method a colour, and each of them a way of being drawn."""
+    families: dict[tuple[Any, ...], list[str]] = {}
+    for line in lines:
+        settings = line.entrant.settings
+        key = (line.entrant.central, *(settings.get(name, "") for name in ("method.name", "fedkseed.estimator")))
+        families.setdefault((True,) if line.entrant.central else key, []).append(line.entrant.name)
+    colours = iter(COLOURS)
+    looks: dict[str, dict[str, Any]] = {}
+    for key, names in families.items():
+        color = CENTRAL if key == (True,) else next(colours)
+        looks |= {name: {"color": color, "linestyle": DASHES[i % 4]} for i, name in enumerate(names)}
+    return looks
+
+
+def _axes(label: str, *, log: bool) -> tuple[Any, Any]:
+    figure, axis = plt.subplots(figsize=(10, 6), layout="constrained")
+    if log:
+        axis.set_xscale("log")
     axis.set_xlabel(label)
-    axis.set_ylabel("held-out loss, nats a token")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axis.set_ylabel("held-out loss, nats a token (band: 95 % interval)")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure, axis
+
+
+def _finish(figure: Any, axis: Any, ends: list[tuple[str, float, float]], looks: dict[str, Any], path: Path) -> Path:
+    """Write each line's name beside the plot at the height of its end, pushed apart where they would touch."""
+    low, high = axis.get_ylim()
+    ends = sorted(ends, key=lambda end: end[2])
+    for (name, x, y), place in zip(ends, _apart([y for _, _, y in ends], (high - low) / 26), strict=True):
+        color = looks[name]["color"]
+        axis.annotate(
+            name, (x, y), (1.03, place), textcoords=("axes fraction", "data"), color=color, fontsize=9, va="center",
+            arrowprops={"arrowstyle": "-", "color": color, "alpha": 0.35, "relpos": (0, 0.5), "shrinkA": 0},
+        )  # fmt: skip
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
+
+
+def _apart(heights: list[float], gap: float) -> list[float]:
+    """Move heights, in rising order, as little as keeps a gap between neighbours: the least sum of squares."""
+    groups: list[list[float]] = []  # of heights less the gaps below them; each group moves as one
+    for i, height in enumerate(heights):
+        groups.append([height - i * gap])
+        while len(groups) > 1 and statistics.mean(groups[-2]) > statistics.mean(groups[-1]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    means = [statistics.mean(group) for group in groups for _ in group]
+    return [mean + i * gap for i, mean in enumerate(means)]
 
 
 def _as_html(markdown: str) -> str:

@@ -82,18 +82,19 @@ def summarise(folder: Path, method: str, nodes: int, traffic: Traffic, seconds: 
 
 def table(results: Sequence[Result]) -> Table:
     """One column for each method."""
-    shown = Table("", *(result.method for result in results), box=box.SIMPLE_HEAD, header_style="bold")
+    head, *rows = _cells(results)
+    shown = Table(*head, box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for column in shown.columns[1:]:
         column.justify = "right"
-    for label, value in ROWS:
-        shown.add_row(label, *(value(result) for result in results))
+    for row in rows:
+        shown.add_row(*row)
     return shown
 
 
 def markdown(results: Sequence[Result]) -> str:
     """The same table as `table`, then sample answers."""
-    lines = [_row("", *(result.method for result in results)), _row("---", *("---:" for _ in results))]
-    lines += [_row(label, *(value(result) for result in results)) for label, value in ROWS]
+    head, *rows = _cells(results)
+    lines = [_row(head), _row(["---", *("---:" for _ in head[1:])]), *map(_row, rows)]
     lines += ["", *(line for sample in samples(results) for line in _quoted(sample))]
     return "\n".join(lines) + "\n"
 
@@ -118,24 +119,27 @@ def samples(results: Sequence[Result], count: int = 3) -> list[dict[str, str]]:
     ]
 
 
-def _change(name: str, digits: int) -> Callable[[Result], str]:
-    return lambda result: f"{getattr(result.before, name):.{digits}f} → {getattr(result.after, name):.{digits}f}"
-
-
-ROWS: list[tuple[str, Callable[[Result], str]]] = [
-    ("held-out loss, nats a token", _change("loss", 3)),
-    ("held-out perplexity", _change("perplexity", 2)),
-    ("Rouge-L", _change("rouge_l", 3)),
-    ("up, per node and round", lambda result: size(result.per_node_and_round.up)),
-    ("down, per node and round", lambda result: size(result.per_node_and_round.down)),
-    ("up and down, whole run", lambda result: size(result.traffic.up + result.traffic.down)),
+QUALITIES = [("held-out loss", "loss", 3), ("perplexity", "perplexity", 2), ("Rouge-L", "rouge_l", 3)]
+COSTS: list[tuple[str, Callable[[Result], str]]] = [
+    ("up, a node and round", lambda result: size(result.per_node_and_round.up)),
+    ("down, a node and round", lambda result: size(result.per_node_and_round.down)),
+    ("up and down in all", lambda result: size(result.traffic.up + result.traffic.down)),
     ("rounds", lambda result: str(result.rounds)),
     ("peak memory of a node", lambda result: size(result.peak_memory)),
     ("seconds", lambda result: f"{result.seconds:.0f}"),
 ]
 
 
-def _row(*cells: str) -> str:
+def _cells(results: Sequence[Result]) -> list[list[str]]:
+    """The table's rows, its head first; all methods begin with the same base model."""
+    rows = [["", "base", *(result.method for result in results)]]
+    for label, name, digits in QUALITIES:
+        values = [getattr(one, name) for one in (results[0].before, *(result.after for result in results))]
+        rows.append([label, *(f"{value:.{digits}f}" for value in values)])
+    return rows + [[label, "", *(value(result) for result in results)] for label, value in COSTS]
+
+
+def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 

@@ -56,10 +56,11 @@ class Lines:
     def __call__(self, view: RunView) -> list[str]:
         """The lines since the last call."""
         total, evaluations = view.config.get("num-server-rounds", 0), list(view.evaluations.values())
-        lines = [_round_line(one, total) for one in view.done[self._rounds :]]
+        events = [(one.committed, _round_line(one, total)) for one in view.done[self._rounds :]]
         for one in evaluations[self._evaluations :]:
-            lines.append(f"round {one.round}/{total}: held-out loss {one.loss:.4f}")
-        lines += [_told(note) for note in view.notes[self._notes :]]
+            events.append((one.time, f"round {one.round}/{total}: held-out loss {one.loss:.4f}"))
+        events += [(note["time"], _told(note)) for note in view.notes[self._notes :]]
+        lines = [line for _, line in sorted(events, key=lambda event: event[0])]
         waiting = now if (now := phase(view)).startswith("waiting") else ""
         lines += [waiting] if waiting and waiting != self._waiting else []
         self._rounds, self._evaluations, self._notes = len(view.done), len(evaluations), len(view.notes)
@@ -134,6 +135,10 @@ def _figures(report: dict[str, Any]) -> Table:
     return grid
 
 
+def _state(node: dict[str, Any]) -> str:
+    return "step {}/{}".format(*node["step"]) if node["step"] and node["state"] == "working" else str(node["state"])
+
+
 def _nodes(nodes: list[dict[str, Any]]) -> Table:
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     for name in ("  node", "state"):
@@ -147,7 +152,7 @@ def _nodes(nodes: list[dict[str, Any]]) -> Table:
         cells = [str(node["examples"]), str(node["replies"]), loss, size(node["bytes_up"]), size(node["bytes_down"])]
         table.add_row(
             f"  {escape(node['name'])}",
-            f"[{colour}]{node['state']}[/{colour}]",
+            f"[{colour}]{_state(node)}[/{colour}]",
             *cells,
             size(node["peak_memory"]),
             node["way"] or "-",

@@ -27,7 +27,8 @@ from fedtune_strategies.protocol.door import clean
 # With every reply, whatever the method.
 ALWAYS = [
     "the node's name, the number of your examples, the mean training loss of a round",
-    "how long a task took, how much memory, which versions are installed, a fingerprint of the base model",
+    "how far a task is and how long it took, how much memory, which versions are installed, a fingerprint of the base "
+    "model",
 ]
 NEVER = "Your texts never leave, in no form. What leaves is computed from them and says something about them:"
 NOTHING_ANNOUNCED = (

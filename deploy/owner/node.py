@@ -13,10 +13,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from client_app.history import History, Row
+from client_app.history import LEFT, History, Row
 from client_app.stats import VARIABLE
 from deploy.common import processes
 from deploy.common.flower_cli import flower_environment
+from deploy.common.units import size
 from deploy.flower.commands import Runtime
 from deploy.owner.join import Membership
 from fedtune_strategies.config.node import node_settings
@@ -34,7 +35,6 @@ MEANINGS = [
     (r"Connection attempt failed, retrying in ([\d.]+)", "the server cannot be reached; trying again"),
     (r"Connection successful after", "connected again"),
     (r"ConfigError: (refused an app .*)", r"\1"),
-    (r"Sent successfully|answered a task over the stream", "answered a task"),
     (r"Exit Code: 305", "the server refuses this node; trying again (see `fedtune doctor`)"),
 ]
 
@@ -106,10 +106,15 @@ def _watcher(
 ) -> Callable[[], bool]:
     """Make a function that tells what the worker wrote down, and says whether the node is still a member."""
     history, facts = History(membership.folder), membership.folder / "facts.json"
-    told, stepped = time.time() - STILL_ASKED, time.monotonic()
+    told, stepped, last_step = time.time() - STILL_ASKED, time.monotonic(), ""
+    seen = len(history.rows())
 
     def look() -> bool:
-        nonlocal told, stepped
+        nonlocal told, stepped, last_step, seen
+        rows = history.rows()
+        for line in filter(None, map(what_left, rows[seen:])):
+            on_event(line)
+        seen = len(rows)
         waiting = history.waiting()
         if waiting and waiting["time"] > told:
             told = waiting["time"]
@@ -118,7 +123,10 @@ def _watcher(
             stepped = time.monotonic()
             with contextlib.suppress(OSError, ValueError, KeyError):
                 now = json.loads(facts.read_text())
-                on_event(f"step {now['step']} of {now['steps']}")
+                step = f"step {now['step']} of {now['steps']}"
+                if step != last_step:  # a worker that was killed left it
+                    on_event(step)
+                last_step = step
         return membership.file.exists()
 
     return look
@@ -136,15 +144,12 @@ def _run_once(
     command = runtime.supernode(membership.address, membership.authority, membership.key, words)
     process = processes.start(command, environment, log)
     executor: subprocess.Popen[bytes] | None = None
-    last, tasks, start = "", 0, 0
+    last, start = "", 0
     while True:
         code = process.poll()
         text, start = _grown(log, start)
         for meaning in meanings(text):
-            if meaning == "answered a task":
-                tasks += 1
-                on_event(f"answered task {tasks}")
-            elif meaning != last:
+            if meaning != last:
                 on_event(meaning)
             last = meaning
         if code is not None:
@@ -156,6 +161,19 @@ def _run_once(
         if (executor is None or executor.poll() is not None) and processes.answers(runtime.port):
             executor = processes.start(runtime.executor(process.pid), environment, log, follow=True)
         time.sleep(LOOK_EVERY)
+
+
+def what_left(row: Row) -> str:
+    """Say in a line what left this machine; nothing of what tells nothing of the data and comes with every run."""
+    if row["event"] != LEFT:
+        return ""
+    if row["result"]:
+        return f"round {row['round']}: worked, and replied with {size(row['bytes'])}"
+    said = {
+        "hello-reply": f"takes part in {row['run'] or 'a run'}",
+        "failure": "a task failed: the operator was told why",
+    }
+    return said.get(row["kind"], "")
 
 
 def meanings(text: str) -> list[str]:

@@ -122,13 +122,13 @@ function curves({ rounds, evaluations }) {
 }
 
 function nodes({ nodes: rows, run }) {
-  const status = (state) => html("td", { "data-status": state }, WORDS[state]);
+  const status = ({ state, step }) => html("td", { "data-status": state }, WORDS[state] + (step ? `, step ${step[0]} of ${step[1]}` : ""));
   table(
     $("nodes"),
     ["Node", run.state === "running" ? "Is" : "Was", "Last seen", "Examples", "Replies", "Refused", "Loss", "Sent", "Received",
       "Computing", "Peak memory", "By"],
     rows.map((node) => [
-      node.name, status(node.state), ago(node.last_seen), String(node.examples), String(node.replies), String(node.refused),
+      node.name, status(node), ago(node.last_seen), String(node.examples), String(node.replies), String(node.refused),
       decimal(3)(node.loss), bytes(node.bytes_up), bytes(node.bytes_down), duration(node.seconds), bytes(node.peak_memory),
       node.way || "–",
     ]),

@@ -46,7 +46,8 @@ def report(view: RunView) -> dict[str, Any]:
             "rounds": [_round(view, one) for one in _thinned([*view.rounds.values()])],
             "evaluations": [_without(asdict(one), "answers") for one in _thinned(evaluations)],
             "nodes": [
-                _without(asdict(view.nodes[name]), "event", "first_reply") | {"state": states[name]}
+                _without(asdict(view.nodes[name]), "event", "first_reply")
+                | {"state": states[name], "step": view.steps.get(name)}
                 for name in sorted(states)[:MAX_NODES]
             ],
             "turns": _turns(view),
@@ -91,7 +92,9 @@ def phase(view: RunView) -> str:
     if not view.begun:
         return "starting"
     if (one := view.rounds.get(done + 1)) and one.asked:
-        return f"{one.replies} of {one.asked} replied"
+        replied = f"{one.replies} of {one.asked} replied"
+        slowest = min(view.steps.values(), key=lambda far: far[0] / far[1], default=None)
+        return f"{replied}, step {slowest[0]}/{slowest[1]}" if slowest else replied
     measured = view.config.get("eval.data") and (done == total or done % view.config.get("eval.every", 1) == 0)
     if measured and done not in view.evaluations:
         return "measuring the model"

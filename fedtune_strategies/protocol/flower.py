@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from flwr.app import Message, MessageType, RecordDict
@@ -124,6 +124,11 @@ class WrappedGrid(Grid):
             self._grid.wait(seconds)
         else:
             time.sleep(seconds)
+
+    def watch_steps(self, tell: Callable[[dict[int, tuple[int, int]]], None]) -> None:
+        """Have it told now and then how far nodes are: steps begun of how many, by node; only streams say it."""
+        if isinstance(self._grid, WrappedGrid):
+            self._grid.watch_steps(tell)
 
     def set_run(self, run: Run) -> None:
         """See Flower."""

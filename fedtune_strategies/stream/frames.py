@@ -18,6 +18,7 @@ SECRET = "fedtune-secret"  # the metadata that opens a stream
 PART_BYTES = 128 * 2**10  # on the slowest link of interest a part takes less than the silence that counts as a loss
 _PART = struct.Struct(">BIIQQ16sB")
 _RECEIVED = struct.Struct(">BIQ")
+_BEAT = struct.Struct(">BII")
 _WELCOME = struct.Struct(">B32s")
 _BYE = struct.Struct(">B?")
 PART, RECEIVED, BEAT, WELCOME, BYE = range(5)
@@ -63,7 +64,10 @@ class Received:
 
 @dataclass(frozen=True)
 class Beat:
-    """The sender is alive."""
+    """The sender is alive, and has begun so many of its task's steps; 0 of 0 where it does not say."""
+
+    step: int = 0
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def encode(frame: Frame) -> bytes:
         case Bye():
             return _BYE.pack(BYE, frame.gone)
         case Beat():
-            return bytes([BEAT])
+            return _BEAT.pack(BEAT, frame.step, frame.steps)
 
 
 def decode(data: bytes) -> Frame:
@@ -119,8 +123,11 @@ def decode(data: bytes) -> Frame:
                 return Part(number, note, size, start, digest, kind, content)
             case 1:
                 return Received(*_RECEIVED.unpack(data)[1:])
-            case 2 if len(data) == 1:
-                return Beat()
+            case 2:
+                _, step, steps = _BEAT.unpack(data)
+                if step > steps:
+                    raise ProtocolError("received a step beyond the last one.")
+                return Beat(step, steps)
             case 3:
                 return Welcome(_WELCOME.unpack(data)[1])
             case 4:

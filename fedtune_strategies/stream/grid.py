@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,6 +92,11 @@ class StreamGrid(WrappedGrid):
             self._server.wait(seconds)
         else:
             super().wait(seconds)
+
+    def watch_steps(self, tell: Callable[[dict[int, tuple[int, int]]], None]) -> None:
+        """See `WrappedGrid`; told from the streams' thread."""
+        if self._server:
+            self._server.on_steps = tell
 
     def _stream(self, message: Message) -> str:
         """Send a message over its node's stream; returns its id, or nothing where there is no stream."""

@@ -56,6 +56,13 @@ class Link:
     beat, idle_beat : float
         Seconds after which to send a sign of life where there is nothing else to send: between the first part of a
         message and its reply, and at other times. 0 for none.
+    step : callable
+        How far this side is in its task, as a sign of life says it: steps begun, and all of them.
+
+    Attributes
+    ----------
+    theirs : Beat
+        How far the other side is in its task.
     """
 
     def __init__(
@@ -64,8 +71,9 @@ class Link:
         expects: Callable[[Part], bool] = lambda part: True,
         beat: float = 0.0,
         idle_beat: float = 0.0,
+        step: Callable[[], tuple[int, int]] = lambda: (0, 0),
     ) -> None:
-        self._on_message, self._expects = on_message, expects
+        self._on_message, self._expects, self._step = on_message, expects, step
         self._beat, self._idle_beat = beat, idle_beat
         self._unanswered = 0  # messages begun by the other side, less those sent
         self._queue: deque[tuple[int, Outgoing]] = deque()  # with their numbers; not received whole yet
@@ -78,6 +86,7 @@ class Link:
         self._buffer = io.BytesIO()  # hands over its bytes without a copy
         self._hash = hashlib.sha256()
         self.heard = time.monotonic()
+        self.theirs = Beat()
         self.left = False
         self.farewell: Bye | None = None  # the other side's
 
@@ -122,7 +131,7 @@ class Link:
                         self.farewell = frame
                         return
                     case Beat():
-                        pass
+                        self.theirs = frame
                     case _:
                         raise ProtocolError("received a frame out of place.")
         finally:
@@ -162,7 +171,7 @@ class Link:
                     await asyncio.wait_for(self._wake.wait(), beat or None)
                     continue
                 except TimeoutError:
-                    frame = Beat()
+                    frame = Beat(*self._step())
             await write(encode(frame))
 
     def _part(self) -> Part | None:
@@ -185,6 +194,7 @@ class Link:
                 raise ProtocolError("received a message that was not asked for.")
             self._buffer, self._hash, self._total = io.BytesIO(), hashlib.sha256(), part.size
             self._unanswered += 1
+            self.theirs = Beat()
             self._wake.set()
         elif (part.number, part.start, part.size) != (self._got.number, self._got.size, self._total):
             raise ProtocolError("received a part of a message out of its order.")

@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,8 @@ class StreamServer:
         self._outcomes: deque[Outcome] = deque()
         self._news = threading.Event()
         self._watch: asyncio.Task[None] | None = None
+        self._steps: dict[int, tuple[int, int]] = {}
+        self.on_steps: Callable[[dict[int, tuple[int, int]]], None] = lambda steps: None
 
     def open(self) -> None:
         """Begin to listen.
@@ -264,6 +266,15 @@ class StreamServer:
                     self._lose(session, f"it gave no sign of life for {patience:.0f} s")
                 elif session.waiting and not session.connection and not session.works:
                     self._forget(session)
+            self._tell_steps()
+
+    def _tell_steps(self) -> None:
+        """Say how far the nodes are in their tasks, where that has changed."""
+        working = {session.node: session.link.theirs for session in self._sessions.values() if session.waiting}
+        steps = {node: (beat.step, beat.steps) for node, beat in working.items() if beat.steps}
+        if steps != self._steps:
+            self._steps = steps
+            self.on_steps(steps)
 
     def _lose(self, session: _Session, line: str) -> None:
         """Count a node as lost, and what it still had to do too."""

@@ -4,11 +4,16 @@ import json
 import os
 import re
 import secrets
+import shutil
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+from flwr.supercore.superexec.dependency_installer import (
+    RuntimeDependencyInstallationError,
+    install_app_dependencies,
+)
 
 from deploy.common import processes
 from fedtune_strategies.tiny.tasks import write_federation
@@ -97,3 +102,16 @@ def test_the_page_works_as_it_stands(tmp_path):
     assert {record.node for record in ledger.records("reply")} == {"alice", "bob"}
     assert (tmp_path / "federation" / "run" / "model" / "model.safetensors").exists()
     ledger.close()
+
+
+def test_flower_s_simulation_engine_is_refused_before_anything_is_installed(tmp_path, monkeypatch):
+    """`flwr run .` without a connection; Flower's own step that installs what the project file names."""
+    for name in ("pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.setenv("UV_OFFLINE", "1")  # should it not be refused, nothing is fetched
+    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flower"))
+    with pytest.raises(RuntimeDependencyInstallationError, match="name-a-connection-or-use-fedtune-demo"):
+        install_app_dependencies(tmp_path)
+    assert not list((tmp_path / "flower").rglob("site-packages"))
+    assert (ROOT / "docs" / "operations.md").read_text().count("name-a-connection-or-use-fedtune-demo") == 1

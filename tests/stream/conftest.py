@@ -43,7 +43,8 @@ class StreamingNode:
         self.number, self.blocked, self.ended, self.offers, self.tasks = number, blocked, [], [], []
         self.free = threading.Event()  # cleared, it works on its task until set
         self.free.set()
-        self.stream = Stream(self, self.ended.append)
+        self.step = (0, 0)
+        self.stream = Stream(self, self.ended.append, lambda: self.step)
 
     def __call__(self, kind, payload):
         self.tasks.append(bytes(payload[:64]))

@@ -9,7 +9,7 @@ from client_app.stream import Stream
 from deploy.common.processes import free_port
 from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.protocol.records import from_record
-from fedtune_strategies.stream.frames import METHOD, SECRET, SERVICE
+from fedtune_strategies.stream.frames import METHOD, SECRET, SERVICE, Beat, decode, encode
 from fedtune_strategies.stream.loop import call
 from fedtune_strategies.stream.offer import Offer, decode_offer
 from fedtune_strategies.stream.server import StreamServer
@@ -35,6 +35,30 @@ def test_replies_of_both_ways_are_collected_together(streams):
     expected = [(f"task-of-{node}", payload) for node in (1, 2, 3) for payload in (b"a", b"b")]
     assert [from_record(reply.content) for reply in replies] == expected
     assert not streams.grid._sent and not streams.grid._replies and not streams.grid._again
+
+
+def test_signs_of_life_say_how_far_a_task_is_until_it_is_answered(streams, quick):
+    told = []
+    streams.grid.watch_steps(told.append)
+    streams.connect(1, 2)
+    for node in (1, 2):
+        streams.nodes[node].free.clear()
+    streams.nodes[1].step = (57, 200)  # node 2's method does not say
+    keys = [streams.push(node) for node in (1, 2, 3)]
+    wait_until(lambda: told[-1:] == [{1: (57, 200)}])
+    streams.nodes[1].step = (58, 200)
+    wait_until(lambda: told[-1:] == [{1: (58, 200)}])
+    for node in (1, 2):
+        streams.nodes[node].free.set()
+    streams.pull(*keys)
+    wait_until(lambda: told[-1:] == [{}])
+
+
+@pytest.mark.parametrize("step", [(2, 1), (1, 0)])
+def test_a_step_beyond_the_last_one_ends_the_stream(step):
+    with pytest.raises(ProtocolError, match="beyond the last"):
+        decode(encode(Beat(*step)))
+    assert decode(encode(Beat(1, 2))) == Beat(1, 2)
 
 
 def test_a_broken_connection_is_made_again_and_a_task_done_once(streams):

@@ -23,7 +23,7 @@ from deploy.common.join_token import JoinToken
 from deploy.owner.consent import ALWAYS, BOUND, UNKNOWN, base_model, propose
 from deploy.owner.doctor import examine, examine_membership
 from deploy.owner.join import Membership, memberships, unregister
-from deploy.owner.node import meanings, node_config_words, run_node
+from deploy.owner.node import meanings, node_config_words, run_node, what_left
 from deploy.owner.service import install, remove, unit_file, unit_text
 from fedtune_strategies.config import parse
 from fedtune_strategies.config.node import NodeConfig, Terms, parse_node
@@ -196,14 +196,22 @@ def test_history_says_what_left_and_to_whom(membership):
 def test_the_log_of_a_supernode_is_told_in_plain_words():
     log = (
         "INFO :      SuperNode ID: 123\nWARNING :   Connection attempt failed, retrying in 5.22 seconds\n"
-        "INFO :      Connection successful after 38.82 seconds and 8 tries.\nINFO :      Sent successfully\nINFO : x\n"
+        "INFO :      Connection successful after 38.82 seconds and 8 tries.\nINFO : x\n"
     )
     assert meanings(log) == [
         "connected",
         "the server cannot be reached; trying again",
         "connected again",
-        "answered a task",
     ]
+
+
+def test_what_left_is_told_as_it_is_written_down_and_a_greeting_is_no_task():
+    row = {"event": "left", "run": "first", "round": 0, "kind": "hello-reply", "bytes": 90, "result": False}
+    work = {"round": 3, "kind": "seed-reply", "bytes": 2200, "result": True}
+    assert what_left(row) == "takes part in first"
+    assert what_left(row | work) == "round 3: worked, and replied with 2.2 kB"
+    assert what_left(row | {"kind": "failure"}) == "a task failed: the operator was told why"
+    assert what_left(row | {"kind": "ack"}) == what_left({"event": "agreed"}) == ""
 
 
 def test_a_node_s_other_keys_reach_flower_and_are_checked_before_joining(tmp_path):

@@ -1,5 +1,7 @@
 import json
+import os
 import sqlite3
+from contextlib import closing
 
 import pytest
 
@@ -10,6 +12,7 @@ from fedtune_strategies.errors import LedgerError
 from server_app import run_view
 from server_app.ledger import Ledger
 from server_app.run_view import RunView
+from server_app.steps import write_steps
 from tests.deploy.status.runs import NODES, begin, finished_run, play, pro_state, reply, report
 from tests.federations import run
 
@@ -71,6 +74,36 @@ def test_a_node_that_only_kept_a_part_had_no_turn_and_is_not_silent(tmp_path):
     assert {turn["node"]: turn["state"] for turn in shown["turns"]} == {"alice": "replied", "carol": "none"}
     assert (shown["rounds"][0]["bytes_down"], shown["rounds"][0]["bytes_up"]) == (1500, 170)
     assert (shown["rounds"][0]["replies"], shown["totals"]["bytes_down"]) == (1, 1500)
+
+
+def test_who_only_receives_is_not_counted_among_those_asked_for_a_reply(tmp_path):
+    with closing(begin(tmp_path, "fedcybgd")) as ledger:
+        ledger.append("asked", round=1, body={"nodes": dict.fromkeys(NODES, 10)})
+        ledger.append("acknowledged", round=1, node="alice", body={"kind": "ack"})  # then it has its turn
+        ledger.append("reply", round=1, node="alice", body=reply(1, "alice"))
+        ledger.append("acknowledged", round=1, node="bob", body={"kind": "ack"})
+        ledger.append("acknowledged", round=1, node="carol", body={"kind": "state-missing"})
+        assert report(tmp_path)["run"]["phase"] == "1 of 3 replied"
+        ledger.append("round", round=1, body={"metrics": {}, "files": {}})
+    shown = report(tmp_path)["rounds"][0]
+    assert (shown["replies"], shown["asked"]) == (1, 2)
+
+
+def test_the_steps_of_an_open_round_are_those_that_its_nodes_said_last(tmp_path):
+    with closing(begin(tmp_path)) as ledger:
+        play(ledger, 1)
+        view = RunView(tmp_path)
+        write_steps(tmp_path, {"alice": (200, 200)})  # of the first round
+        ledger.append("asked", round=2, body={"nodes": dict.fromkeys(("alice", "bob", "carol"), 10)})
+        os.utime(tmp_path / "steps.json", (0, 0))
+        assert view.update() and document.phase(view) == "0 of 3 replied"
+        write_steps(tmp_path, {"alice": (57, 200), "bob": (8, 200), "gone": (1, 200)})
+        assert view.update() and document.phase(view) == "0 of 3 replied, step 8/200"
+        assert [node["step"] for node in document.report(view)["nodes"]] == [(57, 200), (8, 200), None]
+        ledger.append("reply", round=2, node="bob", body=reply(2, "bob"))
+        assert view.update() and document.phase(view) == "1 of 3 replied, step 57/200"
+        (tmp_path / "steps.json").write_text("half a li")
+        assert view.update() and document.phase(view) == "1 of 3 replied" and not view.update()
 
 
 def test_refusals_are_counted_and_told(tmp_path):
