@@ -1,4 +1,4 @@
-"""Log lines for machines: with ``FEDTUNE_LOG=json`` each line is one JSON object that names run, round and node."""
+"""Log lines: for who runs a federation in a script, and for machines, as JSON that names run, round and node."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import contextlib
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import TextIO
+
+from fedtune_strategies.errors import FedTuneError
 
 VARIABLE = "FEDTUNE_LOG"
 _facts: ContextVar[dict[str, str | int] | None] = ContextVar("facts", default=None)
@@ -35,6 +38,29 @@ def about(**facts: str | int) -> Iterator[dict[str, str | int]]:
         yield _facts.get() or {}
     finally:
         _facts.reset(token)
+
+
+@contextlib.contextmanager
+def script() -> Iterator[None]:
+    """Say on standard error what happens within, a line a round; an error of FedTune is a line and the exit code.
+
+    Raises
+    ------
+    SystemExit
+        Instead of a `FedTuneError`.
+    """
+    log, handler = logging.getLogger("fedtune"), json_handler(sys.stderr) or logging.StreamHandler(sys.stderr)
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    except FedTuneError as error:
+        sys.stderr.write(f"fedtune: {error}\n")
+        raise SystemExit(error.exit_code) from None
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def json_handler(stream: TextIO) -> logging.Handler | None:

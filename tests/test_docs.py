@@ -52,6 +52,29 @@ def test_commands_and_their_options_exist(page):
             assert not words or words[0].startswith("-") or words[0].isupper(), f"{page.name}: {line}"
 
 
+GUIDES = ("README.md", "docs/guide-operator.md", "docs/guide-device-owner.md", "docs/integrator.md")
+# Run by deploy/local/test_demo and deploy/test_testing; what `pip install` names is checked by test_wheel.
+ELSEWHERE = {"git clone", "make demo", "pip install", "pytest mine", "fedtune new"}
+
+
+def test_every_command_of_readme_and_guides_is_run_by_a_test():
+    """Blocks of kind operator, owner and terminal are run by deploy/test_machines; the README's have other values."""
+    tried, shown = {}, []
+    for page in GUIDES:
+        text = re.sub(r"\\\n\s*", "", (ROOT / page).read_text())
+        for kind, block in re.findall(r"^```(?:sh)? ?(\w*)\n(.*?)^```$", text, re.M | re.S):
+            for line in re.split(r"\n| && ", block):
+                words = shlex.split(line, comments=True) if "─" not in block else []
+                if len(words) < 2 or words[0] == "cd":
+                    continue
+                name, options = " ".join(words[:2]), {word for word in words if word.startswith("--")}
+                shown.append((name, options))
+                if kind in ("operator", "owner", "terminal"):
+                    tried.setdefault(name, set()).update(options)
+    assert len(tried) == 5 and len(shown) > 12
+    assert [name for name, options in shown if name not in ELSEWHERE and not options <= tried.get(name, set())] == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "docs/integrator.md"])
 def test_the_federation_in_one_process_runs_as_shown(page, tmp_path, monkeypatch):

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from fedtune_strategies.logs import about, json_handler
+from fedtune_strategies.errors import ConfigError
+from fedtune_strategies.logs import about, json_handler, script
 from tests.federations import run
 
 
@@ -22,6 +23,16 @@ def lines(monkeypatch):
     yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
     logger.removeHandler(handler)
     logger.setLevel(before)
+
+
+def test_a_script_says_what_happens_and_ends_with_the_line_and_the_code_of_an_error(monkeypatch, capsys):
+    monkeypatch.delenv("FEDTUNE_LOG", raising=False)
+    log, before = logging.getLogger("fedtune"), logging.getLogger("fedtune").handlers[:]
+    with pytest.raises(SystemExit) as ended, script():
+        log.info("round 1: 2 replies")
+        raise ConfigError("train.lr is wrong")
+    assert ended.value.code == ConfigError.exit_code and log.handlers == before
+    assert capsys.readouterr().err == "round 1: 2 replies\nfedtune: train.lr is wrong\n"
 
 
 def test_only_where_it_is_asked_for(monkeypatch):

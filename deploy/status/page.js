@@ -80,6 +80,7 @@ function head({ run }) {
   $("place").textContent = `Round ${run.round} of ${run.rounds}${run.phase ? `: ${run.phase}` : ""}${left}; newest record ${ago(run.updated)}${run.kept === null ? "" : `; kept: round ${run.kept}`}`;
   $("message").textContent = run.message + (run.exit_code ? ` (exit code ${run.exit_code})` : "");
   $("message").hidden = !run.message;
+  $("settings").parentElement.hidden = !Object.keys(run.settings).length;
   $("settings").replaceChildren(
     ...Object.entries(run.settings).flatMap(([key, value]) => [html("dt", {}, html("code", {}, key)), html("dd", {}, String(value))]),
   );
