@@ -24,6 +24,7 @@ from deploy.commands.output import (
     show,
 )
 from deploy.commands.plan import ModelOption, methods, task_seconds
+from fedtune_strategies.errors import FedTuneError
 
 EXAMPLES = 1000  # of a node, where nobody says
 DeviceOption = Annotated[str, typer.Option(help="`cpu`, `cuda`, `cuda:1`.")]
@@ -102,13 +103,21 @@ def bench(
 ) -> None:
     """Measure this machine: one task of each method, and the way to the server."""
     given = dict(map(setting, changes or []))
-    tasks = {name: task_seconds(name, model, device, given, EXAMPLES) for name in methods()}
-    facts: dict[str, Any] = {"tasks": tasks, "link": [_link(one) for one in _joined()]}
+    tasks: dict[str, float | None] = {}
+    left_out: dict[str, str] = {}
+    for name in methods():
+        try:
+            tasks[name] = task_seconds(name, model, device, given, EXAMPLES)
+        except FedTuneError as error:  # such as a library that only this method needs
+            left_out[name] = str(error)
+    facts: dict[str, Any] = {"tasks": tasks, "left_out": left_out, "link": [_link(one) for one in _joined()]}
 
     def as_text() -> None:
         console.print(f"{model} on {device}, one task of each method; other work on the machine slows all of it")
         for name, seconds in tasks.items():
             console.print(f"  {name:26}{seconds:10.2f} s" if seconds is not None else f"  {name:26}{'-':>10}")
+        for name, line in left_out.items():
+            console.print(f"  {name:26}{line}", markup=False)
         for link in facts["link"]:
             console.print(f"  round trip to {link['address']:12}{1000 * link['seconds']:10.1f} ms, TLS included")
 

@@ -89,18 +89,26 @@ def _planned(
 
     from deploy.plan import plan as plan_method
     from fedtune_strategies.config import parse
+    from fedtune_strategies.errors import FedTuneError
     from fedtune_strategies.language.model import check_model
 
     folder, _ = check_model(model)
     available = memory * 1e9 if memory is not None else psutil.virtual_memory().available
-    rows = []
+    rows, lacking = [], {}
     for name in methods():
-        config = parse(_keys_of(name, given))
-        one = plan_method(config, folder, nodes, examples)
+        try:
+            config = parse(_keys_of(name, given))
+            one = plan_method(config, folder, nodes, examples)
+        except FedTuneError as error:  # such as a library that only this method needs
+            lacking[name] = error
+            continue
         facts = {"method": name, **asdict(one), "link_seconds": one.link_seconds(link * 1e6)}
         facts |= {"rounds": config.num_server_rounds, "fits": one.memory <= available}
         rows.append(facts | {"seconds": None, "run_seconds": None, "measured": ""})
-    return {"model": model, "nodes": nodes, "memory": available, "methods": rows}
+    if not rows:
+        raise next(iter(lacking.values()))
+    left_out = {name: str(error) for name, error in lacking.items()}
+    return {"model": model, "nodes": nodes, "memory": available, "methods": rows, "left_out": left_out}
 
 
 def _measured(facts: dict[str, Any], given: dict[str, Any], examples: int, end: float) -> Iterator[dict[str, Any]]:
@@ -160,6 +168,7 @@ def _notes(facts: dict[str, Any], measure: float) -> str:
 
     late = [row["method"] for row in facts["methods"] if row["fits"] and row["run_seconds"] is None]
     more = f"Not measured within {measure:.0f} s (--measure): {', '.join(late)}.\n" if late and measure else ""
+    more += "".join(f"Left out, {name}: {line}\n" for name, line in facts["left_out"].items())
     return (
         f"{facts['model']}, {counted(facts['nodes'], 'node')}. Of one node: memory and disk; of a round: payload\n"
         "up and down, and its time on the link; of this machine: time of a task and of the run.\n"

@@ -95,7 +95,7 @@ def _rendered(families: Callable[[], Iterator[Any]]) -> bytes:
         from prometheus_client import CollectorRegistry, generate_latest
         from prometheus_client.registry import Collector
     except ImportError:
-        raise ConfigError("metrics need the extra 'monitoring': pip install 'fedtune[monitoring]'.") from None
+        raise ConfigError("metrics need a library: pip install prometheus-client.") from None
 
     class Reports(Collector):
         def collect(self) -> Iterator[Any]:

@@ -22,7 +22,7 @@ from fedtune_strategies.config.node import NONE, NodeConfig
 from fedtune_strategies.errors import ConfigError, LinkError, ResourceError, TermsError
 
 PACKAGES = {"flwr": "1.39", "torch": "", "transformers": "", "grpcio": "", "numba": ""}
-OPTIONAL = {"numba": "rebuilding the model will be slow: pip install 'fedtune[cpu]'"}
+OPTIONAL = {"numba": "rebuilding the model will be slow: pip install numba"}
 CLOCK = 60.0  # seconds by which clocks may differ
 LEAST_DISK, LEAST_MEMORY = 2 * 10**9, 10**9
 

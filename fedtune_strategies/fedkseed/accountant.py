@@ -77,7 +77,7 @@ def epsilon(config: FedKSeedRunConfig | GradientRunConfig, asked: Iterable[tuple
         import dp_accounting
         from dp_accounting.rdp import RdpAccountant
     except ImportError:
-        raise ConfigError("'privacy.clip' needs an accountant on the server: pip install 'fedtune[privacy]'.") from None
+        raise ConfigError("'privacy.clip' needs an accountant on the server: pip install dp-accounting.") from None
     noise = dp_accounting.GaussianDpEvent(config.privacy.noise_multiplier)
     spent = [0.0]
     for rounds, examples in set(asked):

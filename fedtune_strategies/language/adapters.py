@@ -39,7 +39,7 @@ def add_adapters(model: nn.Module, rank: int, alpha: int, targets: str, seed: in
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise ConfigError("adapters need PEFT, here and on every node: pip install 'fedtune[lora]'") from None
+        raise ConfigError("adapters need PEFT, here and on every node: pip install peft") from None
     # What text does not train (a vision tower) gets no adapters.
     frozen = [name for name, module in model.named_modules() if not getattr(_weight(module), "requires_grad", True)]
     lora = LoraConfig(

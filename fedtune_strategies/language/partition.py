@@ -53,7 +53,7 @@ def partition_file(
         from datasets import Dataset
         from flwr_datasets.partitioner import DirichletPartitioner, NaturalIdPartitioner
     except ImportError:
-        raise ConfigError("partitioning needs flwr-datasets: pip install 'fedtune[experiments]'") from None
+        raise ConfigError("partitioning needs flwr-datasets: pip install flwr-datasets") from None
     records = [record for _, record in read_records(path)]
     if not records or any(column not in record for record in records):
         raise DataError(f"{path}: no column {column!r} in every row to partition by; found {', '.join(records[0])}")

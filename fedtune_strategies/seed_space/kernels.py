@@ -28,7 +28,7 @@ def kernels(device: torch.device) -> ModuleType:
     Returns
     -------
     module
-        `cpu` where numba is installed (extra ``fedtune[cpu]``), `cuda` where Triton is, otherwise `reference`.
+        `cpu` where numba is installed (extra ``cpu``), `cuda` where Triton is, otherwise `reference`.
     """
     return _fast(device.type)
 

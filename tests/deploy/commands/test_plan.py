@@ -1,4 +1,5 @@
 import json
+import sys
 
 from typer.testing import CliRunner
 
@@ -19,6 +20,13 @@ def test_every_method_is_planned_without_measuring():
     weights = (model_folder("fedtune-tiny") / "model.safetensors").stat().st_size
     assert {row["disk"] for row in found["methods"]} == {weights}
     assert all(row["seconds"] is None and row["fits"] for row in found["methods"])
+
+
+def test_a_method_whose_library_is_not_here_is_left_out_with_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    said = call("--measure", "0", "--memory", "2").stdout
+    assert "Left out, fedit: adapters need PEFT, here and on every node: pip install peft" in said
+    assert "fedkseed-pro" in said and "\nfedit" not in said
 
 
 def test_figures_come_first_and_measuring_ends_when_its_time_is_up(monkeypatch):

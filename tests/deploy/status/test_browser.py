@@ -1,4 +1,4 @@
-"""The page in a real browser. Needs Chromium and ``pip install 'fedtune[browser]'``."""
+"""The page in a real browser. Needs Chromium and ``pip install playwright``."""
 
 import shutil
 
