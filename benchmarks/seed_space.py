@@ -63,6 +63,7 @@ def operations(parameters: int, sizes: list[int], device: str) -> dict[str, Call
 
     found: dict[str, Callable[[], object]] = {
         "copy": lambda: [weights[name].copy_(tensor) for name, tensor in base.items()],
+        "read": lambda: [weight.view(-1).view(torch.int64).sum() for weight in weights.values()],
         "fingerprint": lambda: fingerprint(weights),
         f"walsh rebuild, B = K = {size}": lambda: narrow.rebuild_model(weights, base, theta),
         "add_": lambda: [weight.add_(z, alpha=1e-9) for weight in weights.values()],

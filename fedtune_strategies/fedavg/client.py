@@ -22,7 +22,7 @@ from fedtune_strategies.method import NodeContext
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.seed_space import fingerprint, make_pool, tuned_parameters
 from fedtune_strategies.shared_random import stream
-from fedtune_strategies.zeroth_order import local_steps
+from fedtune_strategies.zeroth_order import check_steps, local_steps
 
 
 class FedAvgClient:
@@ -113,6 +113,10 @@ class AdapterClient(FedAvgClient):
 
 class FedZOClient(FedAvgClient):
     """Trains all parameters by zeroth-order steps."""
+
+    def __init__(self, context: NodeContext) -> None:
+        super().__init__(context)
+        check_steps(self._model)
 
     @property
     def _upload(self) -> Codec:

@@ -22,7 +22,7 @@ from fedtune_strategies.memory import peak_memory
 from fedtune_strategies.method import NodeContext
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.seed_space import Pool, fingerprint, tuned_parameters
-from fedtune_strategies.zeroth_order import LocalSteps, local_steps
+from fedtune_strategies.zeroth_order import LocalSteps, check_steps, local_steps
 from fedtune_strategies.zeroth_order.calibrate import DIRECTIONS, Calibration, calibrate
 from fedtune_strategies.zeroth_order.estimators import Estimator
 from fedtune_strategies.zeroth_order.private import poisson_sample, private_two_sided
@@ -48,6 +48,7 @@ class FedKSeedClient:
         self._micro_batch = context.node.micro_batch
         self._pattern = self._config.train.parameters or None
         self._parameters = tuned_parameters(self._model, self._pattern)
+        check_steps(self._model, self._pattern)
         self._version = 0
         self._units = np.zeros((1, self._config.fedkseed.seeds), dtype=np.int32)
 

@@ -21,15 +21,14 @@ from numba import types
 from numba.extending import intrinsic
 
 from fedtune_strategies.seed_space.philox import BITS, MULTIPLIERS, WEYL
-from fedtune_strategies.seed_space.reference import GOLDEN, MIX, SHIFTS
+from fedtune_strategies.seed_space.reference import GOLDEN
 
 CACHED = 16384  # elements of a transform that is done in the cache; longer ones take two stages
 STRIP = 256  # columns of the second stage
 TILE = 2048  # elements that are worked on at once: fits the first-level cache
 M0, M1 = map(np.uint64, MULTIPLIERS)
 W0, W1 = map(np.uint32, WEYL)
-HIGH = np.uint64(32)
-G, (X0, X1, X2), (R0, R1, R2, R3, R4) = np.uint64(GOLDEN), map(np.uint64, MIX), map(np.uint64, SHIFTS)
+HIGH, LOW, G = np.uint64(32), np.uint64(0xFFFFFFFF), np.uint64(GOLDEN)
 PLACES = np.array([0xAAAAAAAA, 0xCCCCCCCC, 0xF0F0F0F0, 0xFF00FF00, 0xFFFF0000], np.uint32)  # bit by bit of 0 … 31
 I32, U32, F32 = np.int32, np.uint32, np.float32
 ONE, TWO, HALF, UNIT = F32(1), F32(2), F32(0.5), F32(2.0**-24)
@@ -419,12 +418,11 @@ def _sum(x):
 def word_sums(words, start):
     """See `reference.word_sums`."""
     first, second = np.uint64(0), np.uint64(0)
+    place = (np.uint64(start) + np.uint64(1)) * G
     for i in range(len(words)):
-        x = words[i] + (np.uint64(start) + np.uint64(i) + np.uint64(1)) * G
-        x = (x ^ (x >> R0)) * X0
-        x = (x ^ (x >> R1)) * X1
-        x ^= x >> R2
-        y = (x ^ (x >> R3)) * X2
+        x = words[i] + place
+        place += G
+        y = (x & LOW) * (x >> HIGH) ^ (x << HIGH | x >> HIGH)
         first += x
-        second += y ^ (y >> R4)
+        second += (y & LOW) * (y >> HIGH) ^ x
     return first, second

@@ -80,7 +80,7 @@ def _trained(parameter: nn.Parameter) -> bool:
 def fingerprint(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> str:
     """Short name of some weights: a hash of names, shapes, dtypes and every bit of the values, for one read of them.
 
-    Any change of one element changes it for certain, other changes but for a chance of about 2**-128. It is the same
+    Any change of one element changes it for certain, other changes but for a chance of 2**-50 or less. It is the same
     on every device. It tells another base model, dtype, theta or a broken kernel; it is no proof against an adversary,
     who can compute other weights with the same sums.
 

@@ -39,6 +39,25 @@ class LocalSteps:
     loss: np.ndarray
 
 
+def check_steps(model: nn.Module, pattern: str | None = None) -> None:
+    """Refuse a model whose `local_steps` would be wrong layer by layer; to be called once, when it has been loaded.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    pattern : str, optional
+        Which parameters are tuned, as in `tuned_parameters`.
+
+    Raises
+    ------
+    ModelError
+        Its steps are taken layer by layer, and it reads weights outside of their layer.
+    """
+    if not _moves_in_place(model, pattern):
+        require_reads_within_layers(model, tuned_parameters(model, pattern))
+
+
 @torch.no_grad()
 def local_steps(
     model: nn.Module,
@@ -63,11 +82,11 @@ def local_steps(
 
     - *In place*, for float32 weights: two passes over the weights for each step, since going back, the update and
       the next perturbation are one. Each addition rounds once in float32, which leaves about 1e-7 of a weight.
-    - *Layer by layer*, for 16-bit weights, weights that `accelerate` holds elsewhere, and wherever `start` is given:
-      the weights are never changed; updates and perturbations are coordinates in seed space, in float32, and every
-      layer is rebuilt from them just before it runs (`at_point`). Nothing is lost to the rounding of 16-bit weights,
-      where ``lr * g`` usually is less than half a unit in the last place. Meant for walsh pools: a gaussian pool
-      costs one more direction for every step taken.
+    - *Layer by layer*, for 16-bit weights, weights that `accelerate` holds elsewhere, and wherever `start` is given;
+      `check_steps` says whether a model can do it. The weights are never changed; updates and perturbations are
+      coordinates in seed space, in float32, and every layer is rebuilt from them just before it runs (`at_point`).
+      Nothing is lost to the rounding of 16-bit weights, where ``lr * g`` usually is less than half a unit in the last
+      place. Meant for walsh pools: a gaussian pool costs one more direction for every step taken.
 
     Parameters
     ----------
@@ -111,8 +130,6 @@ def local_steps(
         The estimator needs weights in place, or the model has operations that it cannot use.
     DivergenceError
         The loss rises and rises (`check_losses`).
-    ModelError
-        Layer by layer, and the model reads weights outside of their layer.
     """
     if in_place is None:
         in_place = start is None and _moves_in_place(model, pattern)
@@ -213,7 +230,6 @@ def _in_seed_space(
             exact[k] += c
         point.copy_(torch.from_numpy(exact))
 
-    require_reads_within_layers(model, tuned_parameters(model, pattern))
     apply([])
     with at_point(model, pool, point, pattern):
         yield apply

@@ -3,8 +3,13 @@
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
 
+from fedtune_strategies import layer_weights
+from fedtune_strategies.config import parse
+from fedtune_strategies.config.node import NodeConfig
+from fedtune_strategies.errors import ModelError
+from fedtune_strategies.method import NodeContext, load_method
 from fedtune_strategies.seed_space import make_pool, tuned_parameters
 from fedtune_strategies.zeroth_order import at_point, local_steps
 
@@ -85,3 +90,35 @@ def test_steps_of_an_offloaded_model_are_those_of_a_whole_one(config, offload, t
     whole = local_steps(make(config), POOL, loss, [IDS] * 3, [4, 9, 4], **arguments)
     spread = local_steps(offload(make(config), str(tmp_path)), POOL, loss, [IDS] * 3, [4, 9, 4], **arguments)
     assert (whole.g == spread.g).all()
+
+
+class Reaching(LlamaForCausalLM):
+    """A model that reads a layer's weight outside of the layer."""
+
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, **kwargs)
+        found.logits = found.logits + self.model.layers[0].mlp.down_proj.weight.sum()
+        return found
+
+
+@pytest.mark.parametrize("method", ["fedkseed", "fedzo"])
+def test_a_model_that_reaches_into_its_layers_is_refused_once_when_a_node_loads_it(method, monkeypatch):
+    looks = []
+
+    def client(model):
+        monkeypatch.setattr(layer_weights, "reads_within_layers", lambda *args: looks.append(1) or look(*args))
+        base = {name: value.detach().clone() for name, value in model.named_parameters()}
+        return load_method(method).client(
+            NodeContext(parse({"method.name": method}), "a", model, base, [], NodeConfig())
+        )
+
+    look = layer_weights.reads_within_layers
+    client(Reaching(CONFIGS[0]))  # in place, where nothing is exchanged
+    assert not looks
+    with pytest.raises(ModelError, match="reads weights outside of the layer"):
+        client(Reaching(CONFIGS[0]).to(torch.bfloat16))
+    model = make(CONFIGS[0], torch.bfloat16)
+    client(model)
+    for _ in range(3):
+        local_steps(model, POOL, lambda model, batch: model(batch, labels=batch).loss, [IDS], [4], eps=1e-2, lr=1e-3)
+    assert len(looks) == 2, "one look a model, none a round"
