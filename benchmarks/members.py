@@ -29,12 +29,12 @@ import torch
 from numpy.typing import NDArray
 
 from client_app.node import Node
-from fedtune_strategies.config import parse
 from fedtune_strategies.fedkseed.config import FedKSeedRunConfig
 from fedtune_strategies.fedkseed.messages import SeedReply
 from fedtune_strategies.fedkseed.packing import read_scalars
 from fedtune_strategies.fedkseed.seed_draws import draw_seeds, seed_key
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.run_config import parse
 from fedtune_strategies.testing import InMemoryGrid
 from fedtune_strategies.tiny.tasks import node_rows
 from server_app.ledger import Ledger

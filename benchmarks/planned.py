@@ -59,10 +59,10 @@ def main() -> None:
     from comparison.memory import write_model
 
     from deploy.plan import plan
-    from fedtune_strategies.config import parse
     from fedtune_strategies.language.model import load_model
     from fedtune_strategies.language.model_files import count_parameters, weight_files
     from fedtune_strategies.method import load_method
+    from fedtune_strategies.run_config import parse
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=6)

@@ -31,7 +31,6 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 
 from fedtune_strategies.admission import Node
-from fedtune_strategies.config import parse
 from fedtune_strategies.fedkseed.config import FedKSeedRunConfig
 from fedtune_strategies.fedkseed.messages import SeedReply
 from fedtune_strategies.fedkseed.strategy import FedKSeed
@@ -41,6 +40,7 @@ from fedtune_strategies.method import register_messages
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.handshake import PROTOCOL_VERSION, Hello, HelloReply
 from fedtune_strategies.protocol.records import to_record
+from fedtune_strategies.run_config import parse
 from fedtune_strategies.seed_space import fingerprint
 from fedtune_strategies.testing import Handler, InMemoryGrid
 from server_app.guard import Guard

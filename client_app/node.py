@@ -17,7 +17,6 @@ from torch import Tensor
 from client_app.history import LEFT, MODEL, History
 from client_app.terms import beyond, beyond_bytes, beyond_model, beyond_round, run_name
 from fedtune_strategies.blocks.uploads import Residuals
-from fedtune_strategies.config import from_flower, parse
 from fedtune_strategies.config.node import FIRST, PUBLIC, Terms, parse_node
 from fedtune_strategies.errors import FedTuneError, ModelError, ResourceError, TermsError
 from fedtune_strategies.folders import is_ours, remove_folder
@@ -31,6 +30,7 @@ from fedtune_strategies.method import NodeContext, register_messages
 from fedtune_strategies.model_transfer import ModelCache, as_bytes
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.door import clean
+from fedtune_strategies.run_config import from_flower, parse
 from fedtune_strategies.seed_space import fingerprint
 
 log = logging.getLogger("fedtune")

@@ -26,9 +26,10 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from client_app.node import Node
-from fedtune_strategies.config import Scalar, defaults
+from fedtune_strategies.config import Scalar
 from fedtune_strategies.language.model_files import model_folder
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.run_config import defaults
 from fedtune_strategies.testing import Handler, InMemoryGrid, Lost
 from fedtune_strategies.tiny.tasks import node_rows
 from server_app.ledger import Ledger, Record

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from fedtune_strategies.errors import ConfigError
+from fedtune_strategies.installed import points
 from fedtune_strategies.shared_random import digest
 
 if TYPE_CHECKING:  # the configuration is read where no torch is
@@ -26,8 +25,6 @@ if TYPE_CHECKING:  # the configuration is read where no torch is
     from fedtune_strategies.language.model import LanguageModel
     from fedtune_strategies.protocol.messages import Message
     from fedtune_strategies.strategy import TuningStrategy
-
-GROUP = "fedtune.methods"
 
 
 @dataclass(frozen=True)
@@ -176,29 +173,6 @@ class Method:
     panel: Callable[[Any, Mapping[str, NDArray[Any]]], Panel | None] | None = None
 
 
-@cache
-def _points() -> dict[str, EntryPoint]:
-    found: dict[str, EntryPoint] = {}
-    for point in entry_points(group=GROUP):
-        if found.setdefault(point.name, point).value != point.value:
-            raise ConfigError(
-                f"two installed packages bring a method '{point.name}' ({found[point.name].value}, {point.value}): "
-                "uninstall one."
-            )
-    return found
-
-
-def installed_methods() -> tuple[str, ...]:
-    """Return the names of all methods, FedTune's before those of other packages."""
-    own = own_methods()
-    return (*own, *sorted(set(_points()) - set(own)))
-
-
-def own_methods() -> tuple[str, ...]:
-    """Return the names of the methods that FedTune brings, sorted."""
-    return tuple(sorted(name for name, point in _points().items() if point.dist and point.dist.name == "fedtune"))
-
-
 def load_method(name: str) -> Method:
     """Load a method.
 
@@ -217,12 +191,12 @@ def load_method(name: str) -> Method:
     ConfigError
         No installed package has it, or what it names is no `Method` of that name.
     """
-    if name not in _points():
+    if name not in points():
         raise ConfigError(f"run config: no installed package brings the method '{name}': install it here too.")
-    method = _points()[name].load()
+    method = points()[name].load()
     if not isinstance(method, Method) or method.name != name:
         raise ConfigError(
-            f"run config: {_points()[name].value}, installed as the method '{name}', is no fedtune Method of that name."
+            f"run config: {points()[name].value}, installed as the method '{name}', is no fedtune Method of that name."
         )
     return method
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fedtune_strategies.config import Config, parse
+from fedtune_strategies.config import Config
 from fedtune_strategies.errors import LedgerError, ResourceError
 from fedtune_strategies.folders import check_ours, make_folder, publish_folder, remove_folder
 from fedtune_strategies.language.model import LanguageModel, save_model
 from fedtune_strategies.method import register_messages
+from fedtune_strategies.run_config import parse
 from fedtune_strategies.seed_space import tuned_parameters
 from fedtune_strategies.words import counted
 from server_app.base_model import load_base

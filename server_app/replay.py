@@ -10,10 +10,10 @@ import safetensors.torch
 from flwr.app import ArrayRecord, ConfigRecord
 
 from fedtune_strategies.admission import Node
-from fedtune_strategies.config import parse
 from fedtune_strategies.errors import LedgerError
 from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.method import register_messages
+from fedtune_strategies.run_config import parse
 from fedtune_strategies.seed_space import tuned_parameters
 from fedtune_strategies.strategy import TuningStrategy
 from fedtune_strategies.testing import InMemoryGrid

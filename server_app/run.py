@@ -13,7 +13,7 @@ from typing import Any
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
-from fedtune_strategies.config import Config, defaults, from_flower, parse
+from fedtune_strategies.config import Config
 from fedtune_strategies.errors import DivergenceError, FedTuneError, LedgerError
 from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.folders import check_ours
@@ -21,6 +21,7 @@ from fedtune_strategies.language.model import check_context
 from fedtune_strategies.logs import about
 from fedtune_strategies.method import register_messages
 from fedtune_strategies.model_transfer import ModelSource
+from fedtune_strategies.run_config import defaults, from_flower, parse
 from fedtune_strategies.seed_space import tuned_parameters
 from fedtune_strategies.stream.grid import streaming
 from server_app.base_model import KIND, load_base

@@ -14,8 +14,9 @@ import hypothesis
 import pytest
 import torch
 
-from fedtune_strategies.config import defaults
-from fedtune_strategies.method import own_methods, register_messages
+from fedtune_strategies.installed import own_methods
+from fedtune_strategies.method import register_messages
+from fedtune_strategies.run_config import defaults
 from tests.models import CONFIGS, make_model, make_tokenizer
 
 torch.set_num_threads(1)

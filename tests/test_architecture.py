@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune_strategies.method import own_methods
+from fedtune_strategies.installed import own_methods
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("client_app", "server_app", "fedtune_strategies", "deploy")
@@ -80,6 +80,11 @@ def test_no_side_of_deploy_reaches_into_another(room):
 def test_mathematics_takes_tensors_and_numbers(name):
     assert not any(module.startswith("fedtune_strategies.config") for module in imported(name))
     assert not any(re.match(r"fedtune_strategies\.fed\w+", module) for module in imported(name))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("fedtune_strategies/config/")])
+def test_a_configuration_is_declared_without_any_method(name):
+    assert not any(module.startswith("fedtune_strategies.method") for module in imported(name))
 
 
 def folder(name):

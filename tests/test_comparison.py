@@ -13,8 +13,8 @@ from comparison.protocols import PROTOCOLS, Entrant, Files, Protocol
 from comparison.report import _apart, interval, read_lines, write_report
 from comparison.runs import Study
 
-from fedtune_strategies.config import parse
 from fedtune_strategies.protocol import messages
+from fedtune_strategies.run_config import parse
 
 
 @pytest.mark.parametrize("name", sorted(PROTOCOLS))

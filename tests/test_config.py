@@ -5,9 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune_strategies.config import Config, app_defaults, as_toml, defaults, from_flower, keys, parse
+from fedtune_strategies.config import Config
 from fedtune_strategies.errors import ConfigError
-from fedtune_strategies.method import load_method, own_methods
+from fedtune_strategies.installed import own_methods
+from fedtune_strategies.method import load_method
+from fedtune_strategies.run_config import app_defaults, as_toml, defaults, from_flower, keys, parse
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 

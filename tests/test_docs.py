@@ -12,8 +12,8 @@ import pytest
 import typer
 
 from deploy.cli import app
-from fedtune_strategies.config import app_defaults
 from fedtune_strategies.errors import FedTuneError
+from fedtune_strategies.run_config import app_defaults
 from fedtune_strategies.tiny.tasks import write_federation
 
 ROOT = Path(__file__).parents[1]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fedtune_strategies.config import parse
-from fedtune_strategies.method import own_methods
+from fedtune_strategies.installed import own_methods
+from fedtune_strategies.run_config import parse
 from tests.test_config import flatten
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -16,8 +16,8 @@ from typing import Any
 
 from deploy.local.smollm2 import NAME as SMOLLM2
 from deploy.local.smollm2 import fetch_smollm2, smollm2_folder
-from fedtune_strategies.config import defaults
 from fedtune_strategies.language.partition import partition_file
+from fedtune_strategies.run_config import defaults
 from fedtune_strategies.tiny.tasks import write_federation
 
 ROOT = Path(__file__).parents[2]
@@ -281,7 +281,7 @@ PROTOCOLS = {
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Read a configuration file as `fedtune_strategies.config.parse` takes it: flat."""
+    """Read a configuration file as `fedtune_strategies.run_config.parse` takes it: flat."""
 
     def flat(table: dict[str, Any], prefix: str) -> dict[str, Any]:
         parts = [

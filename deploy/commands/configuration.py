@@ -30,7 +30,7 @@ def config(
 
     PATTERN keeps the keys that contain it: `fedtune config train --method fedcybgd`.
     """
-    from fedtune_strategies.config import app_defaults, as_toml, defaults
+    from fedtune_strategies.run_config import app_defaults, as_toml, defaults
 
     if write:
         write.write_text(with_run_config(write.read_text(), as_toml(app_defaults())))
@@ -59,7 +59,7 @@ def with_run_config(project: str, table: str) -> str:
 
 
 def _show_keys(pattern: str, method: str, form: Format) -> None:
-    from fedtune_strategies.config import keys
+    from fedtune_strategies.run_config import keys
 
     shown = [key for key in keys(method) if pattern in key.name]
     if not shown:

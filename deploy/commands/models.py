@@ -76,8 +76,8 @@ def evaluate(
 
 
 def _evaluated(model: str, settings: dict[str, Any]) -> dict[str, Any]:
-    from fedtune_strategies.config import parse
     from fedtune_strategies.language.model import load_model
+    from fedtune_strategies.run_config import parse
     from server_app.evaluation import evaluate as measure
     from server_app.evaluation import load_held_out
 

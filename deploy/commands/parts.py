@@ -21,10 +21,10 @@ def parts(
     For example `fedtune parts MODEL --method fedcybgd --set fedcybgd.layers-per-block=2`.
     """
     from deploy.plan import structure
-    from fedtune_strategies.config import parse
     from fedtune_strategies.errors import ConfigError
     from fedtune_strategies.language.model_files import model_folder
     from fedtune_strategies.method import load_method
+    from fedtune_strategies.run_config import parse
 
     list_parts = load_method(method).parts
     if list_parts is None:

@@ -56,16 +56,17 @@ def plan(
 
 def methods() -> list[str]:
     """The methods that say what they cost."""
-    from fedtune_strategies.method import installed_methods, load_method
+    from fedtune_strategies.installed import installed_methods
+    from fedtune_strategies.method import load_method
 
     return [name for name in installed_methods() if load_method(name).cost is not None]
 
 
 def task_seconds(name: str, model: str, device: str, given: dict[str, Any], examples: int) -> float | None:
     """Time one task of a method on this machine; None where the method does not say how."""
-    from fedtune_strategies.config import parse
     from fedtune_strategies.language.model import load_model
     from fedtune_strategies.method import load_method
+    from fedtune_strategies.run_config import parse
 
     method = load_method(name)
     if method.seconds is None:
@@ -76,7 +77,7 @@ def task_seconds(name: str, model: str, device: str, given: dict[str, Any], exam
 
 def _keys_of(method: str, given: dict[str, Any]) -> dict[str, Any]:
     """Keep of the given keys those that a method reads: one command line serves several methods."""
-    from fedtune_strategies.config import defaults
+    from fedtune_strategies.run_config import defaults
 
     known = defaults(method)
     return {key: value for key, value in given.items() if key in known} | {"method.name": method}
@@ -88,9 +89,9 @@ def _planned(
     import psutil
 
     from deploy.plan import plan as plan_method
-    from fedtune_strategies.config import parse
     from fedtune_strategies.errors import FedTuneError
     from fedtune_strategies.language.model import check_model
+    from fedtune_strategies.run_config import parse
 
     folder, _ = check_model(model)
     available = memory * 1e9 if memory is not None else psutil.virtual_memory().available

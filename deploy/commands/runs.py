@@ -26,8 +26,9 @@ from deploy.commands.output import (
 )
 from deploy.commands.serve import FolderOption
 from deploy.common.paths import server_folder
-from fedtune_strategies.config import Scalar, defaults, keys
-from fedtune_strategies.method import installed_methods
+from fedtune_strategies.config import Scalar
+from fedtune_strategies.installed import installed_methods
+from fedtune_strategies.run_config import defaults, keys
 
 DetachOption = Annotated[bool, typer.Option("--detach", help="Submit and return; `fedtune status` shows the rest.")]
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from fedtune_strategies.config import Scalar, as_toml, defaults
+from fedtune_strategies.config import Scalar
+from fedtune_strategies.run_config import as_toml, defaults
 
 
 def write_app(folder: Path, settings: Mapping[str, Scalar]) -> Path:

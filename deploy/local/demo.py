@@ -18,9 +18,10 @@ from deploy.local.proxy import Traffic
 from deploy.local.report import Result, as_facts, markdown, samples, summarise, table
 from deploy.local.smollm2 import NAME, fetch_smollm2, smollm2_folder
 from deploy.status.page import write_page
-from fedtune_strategies.config import Scalar, parse
+from fedtune_strategies.config import Scalar
 from fedtune_strategies.errors import ConfigError, DataError, ResourceError
 from fedtune_strategies.folders import check_ours, make_folder, remove_folder
+from fedtune_strategies.run_config import parse
 from fedtune_strategies.words import counted
 
 # What suits a model and two cores, by method; everything else is as in the run configuration.

@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Template
 
 from fedtune_strategies.errors import ConfigError, ResourceError
-from fedtune_strategies.method import installed_methods
+from fedtune_strategies.installed import installed_methods
 
 # Template, and the name of the file that it becomes.
 FILES = {"pyproject.txt": "pyproject.toml", "method.txt": "{name}.py", "test_method.txt": "test_{name}.py"}

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from deploy.common.paths import write_json
-from fedtune_strategies.config import Scalar, parse
+from fedtune_strategies.config import Scalar
 from fedtune_strategies.errors import FedTuneError
+from fedtune_strategies.run_config import parse
 from server_app.ledger import Ledger
 
 EXAMPLES = 1000  # of a node, for the plan: nobody knows them yet

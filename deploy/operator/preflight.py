@@ -11,12 +11,13 @@ from deploy.common.units import size
 from deploy.operator.announcement import EXAMPLES
 from deploy.operator.members import Members
 from deploy.plan import plan
-from fedtune_strategies.config import Scalar, parse
+from fedtune_strategies.config import Scalar
 from fedtune_strategies.errors import LedgerError, NodesError, ResourceError
 from fedtune_strategies.language.data import read_rows
 from fedtune_strategies.language.model import check_model
 from fedtune_strategies.language.model_files import count_parameters, model_folder, weight_files, weights_dtype
 from fedtune_strategies.method import load_method
+from fedtune_strategies.run_config import parse
 from fedtune_strategies.words import counted
 
 

@@ -14,8 +14,9 @@ from deploy.common.paths import newest_runs, runs_folder
 from deploy.common.processes import told_on_ctrl_c
 from deploy.operator.announcement import announce
 from deploy.operator.members import Members
-from fedtune_strategies.config import Scalar, defaults
+from fedtune_strategies.config import Scalar
 from fedtune_strategies.errors import FedTuneError, LedgerError, LinkError, RunError, error_from_code
+from fedtune_strategies.run_config import defaults
 from server_app.ledger import Ledger
 from server_app.run_view import RunView
 

@@ -15,14 +15,16 @@ import psutil
 from client_app.terms import Agreement, agreement_to
 from deploy.common.units import size
 from deploy.owner.join import Membership
-from fedtune_strategies.config import Config, parse
+from fedtune_strategies.config import Config
 from fedtune_strategies.config.node import ALL, ANY, Terms
 from fedtune_strategies.config.options import options
 from fedtune_strategies.cost import ENVELOPE, Cost
 from fedtune_strategies.errors import FedTuneError, ModelError
+from fedtune_strategies.installed import installed_methods
 from fedtune_strategies.language.model_files import model_folder
-from fedtune_strategies.method import installed_methods, load_method
+from fedtune_strategies.method import load_method
 from fedtune_strategies.protocol.door import clean
+from fedtune_strategies.run_config import parse
 
 # With every reply, whatever the method.
 ALWAYS = [

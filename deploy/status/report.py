@@ -10,9 +10,9 @@ from typing import Any
 
 import safetensors.numpy
 
-from fedtune_strategies.config import defaults, parse
 from fedtune_strategies.errors import FedTuneError
 from fedtune_strategies.method import load_method
+from fedtune_strategies.run_config import defaults, parse
 from server_app.ledger import Ledger
 from server_app.run_view import TURNS, Evaluation, NodeView, Round, RunView, Turn
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fedtune_strategies.blocks.codec_config import UPLOADS
 from fedtune_strategies.config.options import option
 from fedtune_strategies.errors import ConfigError
-from fedtune_strategies.method import installed_methods
+from fedtune_strategies.installed import installed_methods
 from fedtune_strategies.stream.offer import is_address
 
 

@@ -16,13 +16,13 @@ from client_app.node import Node
 from client_app.terms import Agreement, Spent, agreement_to, beyond
 from client_app.worker import Service
 from client_app.worker_client import WorkerSpec
-from fedtune_strategies.config import parse
 from fedtune_strategies.config.node import ALL, NONE, Terms
 from fedtune_strategies.errors import DataError, ResourceError, TermsError
 from fedtune_strategies.fedkseed.messages import SeedReply, SeedTask
 from fedtune_strategies.fedkseed.packing import pack
-from fedtune_strategies.method import installed_methods
+from fedtune_strategies.installed import installed_methods
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.run_config import parse
 from fedtune_strategies.testing import InMemoryGrid
 from server_app.run import execute
 from tests.federations import final_state, make_grid

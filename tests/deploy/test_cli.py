@@ -12,8 +12,8 @@ from deploy.cli import app
 from deploy.commands.configuration import with_run_config
 from deploy.common import processes
 from deploy.local import demo
-from fedtune_strategies.config import app_defaults, as_toml, defaults, keys
 from fedtune_strategies.errors import ConfigError, PortError, ResourceError
+from fedtune_strategies.run_config import app_defaults, as_toml, defaults, keys
 
 
 def call(*arguments):

@@ -6,13 +6,14 @@ import pytest
 
 from deploy.plan import plan, shape_of
 from fedtune_strategies.blocks.codec_config import parse_codec
-from fedtune_strategies.config import parse
 from fedtune_strategies.cost import Cost
 from fedtune_strategies.fedcybgd.cost import coded_bytes
 from fedtune_strategies.fedkseed.cost import change_bytes
+from fedtune_strategies.installed import own_methods
 from fedtune_strategies.language.model import load_model
 from fedtune_strategies.language.model_files import model_folder
-from fedtune_strategies.method import load_method, own_methods
+from fedtune_strategies.method import load_method
+from fedtune_strategies.run_config import parse
 from tests.federations import run
 
 

@@ -18,7 +18,8 @@ from deploy.testing import (
     assert_same_over_the_network,
 )
 from fedtune_strategies.errors import ConfigError, ResourceError
-from fedtune_strategies.method import Method, _points, installed_methods
+from fedtune_strategies.installed import installed_methods, points
+from fedtune_strategies.method import Method
 from fedtune_strategies.strategy import State
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "signvote"
@@ -37,11 +38,11 @@ def install(tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(str(folder))
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), str(folder)]))
         monkeypatch.delitem(sys.modules, module, raising=False)
-        _points.cache_clear()
+        points.cache_clear()
 
     yield put
     monkeypatch.undo()
-    _points.cache_clear()
+    points.cache_clear()
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from fedtune_strategies.config import parse
 from fedtune_strategies.fedkseed.packing import read_scalars
 from fedtune_strategies.fedkseed.pools import rebuild
 from fedtune_strategies.language.model import base_tensors, load_model
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.run_config import parse
 from tests.federations import run
 
 

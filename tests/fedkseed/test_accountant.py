@@ -4,12 +4,12 @@ import math
 
 import pytest
 
-from fedtune_strategies.config import defaults, parse
 from fedtune_strategies.errors import ConfigError
 from fedtune_strategies.fedkseed import gradient_client
 from fedtune_strategies.fedkseed.accountant import epsilon
 from fedtune_strategies.language.loss import response_loss
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.run_config import defaults, parse
 from tests.federations import final_state, run
 
 pytest.importorskip("dp_accounting", reason="the extra 'privacy' is not installed")

@@ -5,12 +5,12 @@ import pytest
 import torch
 from flwr.app import ConfigRecord
 
-from fedtune_strategies.config import parse
 from fedtune_strategies.fedkseed.messages import SeedReply
 from fedtune_strategies.fedkseed.seed_draws import draw_seeds, seed_key
 from fedtune_strategies.fedkseed.strategy import FedKSeed
 from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.protocol.flower import task
+from fedtune_strategies.run_config import parse
 from fedtune_strategies.strategy import arrays_of, settings_of
 from fedtune_strategies.testing import InMemoryGrid
 from tests.federations import final_state, run

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fedtune_strategies.config import parse
 from fedtune_strategies.config.node import NodeConfig
 from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.fedkseed.client import FedKSeedClient
@@ -15,6 +14,7 @@ from fedtune_strategies.fedkseed.messages import SeedTask
 from fedtune_strategies.fedkseed.pools import pool_number
 from fedtune_strategies.fedkseed.versions import Versions
 from fedtune_strategies.method import NodeContext
+from fedtune_strategies.run_config import parse
 
 K = 8
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 
-from fedtune_strategies.config import parse
 from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.fedkseed.seed_draws import check_secret, draw_seeds, seed_key
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.run_config import parse
 from server_app.replay import replay
 from tests.federations import run
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune_strategies.config import defaults, parse
 from fedtune_strategies.config.node import NodeConfig
 from fedtune_strategies.errors import ConfigError, DivergenceError, FingerprintError, ProtocolError
 from fedtune_strategies.fedkseed.gradient_client import SeedGradientClient
@@ -15,6 +14,7 @@ from fedtune_strategies.fedkseed.messages import GradientReply, GradientTask
 from fedtune_strategies.method import NodeContext, register_messages
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.flower import task
+from fedtune_strategies.run_config import defaults, parse
 from fedtune_strategies.seed_gradient import encode
 from fedtune_strategies.seed_space import tuned_parameters
 from fedtune_strategies.strategy import arrays_of

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune_strategies.config import parse
 from fedtune_strategies.fedkseed.pools import nth_pool, pool_number, rebuild
+from fedtune_strategies.run_config import parse
 from fedtune_strategies.seed_space import make_pool
 
 K = 16

@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from fedtune_strategies.config import parse
 from fedtune_strategies.fedkseed.messages import SeedReply
 from fedtune_strategies.fedkseed.screening import amplitude, clipped, in_line, running_amplitude
 from fedtune_strategies.fedkseed.seed_draws import draw_seeds, seed_key
 from fedtune_strategies.fedkseed.strategy import FedKSeed
 from fedtune_strategies.protocol.flower import task
+from fedtune_strategies.run_config import parse
 from fedtune_strategies.testing import InMemoryGrid
 
 K, TAU = 64, 20

@@ -9,13 +9,13 @@ from flwr.serverapp.strategy import FedMedian
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune_strategies.config import parse
 from fedtune_strategies.errors import ConfigError, ProtocolError
 from fedtune_strategies.fedkseed.messages import SeedReply
 from fedtune_strategies.fedkseed.pro import FedKSeedPro
 from fedtune_strategies.fedkseed.seed_draws import LEVELS, MAX_ODDS, draw_seeds, mean_amplitude
 from fedtune_strategies.fedkseed.strategy import FedKSeed
 from fedtune_strategies.protocol.flower import task
+from fedtune_strategies.run_config import parse
 from fedtune_strategies.testing import InMemoryGrid
 
 K, TAU, ETA = 32, 8, 0.25

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fedtune_strategies.config import parse
 from fedtune_strategies.errors import ConfigError, ModelError
+from fedtune_strategies.run_config import parse
 from tests.federations import final_state, run
 
 

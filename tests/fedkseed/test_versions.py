@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from fedtune_strategies.config import parse
 from fedtune_strategies.fedkseed.messages import SeedReply
 from fedtune_strategies.fedkseed.packing import unpack
 from fedtune_strategies.fedkseed.pro import FedKSeedPro
@@ -17,6 +16,7 @@ from fedtune_strategies.fedkseed.versions import LARGEST, Versions, round_move, 
 from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.records import from_record, to_record
+from fedtune_strategies.run_config import parse
 from fedtune_strategies.strategy import arrays_of
 from fedtune_strategies.testing import InMemoryGrid
 

@@ -19,16 +19,17 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune_strategies.config import Config, keys, parse
+from fedtune_strategies.config import Config
 from fedtune_strategies.config.node import parse_node
 from fedtune_strategies.errors import ConfigError, DataError, FedTuneError, LedgerError, ProtocolError
 from fedtune_strategies.fedkseed.packing import unpack
+from fedtune_strategies.installed import own_methods
 from fedtune_strategies.language import data_files
 from fedtune_strategies.language.data import read_rows
 from fedtune_strategies.language.data_files import READERS
-from fedtune_strategies.method import own_methods
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.records import from_record
+from fedtune_strategies.run_config import keys, parse
 from server_app.ledger import Ledger
 from tests.fuzz.guided import explore
 from tests.protocol.test_messages import EXAMPLES

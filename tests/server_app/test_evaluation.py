@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from fedtune_strategies.config import parse
 from fedtune_strategies.language.data import Row
 from fedtune_strategies.language.model import load_model
+from fedtune_strategies.run_config import parse
 from server_app.evaluation import _spread, evaluate, load_held_out
 from tests.conftest import write_rows
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fedtune_strategies.config import parse
 from fedtune_strategies.errors import ConfigError, DivergenceError, NodesError
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.run_config import parse
 from fedtune_strategies.testing import InMemoryGrid
 from server_app.export import export_round
 from server_app.guard import Guard

@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from deploy.cli import app
-from fedtune_strategies.config import parse
 from fedtune_strategies.errors import LedgerError
 from fedtune_strategies.fedkseed.moved import Moved
 from fedtune_strategies.fedkseed.pools import rebuild
 from fedtune_strategies.fedkseed.seed_draws import draw_seeds, seed_key
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.run_config import parse
 from fedtune_strategies.seed_gradient import decode
 from server_app.replay import replay
 from tests.federations import run

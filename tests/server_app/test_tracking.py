@@ -6,8 +6,8 @@ import logging
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fedtune_strategies.config import parse
 from fedtune_strategies.errors import ConfigError
+from fedtune_strategies.run_config import parse
 from server_app import tracking as tracking_module
 from server_app.tracking import tracking
 from tests.deploy.status.runs import begin, play

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune_strategies.config import parse
 from fedtune_strategies.config.node import NodeConfig
 from fedtune_strategies.fedkseed.client import FedKSeedClient
 from fedtune_strategies.fedkseed.messages import SeedTask
@@ -12,6 +11,7 @@ from fedtune_strategies.fedkseed.packing import pack, read_scalars
 from fedtune_strategies.fedkseed.strategy import FedKSeed
 from fedtune_strategies.language.examples import Examples
 from fedtune_strategies.method import NodeContext
+from fedtune_strategies.run_config import parse
 from fedtune_strategies.seed_space import make_pool, tuned_parameters
 from fedtune_strategies.strategy import arrays_of
 from fedtune_strategies.zeroth_order import local_steps

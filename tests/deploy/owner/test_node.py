@@ -25,11 +25,11 @@ from deploy.owner.doctor import examine, examine_membership
 from deploy.owner.join import Membership, memberships, unregister
 from deploy.owner.node import meanings, node_config_words, run_node, what_left
 from deploy.owner.service import install, remove, unit_file, unit_text
-from fedtune_strategies.config import parse
 from fedtune_strategies.config.node import NodeConfig, Terms, parse_node
 from fedtune_strategies.cost import Cost
 from fedtune_strategies.errors import ConfigError, DataError, LinkError, ProtocolError, ResourceError, TermsError
-from fedtune_strategies.method import installed_methods
+from fedtune_strategies.installed import installed_methods
+from fedtune_strategies.run_config import parse
 
 
 @pytest.fixture(autouse=True)

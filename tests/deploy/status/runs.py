@@ -4,8 +4,8 @@ import numpy as np
 import safetensors.torch
 
 from deploy.status import report as document
-from fedtune_strategies.config import defaults, parse
 from fedtune_strategies.fedkseed.pro import FedKSeedPro
+from fedtune_strategies.run_config import defaults, parse
 from server_app.ledger import Ledger
 from server_app.run_view import RunView
 

@@ -7,8 +7,8 @@ import pytest
 
 from deploy.common.paths import newest_runs
 from deploy.status import report as document
-from fedtune_strategies.config import defaults
 from fedtune_strategies.errors import LedgerError
+from fedtune_strategies.run_config import defaults
 from server_app import run_view
 from server_app.ledger import Ledger
 from server_app.run_view import RunView
