@@ -2,6 +2,8 @@
 
 import ast
 import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -124,6 +126,15 @@ def test_no_import_goes_round_in_a_circle():
     while free := [module for module, needs in graph.items() if not needs]:
         graph = {module: needs - {*free} for module, needs in graph.items() if module not in free}
     assert not graph, f"these import each other: {sorted(graph)}"
+
+
+def test_every_package_that_is_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [line for lines in project["optional-dependencies"].values() for line in lines]
+    declared = {re.split(r"[^\w.-]", line)[0].replace("-", "_").lower() for line in project["dependencies"] + extras}
+    roots = {module.partition(".")[0].lower() for name in NAMES for module in imported(name)}
+    assert roots - {name.lower() for name in sys.stdlib_module_names} - {*PACKAGES} - {"grpc"} <= declared
+    assert "grpcio" in declared
 
 
 def test_no_private_flower_module_on_the_nodes_path():

@@ -6,10 +6,10 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from fedtune_strategies import layer_weights
-from fedtune_strategies.config import parse
 from fedtune_strategies.config.node import NodeConfig
 from fedtune_strategies.errors import ModelError
 from fedtune_strategies.method import NodeContext, load_method
+from fedtune_strategies.run_config import parse
 from fedtune_strategies.seed_space import make_pool, tuned_parameters
 from fedtune_strategies.zeroth_order import at_point, local_steps
 
