@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("server_app/", "client_app/", "fedtune_strategies/", "deploy/")
 BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
 # What starts containers and services: it is used from a clone.
-FROM_A_CLONE = tuple(f"deploy/{name}/" for name in ("compose", "docker", "kubernetes", "slurm", "systemd"))
+FROM_A_CLONE = tuple(f"deploy/{name}/" for name in ("compose", "docker", "kubernetes", "systemd"))
 
 
 @pytest.fixture(scope="module")

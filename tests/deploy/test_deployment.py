@@ -22,7 +22,7 @@ DOCKERFILES = sorted((DEPLOY / "docker").glob("*.Dockerfile"))
 COMPOSE = sorted((DEPLOY / "compose").glob("*.yaml"))
 OVERLAYS = sorted(path.parent for path in (DEPLOY / "kubernetes").glob("*/kustomization.yaml"))
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")  # beside this Python, which need not be on the path
-SCRIPTS = [*sorted((DEPLOY / "docker").glob("*.sh")), *sorted((DEPLOY / "slurm").glob("*.sbatch"))]
+SCRIPTS = sorted((DEPLOY / "docker").glob("*.sh"))
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
 
 

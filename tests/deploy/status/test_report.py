@@ -106,6 +106,17 @@ def test_the_steps_of_an_open_round_are_those_that_its_nodes_said_last(tmp_path)
         assert view.update() and document.phase(view) == "1 of 3 replied" and not view.update()
 
 
+def test_bytes_that_no_reply_accounts_for_are_in_the_totals(tmp_path):
+    finished_run(tmp_path, rounds=1)
+    before = report(tmp_path)["totals"]
+    with closing(Ledger(tmp_path)) as ledger:
+        ledger.append("joined", node="bob", body={"reason": "joined", "bytes_down": 4_000})  # the base model
+        ledger.append("lost", node="bob", body={"reason": "did not answer", "bytes_down": 300})
+        ledger.append("refused", round=1, node="bob", body={"reason": "no", "bytes_down": 20, "bytes_up": 7})
+    after = report(tmp_path)["totals"]
+    assert (after["bytes_down"] - before["bytes_down"], after["bytes_up"] - before["bytes_up"]) == (4_320, 7)
+
+
 def test_refusals_are_counted_and_told(tmp_path):
     ledger = begin(tmp_path)
     ledger.append("refused", node="node 0012", body={"reason": "holds another base model"})

@@ -1,8 +1,11 @@
 import contextlib
 import gzip
 import json
+import os
 import socket
 import ssl
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -148,6 +151,18 @@ def test_metrics_are_those_of_the_ledger(tmp_path):
     assert samples["fedtune_run_state", "finished"] == 1 and samples["fedtune_run_state", "running"] == 0
     assert samples["fedtune_node_state", "alice", "present"] == 1
     assert samples["fedtune_node_peak_memory_bytes", "carol"] == 10**8
+
+
+def test_a_container_is_healthy_while_its_page_answers_plain_or_not(tmp_path):
+    def code(port):
+        environment = os.environ | {"FEDTUNE_STATUS": f"127.0.0.1:{port}"}
+        return subprocess.run([sys.executable, "deploy/docker/server-healthy.py"], env=environment).returncode
+
+    finished_run(tmp_path)
+    with page(tmp_path) as url:
+        port = urlsplit(url).port
+        assert code(port) == 0
+    assert code(port) != 0
 
 
 def test_a_ledger_that_cannot_be_read_is_a_row_beside_the_others(tmp_path):
