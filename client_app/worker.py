@@ -26,7 +26,7 @@ import psutil
 from client_app.node import Node, note_failure, with_folder
 from client_app.stats import Stats
 from client_app.stream import Stream
-from client_app.worker_client import DO, FOLLOW, GRPC_OPTIONS, SERVICE, WorkerSpec, running_worker
+from client_app.worker_client import DO, FOLLOW, GRPC_OPTIONS, SERVICE, WorkerSpec, running_worker, start_of
 from fedtune_strategies.config.node import parse_node
 from fedtune_strategies.errors import FedTuneError, ProtocolError, ResourceError
 from fedtune_strategies.folders import keep_private, make_folder, remove_folder
@@ -112,10 +112,10 @@ def serve(folder: Path, host_pid: int) -> None:
     stream = Stream(service.do, ending.put, service.step)
     server = grpc.server(ThreadPoolExecutor(max_workers=1), options=GRPC_OPTIONS)
     server.add_generic_rpc_handlers((_handlers(service, stream),))
-    me = psutil.Process()
+    me = os.getpid()
     identity = folder / "worker.json"
     partial = identity.with_suffix(".partial")
-    partial.write_text(json.dumps({"pid": me.pid, "created": me.create_time(), "key": spec.key()}))
+    partial.write_text(json.dumps({"pid": me, "started": start_of(me), "key": spec.key()}))
     partial.replace(identity)
     signal.signal(signal.SIGTERM, lambda *_: ending.put("asked to"))
     server.add_insecure_port(f"unix:{folder / f'{spec.key()}.sock'}")

@@ -117,7 +117,21 @@ def runtime_folder(host: psutil.Process) -> Path:
     ResourceError
         The folder cannot be made, or belongs to somebody else.
     """
-    return private_runtime_folder(f"{host.pid}-{int(host.create_time())}")
+    return private_runtime_folder(f"{host.pid}-{start_of(host.pid)}")
+
+
+def start_of(pid: int) -> int:
+    """Return when a process started; on Linux in ticks since the machine did, which no setting of its clock changes.
+
+    Raises
+    ------
+    psutil.NoSuchProcess
+        There is none of this id.
+    """
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return int(psutil.Process(pid).create_time())
 
 
 def running_worker(folder: Path) -> tuple[psutil.Process, str] | None:
@@ -125,7 +139,7 @@ def running_worker(folder: Path) -> tuple[psutil.Process, str] | None:
     try:
         identity = json.loads((folder / "worker.json").read_text())
         process = psutil.Process(identity["pid"])
-        return (process, identity["key"]) if abs(process.create_time() - identity["created"]) < 1.0 else None
+        return (process, identity["key"]) if start_of(process.pid) == identity["started"] else None
     except (OSError, ValueError, psutil.NoSuchProcess):
         return None
 
@@ -166,7 +180,7 @@ def _sweep(root: Path) -> None:
         pid, _, created = folder.name.partition("-")
         if pid.isdigit() and created.isdigit():
             try:
-                alive = int(psutil.Process(int(pid)).create_time()) == int(created)
+                alive = start_of(int(pid)) == int(created)
             except psutil.NoSuchProcess:
                 alive = False
             if not alive:

@@ -44,7 +44,7 @@ def private_runtime_folder(name: str) -> Path:
         It cannot be made, or belongs to somebody else.
     """
     # Where the path really leads: a link in it could be pointed elsewhere after we have looked.
-    base = Path(os.path.realpath(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()))
+    base = Path(os.path.realpath(_given_runtime_folder() or tempfile.gettempdir()))
     root = base / f"fedtune-{os.getuid()}"
     try:
         for folder in [*reversed(base.parents), base, root]:
@@ -57,6 +57,13 @@ def private_runtime_folder(name: str) -> Path:
         raise ResourceError(
             f"cannot use {root / name}: {error.strerror}; set XDG_RUNTIME_DIR to a folder of yours."
         ) from None
+
+
+def _given_runtime_folder() -> str:
+    """Return the session's runtime folder; empty where there is none, since it goes when its user logs out."""
+    given = os.environ.get("XDG_RUNTIME_DIR", "")
+    nearest = next((folder for folder in (Path(given), *Path(given).parents) if folder.exists()), Path())
+    return given if nearest == Path(given) or os.access(nearest, os.W_OK) else ""
 
 
 def _check_owner(folder: Path, owners: tuple[int, ...]) -> None:

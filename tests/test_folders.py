@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -93,4 +94,16 @@ def test_a_runtime_folder_is_made_below_no_folder_and_no_link_of_another_user(tm
     assert (precious / "mine.txt").read_text() == "precious" and not (precious / "1-2").exists()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
     folder = private_runtime_folder("1-2")
+    remove_folder(folder.parent / "1-2")
+    folder.parent.rmdir()
+    folder.parent.parent.rmdir()  # as at a logout
+    assert private_runtime_folder("1-2") == folder
     assert {path.stat().st_mode & 0o777 for path in (folder, folder.parent)} == {0o700}
+
+
+def test_without_the_session_s_runtime_folder_the_temporary_one_is_taken(monkeypatch, tmp_path):
+    """A user may not make again what a logout has removed."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run/user/1000"))
+    assert private_runtime_folder("1-2") == tmp_path / f"fedtune-{os.getuid()}" / "1-2"
