@@ -159,7 +159,7 @@ def long_run(rounds: int, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as run:
         ledger = Ledger(Path(run) / "run")
 
-        def note(kind: str, node: str, line: str) -> None:
+        def note(kind: str, node: str, line: str, bytes_down: int) -> None:
             ledger.append(kind, node=node, body={"reason": line})
 
         fleet = Fleet(

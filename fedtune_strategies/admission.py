@@ -70,7 +70,8 @@ class Admission:
     fingerprint : str
         Fingerprint of the base model; nodes with another one are not admitted.
     on_event : callable
-        Called with (kind, node name, line) for ``"joined"``, ``"refused"``, ``"lost"`` and ``"supplied"``.
+        Called with (kind, node name, line, bytes) for ``"joined"``, ``"refused"``, ``"lost"`` and ``"supplied"``; the
+        bytes are those that went down to the node and that no answer will account for.
     nodes : iterable of Node
         Nodes that are admitted already.
     supply : callable
@@ -92,7 +93,7 @@ class Admission:
         self,
         grid: Grid,
         fingerprint: str,
-        on_event: Callable[[str, str, str], None],
+        on_event: Callable[[str, str, str, int], None],
         nodes: Iterable[Node],
         supply: Callable[[protocol.ModelRequest], protocol.Message],
         members: Members | None = None,
@@ -108,6 +109,7 @@ class Admission:
         self._hellos: dict[str, int] = {}
         self._asks: Counter[tuple[int, int]] = Counter()
         self._supplied: Counter[int] = Counter()
+        self._untold: Counter[int] = Counter()  # bytes of the base model that no event has told of
         self._refused: dict[int, tuple[float, FedTuneError]] = {}
         self._asking: dict[int, str] = {}
         self._claims: dict[int, Node] = {}
@@ -123,6 +125,8 @@ class Admission:
         present = self._present()
         for lost in set(self.nodes) - present:
             self.lose(lost, "is no longer connected, or no longer a member")
+        for gone in self._untold.keys() - present:
+            self._event("lost", label(gone), "went while it was sent the base model", self._untold.pop(gone))
         self._claims = {i: node for i, node in self._claims.items() if i in present}
         for claim in list(self._claims.values()):
             if not self._is_taken(claim.name):
@@ -144,11 +148,11 @@ class Admission:
             for reply in replies:
                 self._admit(self._hellos.pop(reply.metadata.reply_to_message_id), reply)
 
-    def lose(self, node_id: int, line: str) -> Node | None:
-        """Give up a node; returns it, or None where it is given up already."""
+    def lose(self, node_id: int, line: str, unanswered: int = 0) -> Node | None:
+        """Give up a node, with so many bytes of a task; returns it, or None where it is given up already."""
         node = self.nodes.pop(node_id, None)
         if node is not None:
-            self._event("lost", node.name, line)
+            self._event("lost", node.name, line, unanswered)
         return node
 
     def allowance(self) -> float:
@@ -253,21 +257,24 @@ class Admission:
             self._event("supplied", name, "lacks the base model: sending it")
         with refusing():
             message = query(node_id, self._supply(wanted), _CHUNK_S)
+        size = len(from_record(message.content)[1])
+        self._untold[node_id] += size
         if not self._asks[part]:
-            self._supplied[node_id] += len(from_record(message.content)[1])
+            self._supplied[node_id] += size
         self._asks[part] += 1
         self._hellos |= dict.fromkeys(self._grid.push_messages([message]), node_id)
 
     def _join(self, node: Node) -> None:
         self.nodes[node.id] = node
-        self._event("joined", node.name, f"joined with {counted(node.num_examples, 'example')}")
+        line = f"joined with {counted(node.num_examples, 'example')}"
+        self._event("joined", node.name, line, self._untold.pop(node.id, 0))
 
     def _is_taken(self, name: str) -> bool:
         return any(node.name == name for node in self.nodes.values())
 
-    def _event(self, kind: str, node: str, line: str) -> None:
+    def _event(self, kind: str, node: str, line: str, bytes_down: int = 0) -> None:
         log.info("%s %s", node, line, extra={"node": node})
-        self._on_event(kind, node, line)
+        self._on_event(kind, node, line, bytes_down)
 
 
 def _patience(error: FedTuneError) -> float:

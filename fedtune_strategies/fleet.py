@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -39,7 +39,8 @@ class NodeReply:
     content : RecordDict or None
         The reply as Flower carried it.
     bytes_down, bytes_up : int
-        Payload of task and reply, in bytes, without Flower's envelope.
+        Payload of task and reply, in bytes, without Flower's envelope; of a reply that came after its deadline the
+        task was told of when the node was lost.
     streamed : bool
         Whether the reply came over the node's stream.
     """
@@ -68,8 +69,7 @@ class Fleet(WrappedGrid):
     poll_interval : float
         Seconds between two looks for replies.
     on_event : callable
-        Called with (kind, node name, line) for ``"joined"``, ``"refused"``, ``"lost"`` and
-        ``"supplied"``.
+        See `Admission`.
     nodes : iterable of Node
         Nodes that are admitted already.
     supply : callable
@@ -83,7 +83,7 @@ class Fleet(WrappedGrid):
         grid: Grid,
         fingerprint: str,
         poll_interval: float = 0.25,
-        on_event: Callable[[str, str, str], None] = lambda kind, node, line: None,
+        on_event: Callable[[str, str, str, int], None] = lambda kind, node, line, bytes_down: None,
         nodes: Iterable[Node] = (),
         supply: Callable[[protocol.ModelRequest], protocol.Message] = _nothing_to_supply,
         members: Members | None = None,
@@ -187,7 +187,8 @@ class Fleet(WrappedGrid):
                 self.wait(self._poll_interval)
         waited = time.monotonic() - start
         for message_id, message in pending.items():
-            node = self._admission.lose(message.metadata.dst_node_id, f"did not answer within {waited:.0f} s")
+            size = len(from_record(message.content)[1])
+            node = self._admission.lose(message.metadata.dst_node_id, f"did not answer within {waited:.0f} s", size)
             if node is not None:
                 self._late[message_id] = (node, message)
 
@@ -197,7 +198,7 @@ class Fleet(WrappedGrid):
         for reply in self._grid.pull_messages(list(self._late)) if self._late else ():
             node, task = self._late.pop(reply.metadata.reply_to_message_id)
             if not reply.has_error():
-                found.append(self._received(task, reply, node))
+                found.append(replace(self._received(task, reply, node), bytes_down=0))
         return found
 
     def shorten_deadline(self, grace: float) -> None:
@@ -236,11 +237,12 @@ class Fleet(WrappedGrid):
         node_id = task.metadata.dst_node_id
         node = node or self._admission.nodes.get(node_id) or Node(label(node_id), 0, 0)
         down = len(from_record(task.content)[1])
+        up = 0
         try:
+            up = 0 if reply.has_error() else len(from_record(reply.content)[1])
             message = answer(reply)
         except FedTuneError as error:
-            return NodeReply(node, error, None, down, 0)
-        up = len(from_record(reply.content)[1])
+            return NodeReply(node, error, None, down, up)
         return NodeReply(node, message, reply.content, down, up, isinstance(reply, StreamedReply))
 
 

@@ -287,7 +287,7 @@ class _Round:
             kind, facts, payload = _accept(self.number, received, self.strategy.accept)
         except FedTuneError as error:
             log.warning("round %d: %s: %s", self.number, name, error, extra={"node": name})
-            self._note("refused", name, {"reason": str(error), "exit_code": error.exit_code})
+            self._note("refused", name, {"reason": str(error), "exit_code": error.exit_code} | _traffic(received))
         else:
             self._note(kind, name, facts, payload)
 
@@ -300,7 +300,7 @@ class _Round:
                 kind, facts, payload = _accept(self.number, received, self.strategy.accept_late, late=True)
             except FedTuneError as error:
                 log.warning("round %d: %s answered late: %s", self.number, name, error, extra={"node": name})
-                self._note("late", name, {"reason": str(error)})
+                self._note("late", name, {"reason": str(error)} | _traffic(received))
             else:
                 self._note(kind, name, facts, payload)
 
@@ -369,9 +369,13 @@ def _accept(
     facts: dict[str, Any] = {
         key: value for key, value in vars(message).items() if isinstance(value, str | int | float) and key != "node"
     }
-    facts |= {"kind": message.kind, "bytes_down": received.bytes_down, "bytes_up": received.bytes_up, "late": late}
+    facts |= {"kind": message.kind, "late": late} | _traffic(received)
     facts["way"] = "stream" if received.streamed else "flower"
     return "reply" if counts else "acknowledged", facts, payload
+
+
+def _traffic(received: NodeReply) -> dict[str, int]:
+    return {"bytes_down": received.bytes_down, "bytes_up": received.bytes_up}
 
 
 def _brief(metrics: dict[str, Any]) -> str:

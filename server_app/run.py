@@ -100,7 +100,7 @@ def _execute(grid: Grid, config: Config, ledger: Ledger, report: Callable[[], No
     fleet = Fleet(
         grid,
         base_fingerprint,
-        on_event=lambda kind, node, line: _note(ledger, kind, node, line),
+        on_event=lambda kind, node, line, bytes_down: _note(ledger, kind, node, line, bytes_down),
         supply=ModelSource(language.folder).answer,
         members=listed_members(),
         only=[name.strip() for name in config.strategy.nodes.split(",") if name.strip()],
@@ -193,5 +193,5 @@ def _is_evaluated(ledger: Ledger, round: int, with_answers: bool) -> bool:
     return any("answers" in body for body in found) if with_answers else bool(found)
 
 
-def _note(ledger: Ledger, kind: str, node: str, line: str) -> None:
-    ledger.append(kind, node=node, body={"reason": line})
+def _note(ledger: Ledger, kind: str, node: str, line: str, bytes_down: int) -> None:
+    ledger.append(kind, node=node, body={"reason": line, "bytes_down": bytes_down})

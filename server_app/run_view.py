@@ -254,9 +254,9 @@ class RunView:
         node.fingerprint = body.get("fingerprint", node.fingerprint)
 
     def _count(self, record: Record) -> NodeView:
-        """Count what a task and its answer cost."""
-        node, one = self._node(record), self._round(record)
-        for counter in (node, one):
+        """Count what a task and its answer cost, or the base model: all that the record tells of."""
+        node = self._node(record)
+        for counter in (node, self._round(record)) if record.round else (node,):
             counter.bytes_up += record.body.get("bytes_up", 0)
             counter.bytes_down += record.body.get("bytes_down", 0)
         node.seconds += record.body.get("seconds", 0.0)
@@ -271,7 +271,7 @@ class RunView:
 
     def _note(self, record: Record) -> None:
         if record.node:
-            node = self._node(record)
+            node = self._count(record)
             if record.kind == "refused":
                 node.refused += 1
                 if record.round:

@@ -213,7 +213,7 @@ def test_a_member_that_calls_itself_by_another_s_name_takes_neither_name_nor_pla
     fleet = listed(nodes, names, events)
     fleet.wait_for_nodes(1, wait=1)
     assert list(fleet.nodes) == ["carol"]
-    (refusal,) = [line for kind, _, line in events if kind == "refused"]
+    (refusal,) = [line for kind, _, line, _ in events if kind == "refused"]
     assert "calls itself 'alice', but its key is that of 'mallory'" in refusal
     nodes[1] = greeter("alice")
     fleet.wait_for_nodes(2, wait=1)

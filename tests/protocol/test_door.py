@@ -185,5 +185,5 @@ def test_a_stranger_that_greets_with_an_attack_keeps_nobody_out():
     fleet = Fleet(grid, "base", poll_interval=0.01, on_event=lambda *event: seen.append(event))
     fleet.wait_for_nodes(1, wait=5)
     assert list(fleet.nodes) == ["b"]
-    assert [kind for kind, _, _ in seen] == ["refused", "joined", "refused"]
-    assert all(line.isprintable() for _, _, line in seen)
+    assert [kind for kind, *_ in seen] == ["refused", "joined", "refused"]
+    assert all(line.isprintable() for _, _, line, _ in seen)

@@ -1,6 +1,7 @@
 """Whole runs over an in-memory grid: results, resumption, refusals."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -257,6 +258,31 @@ def test_rounds_that_have_begun_keep_their_step_size_when_a_run_gets_more_of_the
     shares = [record.body["used"]["schedule"] for record in Ledger.read(folder).records("round")]
     assert shares == [0.75, 0.25, 0.375, 0.125]  # two of two rounds, then the last two of four
     assert replay(folder).rounds == 4
+
+
+def test_bytes_of_a_refused_reply_and_of_the_base_model_are_on_record(settings, data_files, tmp_path):
+    settings |= {"strategy.min-replies": 2, "num-server-rounds": 2}
+    nodes, down, up = make_nodes(settings, data_files), Counter(), Counter()
+    third = {"node-2": data_files["node-2"]}
+    nodes[3] = make_nodes(settings, third, model="server", cache=str(tmp_path / "cache"))[1]
+
+    def counting(number):
+        def handle(kind, payload):
+            name, body = nodes[number].handle(kind, payload)
+            if number == 1 and kind == "seed-task":
+                body = body[:-1]
+            down[kind], up[kind] = down[kind] + len(payload), up[kind] + len(body)
+            return name, body
+
+        return handle
+
+    execute(InMemoryGrid({number: counting(number) for number in nodes}), settings, run_id=1)
+    ledger = Ledger.read(Path(settings["run.dir"]))
+    recorded = {kind: list(ledger.records(kind)) for kind in ("joined", "refused", "reply")}
+    told = {kind: sum(one.body["bytes_down"] for one in records) for kind, records in recorded.items()}
+    assert len(recorded["refused"]) == 2 and told["joined"] == down["model-manifest"] + down["model-chunk"] > 10_000
+    assert told["refused"] + told["reply"] == down["seed-task"]
+    assert sum(one.body["bytes_up"] for one in recorded["refused"] + recorded["reply"]) == up["seed-task"]
 
 
 def test_a_start_that_asked_nobody_does_not_lock_the_folder(settings, data_files):
