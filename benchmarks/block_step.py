@@ -2,7 +2,7 @@
 
     python benchmarks/block_step.py [--layers 12] [--hidden 768] [--vocabulary 32000] [--batch 2] [--length 128]
 
-A random Llama (109.5 M parameters by default) in float32, with tied embeddings. Every row is a process of its own: all
+A random Llama (109.5 M parameters by default) in float32, with tied embeddings. Every row is its own process: all
 parameters, or one layer as block. Seconds are processor time of a step, the median of the steps after the first, so
 that other work on the machine counts little. Memory is the process's peak resident size less its size before the model
 was made. What is needed is what the process holds of the rest, 16 bytes for each trained parameter, and activations:

@@ -2,7 +2,7 @@
 
     python benchmarks/seed_gradient.py [--layers 12] [--hidden 768] [--vocabulary 32000] [--batch 2] [--length 128]
 
-A random Llama (109.5 M parameters by default) with tied embeddings. Every figure is from a process of its own. Memory
+A random Llama (109.5 M parameters by default) with tied embeddings. Every figure is from its own process. Memory
 is the largest private memory (what the system cannot take back from files) less what the process had before the model:
 of one loss without gradient, and of a step, whose W_r is in a mapped file. Seconds are processor time, the median of
 the steps after the first: of a checkpointed forward and backward pass of the plain model, and of a step.

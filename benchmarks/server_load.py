@@ -3,7 +3,7 @@
     python benchmarks/server_load.py [--method fedkseed] [--nodes 100 1000 10000] [--seeds 4096] [--steps 200]
     python benchmarks/server_load.py --rounds 10000 [--folder /dev/shm]
 
-A process of its own for each number of nodes. Per round: configuring the tasks, checking the replies as they come, and
+One process for each number of nodes. Per round: configuring the tasks, checking the replies as they come, and
 aggregating them; the memory is the peak of the process less what it held before the first task, with all replies
 in it as they are in the ledger's rows. Without network, ledger and evaluation.
 
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--method", default="fedkseed", choices=("fedkseed", "fedkseed-pro"))
     parser.add_argument("--nodes", type=int, nargs="+", default=[100, 1000, 10_000])
     parser.add_argument("--rounds", type=int, default=0, help="drive one long run instead")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where its ledger lies")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where its ledger is")
     parser.add_argument("--seeds", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()

@@ -174,7 +174,7 @@ def beyond_model(agreed: str, fingerprint: str) -> list[str]:
 
 
 def run_name(config: Config) -> str:
-    """Name a run as its operator does, by its folder; empty where it has none of its own."""
+    """Name a run as its operator does, by its folder; empty where it has none."""
     return clean(Path(config.run.dir).name, 80)
 
 

@@ -74,7 +74,7 @@ class Federation:
     settings : mapping of str to str, int, float or bool
         Run configuration beside the kit's own: ``method.name`` above all.
     nodes : int
-        How many nodes there are; each has data of its own.
+        How many nodes there are; each has its own data.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Scalar], nodes: int = 3) -> None:

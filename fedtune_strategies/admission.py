@@ -292,4 +292,4 @@ def _unsigned(node_id: int) -> int:
 
 
 def _taken(node: Node) -> str:
-    return f"has the name '{node.name}' of a node that is present: give it one of its own"
+    return f"has the name '{node.name}' of a node that is present: give it another"

@@ -1,4 +1,4 @@
-"""Errors that a user can act on: one line each, with an exit code of its own.
+"""Errors that a user can act on: one line each, with its own exit code.
 
 Every message says what is wrong, where, and what to do next. Anything else that is raised is a defect of FedTune.
 """

@@ -151,7 +151,7 @@ def _run(
     new = {name: before[slot] for slot, name in slots.items() if before[slot] not in in_use}
     try:
         with values({name: parameter.data for name, parameter in new.items()}) as used:
-            # A parameter of its own each time, so that what autograd keeps of it stays valid after the layer.
+            # A new parameter each time, so that what autograd keeps of it stays valid after the layer.
             in_use |= {parameter: nn.Parameter(used[name], requires_grad=False) for name, parameter in new.items()}
             for (module, attribute), parameter in before.items():
                 module._parameters[attribute] = in_use[parameter]

@@ -82,6 +82,6 @@ class InMemoryGrid(Grid):
             self._replies[message_id] = Message(content, reply_to=message)
         except Lost:
             pass
-        except Exception as error:  # as Flower does with whatever a ClientApp raises
+        except Exception as error:  # as Flower does with what a ClientApp raises
             self._replies[message_id] = Message(Error(code=2, reason=str(error)), reply_to=message)
         return message_id

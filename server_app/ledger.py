@@ -2,7 +2,7 @@
 
 One SQLite file in WAL mode holds one row per event; the rows form a hash chain, so a damaged row is found. Large
 parts (a block's weights, a long reply) are immutable files named by their hash, written before the row that names
-them. The state of a run is a fold over the rows: whatever is killed at any moment, the next start continues from
+them. The state of a run is a fold over the rows: when anything is killed at any moment, the next start continues from
 the last committed row. `server_app.ledger_file` finds damage.
 """
 
@@ -346,7 +346,7 @@ class Ledger:
         return found
 
     def _open(self, writable: bool) -> sqlite3.Connection:
-        # Autocommit: every append is a transaction of its own; FULL makes it survive a power cut.
+        # Autocommit: every append is its own transaction; FULL makes it survive a power cut.
         if writable and not self._path.exists():
             ledger_file.make(self._path)
         uri = f"{self._path.absolute().as_uri()}?mode={'rw' if writable else 'ro'}"

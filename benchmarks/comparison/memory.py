@@ -1,4 +1,4 @@
-"""Peak memory of a node by method, against plain inference: each node in a process of its own.
+"""Peak memory of a node by method, against plain inference: each node in its own process.
 
     python benchmarks/comparison/memory.py [--layers 12] [--width 512] [--rows 4] [--length 128]
     python benchmarks/comparison/memory.py --model ../shared/data/models/stories260K-hf

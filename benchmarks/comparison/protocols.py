@@ -54,7 +54,7 @@ class Entrant:
     central : bool
         One node with all data: no federation, the same code.
     tuned_as : str
-        Entrant whose step size it takes over, where it has no search of its own.
+        Entrant whose step size it takes over, where none is searched for it.
     """
 
     name: str

@@ -11,7 +11,7 @@ from deploy.commands.output import Format, FormatOption, SetOption, setting, sho
 
 
 def demo(
-    nodes: Annotated[int, typer.Option(min=1, max=64, help="How many nodes take part, each with data of its own.")] = 4,
+    nodes: Annotated[int, typer.Option(min=1, max=64, help="How many nodes take part, each with its own data.")] = 4,
     methods: Annotated[
         str,
         typer.Option(

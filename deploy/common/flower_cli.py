@@ -34,7 +34,7 @@ class RunStatus:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has ended, in whatever way."""
+        """Whether the run has ended, in any way."""
         return self.state.startswith("finished")
 
     @property

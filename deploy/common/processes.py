@@ -1,4 +1,4 @@
-"""Starting processes so that they are all found and stopped again, whatever becomes of the one that started them.
+"""Starting processes so that they are all found and stopped again, even when the one that started them is killed.
 
 Every process of a federation inherits an environment variable with the federation's token, through however many
 generations and sessions. So "everything that we started" is a question with an exact answer, and the watchdog
@@ -30,7 +30,7 @@ PATIENCE = 6.0  # seconds between asking a process to end and killing it
 def start(
     command: Sequence[str], environment: Mapping[str, str], log: Path, *, follow: bool = False
 ) -> subprocess.Popen[bytes]:
-    """Start a process in a session of its own, so that a Ctrl-C at the terminal reaches its launcher alone.
+    """Start a process in its own session, so that a Ctrl-C at the terminal reaches its launcher alone.
 
     Parameters
     ----------

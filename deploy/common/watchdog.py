@@ -1,6 +1,6 @@
 """Stop what a launcher left behind: ``python -m deploy.common.watchdog TOKEN`` sweeps when its standard input ends.
 
-The launcher holds the other end of that pipe, and the system closes it when the launcher ends, in whatever way.
+The launcher holds the other end of that pipe, and the system closes it when the launcher ends, in any way.
 """
 
 import signal

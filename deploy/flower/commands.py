@@ -29,7 +29,7 @@ def superlink(
         *("--ssl-keyfile", str(files.key), "--enable-supernode-auth"),
         *("--fleet-api-type", "grpc-rere", "--fleet-api-address", f"127.0.0.1:{fleet}"),
         *("--host", "127.0.0.1", "--port", str(control)),
-        # The executor is a process of its own, so that runs outlive the SuperLink.
+        # The executor is its own process, so that runs outlive the SuperLink.
         *("--isolation", "process", "--superexec-auth-secret-file", str(secret)),
         "--disable-runtime-dependency-installation",
         *more,

@@ -1,1 +1,1 @@
-"""A whole federation on one machine, each side as processes of its own, with every node's bytes counted."""
+"""A whole federation on one machine, each side as its own processes, with every node's bytes counted."""

@@ -1,6 +1,6 @@
 """A whole federation on one machine, by the commands that people type: `fedtune serve`, `fedtune join`, `fedtune run`.
 
-Each node has a FEDTUNE_HOME of its own, as if it were a machine of its own; only byte counters stand between them and
+Each node has its own FEDTUNE_HOME, as if it were on its own machine; only byte counters stand between them and
 the server's port.
 """
 
@@ -94,7 +94,7 @@ class Federation(Control):
         file.write_text("".join(f"{json.dumps(key)} = {json.dumps(value)}\n" for key, value in settings.items()))
         output = sys.stderr if to_stderr else None
         command = ["fedtune", "run", "--config", str(file)]
-        # A session of its own: Ctrl-C reaches us alone, and we stop it with everything else.
+        # Its own session: Ctrl-C reaches us alone, and we stop it with everything else.
         process = subprocess.Popen(command, env=self.environment, stdout=output, start_new_session=True)
         try:
             code = process.wait()

@@ -35,7 +35,7 @@ class Traffic:
 
 
 class ByteProxy:
-    """Count the bytes of every node's connection; a context manager that runs in one thread of its own.
+    """Count the bytes of every node's connection; a context manager that runs in its own thread.
 
     Parameters
     ----------

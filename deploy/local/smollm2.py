@@ -81,7 +81,7 @@ def _install(packages: Path, requirements: Path) -> None:
 
 
 def _convert_apart(packages: Path, draft: Path) -> None:
-    """Convert in a process of its own, which alone sees the package that reads GGUF."""
+    """Convert in its own process, which alone sees the package that reads GGUF."""
     paths = [str(packages), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, "-P", "-m", __name__, str(packages / GGUF), str(draft)]

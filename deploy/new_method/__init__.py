@@ -1,4 +1,4 @@
-"""A new tuning method as a package of its own: strategy, node's side, tests; see docs/integrator.md."""
+"""A new tuning method as its own package: strategy, node's side, tests; see docs/integrator.md."""
 
 from __future__ import annotations
 

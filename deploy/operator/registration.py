@@ -150,7 +150,7 @@ class RegistrationServer:
                 raise
 
     def reconcile(self) -> None:
-        """Make the SuperLink's list equal to ours, whatever was cut short between the two."""
+        """Make the SuperLink's list equal to ours, after anything was cut short between the two."""
         known = self._control.registered_keys()
         for member in self._members.all().values():
             node_id = known.pop(key_words(member.public_key), 0) if member.state in ("approved", "member") else 0

@@ -1,4 +1,4 @@
-"""An operator's server: SuperLink, executor, the published port and the desk behind it; whatever dies is restarted."""
+"""An operator's server: SuperLink, executor, the published port and the desk behind it; what dies is restarted."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def running(folder: Path) -> tuple[Control, str]:
     except (OSError, ValueError, KeyError):
         alive = False
     if not alive:
-        raise LinkError(f"no server runs on {folder}: start one with `fedtune serve`, in a terminal of its own")
+        raise LinkError(f"no server runs on {folder}: start one with `fedtune serve`, in its own terminal")
     return Control(folder, flower_environment(folder)), facts["address"]
 
 
@@ -263,7 +263,7 @@ def _open(
     on_event: Callable[[str], None],
     connections: int,
 ) -> Iterator[Front]:
-    """Run desk and front in an event loop in a thread of its own."""
+    """Run desk and front in an event loop in its own thread."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="front", daemon=True)
     thread.start()

@@ -26,7 +26,7 @@ from fedtune_strategies.method import load_method
 from fedtune_strategies.protocol.door import clean
 from fedtune_strategies.run_config import parse
 
-# With every reply, whatever the method.
+# With every reply, under every method.
 ALWAYS = [
     "the node's name, the number of your examples, the mean training loss of a round",
     "how far a task is and how long it took, how much memory, which versions are installed, a fingerprint of the base "

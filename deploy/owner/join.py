@@ -86,7 +86,7 @@ class Membership:
         if self.name and not self.has_own_terms():
             own["terms.methods"] = NONE
         if twice := own.keys() & self.settings.keys():
-            raise ConfigError(f"--set {min(twice)}: this key has an option of its own, or comes with the token")
+            raise ConfigError(f"--set {min(twice)}: this key has its own option, or comes with the token")
         given = {key: value for key, value in own.items() if value}
         return section(NodeConfig, "", {**self.settings, **given}, where="node config")
 

@@ -214,7 +214,7 @@ def _kept(tensor: Tensor, share: float) -> Tensor:
 def _to_int8(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric int8 for each row: codes like the tensor, float32 scale of its shape without the last dimension.
 
-    The experts of a layer are one tensor [experts, out, in], and each of their rows has a scale of its own.
+    The experts of a layer are one tensor [experts, out, in], and each of their rows has its own scale.
     """
     values = tensor.float()
     scale = (values.abs().amax(dim=-1) / 127).clamp(min=torch.finfo(torch.float32).tiny)

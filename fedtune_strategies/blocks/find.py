@@ -1,6 +1,6 @@
 """Cut a model into blocks, by its module structure alone.
 
-The repeated decoder layers are the largest outermost ``ModuleList`` of a model, whatever it is called. Everything
+The repeated decoder layers are the largest outermost ``ModuleList`` of a model, by any name. Everything
 outside it is embedding, head or norm by the type of the module that owns it. So an architecture needs no entry in
 any list, and a PEFT model is cut exactly like the model that it wraps.
 """
@@ -110,8 +110,8 @@ def find_blocks(
     tuple of Block
         From input to output: embedding, layers, norm, head. Every (accepted) parameter that a gradient can train is
         in exactly one block; a head tied to the embedding is part of the embedding. The final norm is part of the last
-        layer's block: a turn of its own would train a few vectors. Frozen or with matrices among its parameters (OPT's
-        projections) it is a block of its own. Blocks without parameters do not exist.
+        layer's block: its own turn would train a few vectors. Frozen or with matrices among its parameters (OPT's
+        projections) it is its own block. Blocks without parameters do not exist.
 
     Raises
     ------

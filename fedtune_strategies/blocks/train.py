@@ -63,7 +63,7 @@ def train_block(
     """Take AdamW steps on one block, leaving the model as it was.
 
     The model is in evaluation mode during training (no dropout), everything outside the block has
-    ``requires_grad = False``, and the block itself is trained in float32 whatever the model's dtype. On return, or on
+    ``requires_grad = False``, and the block itself is trained in float32 for any dtype of the model. On return, or on
     an error, every weight and flag of the model is what it was before: to commit the result, whoever holds the weights
     calls `apply_delta` with the delta *as it travelled*, and so all holders have the same bits.
 

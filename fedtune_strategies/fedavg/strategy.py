@@ -40,7 +40,7 @@ _MODEL = "model"
 class ArraysStrategy(TuningStrategy):
     """Send tensors to sampled nodes, and average what they made of them.
 
-    Federated averaging (McMahan et al., arXiv 1602.05629) of whatever tensors it is given: all parameters, some of
+    Federated averaging (McMahan et al., arXiv 1602.05629) of any tensors: all parameters, some of
     them, or an adapter's. A node answers an `ArraysTask` with an `ArraysReply`: the change of each, coded as
     ``train.upload`` says.
 

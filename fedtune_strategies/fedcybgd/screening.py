@@ -17,7 +17,7 @@ def largest(delta: Mapping[str, Tensor]) -> float:
     """Return the maximum norm of a change.
 
     AdamW moves every element by about the step size, so this norm is alike for blocks of all shapes, also for an
-    embedding of which few rows move; and it is the same number in whatever order it is computed.
+    embedding of which few rows move; and it is the same number in any order of computing.
     """
     return max(float(value.abs().max()) for value in delta.values() if value.numel())
 

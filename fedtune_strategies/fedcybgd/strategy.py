@@ -125,7 +125,7 @@ class FedCyBGD(TuningStrategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Give the round's nodes their blocks, with whatever they lack; and the next round's, as far as it is there."""
+        """Give the round's nodes their blocks, with what they lack; and the next round's, as far as it is there."""
         assert isinstance(grid, Fleet)
         nodes, lr = list(grid.nodes), self.config.train.lr * share_of_step(config)
         if server_round != self._round:

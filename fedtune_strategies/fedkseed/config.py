@@ -193,7 +193,7 @@ class FedKSeedRunConfig(Config):
 
     @classmethod
     def choose(cls, given: Mapping[str, Any]) -> type[Config]:
-        """The gradient has keys of its own, and other defaults."""
+        """The gradient has its own keys, and other defaults."""
         return GradientRunConfig if given.get("fedkseed.estimator") == "gradient" else cls
 
     def check(self) -> None:

@@ -154,7 +154,7 @@ class SeedGradient(TuningStrategy):
         return arrays_of(theta=torch.from_numpy(theta)), metrics
 
     def skip(self, round: int, arrays: ArrayRecord) -> ArrayRecord:
-        """Stay where the model is: the round had a pool of its own all the same."""
+        """Stay where the model is: the round had its own pool all the same."""
         self.points.append(encode(np.zeros(self.config.fedkseed.seeds, np.float32), self.config.fedkseed.down_bits))
         return self.initial_arrays()
 

@@ -67,7 +67,7 @@ class GenerationEvaluation:
 def evaluate_loss(model: torch.nn.Module, examples: Examples, batch_size: int = 8) -> Evaluation:
     """Measure the loss on held-out examples.
 
-    Every response token counts the same, whatever batch it falls in.
+    Every response token counts the same, in any batch.
 
     Parameters
     ----------

@@ -257,7 +257,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         with _quiet():
             model.save_pretrained(folder)
             tokenizer.save_pretrained(str(folder))
-    except Exception as error:  # the safetensors library wraps the system's error in one of its own
+    except Exception as error:  # the safetensors library wraps the system's error
         if getattr(error, "errno", None) != errno.ENOSPC and "os error 28" not in str(error):
             raise
         raise ResourceError(f"{folder}: no disk space left for the model; free some and export again") from None

@@ -115,7 +115,7 @@ def admitted(message: M) -> M:
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Make whatever a reply raises its node's refusal, never the end of the run.
+    """Make what a reply raises its node's refusal, never the end of the run.
 
     Raises
     ------

@@ -1,6 +1,6 @@
 """A message as Flower carries it: its kind and one opaque payload.
 
-Flower moves every object of a record by a request of its own, so all of a message is packed into one: bytes in a
+Flower moves every object of a record by its own request, so all of a message is packed into one: bytes in a
 ``ConfigRecord``, which are the fewest on the wire. What goes by Flower and is longer than `INLINE_BYTES` becomes one
 uint8 ``Array`` instead, which Flower cuts into chunks.
 """
@@ -89,7 +89,7 @@ def offer_in(content: RecordDict) -> str:
 def _blob(content: RecordDict) -> bytes:
     try:
         blob = content.array_records[_BLOB][_BLOB].numpy()
-    except Exception as error:  # Flower raises whatever its decoder does: a peer may send anything
+    except Exception as error:  # Flower raises what its decoder does: a peer may send anything
         raise ProtocolError(f"received a message without a readable payload ({type(error).__name__}).") from None
     if blob.dtype != np.uint8 or blob.ndim != 1:
         raise ProtocolError(f"received a payload of type {blob.dtype} and {blob.ndim} axes instead of bytes.")

@@ -16,7 +16,7 @@ class MovedWeights(Mapping[str, Tensor]):
     """``W_r = W_0 + sum_p sum_k theta_{p,k} z_{p,k}`` over the pools added so far.
 
     Sums are float32, in the order in which pools are added, so W_r does not depend on who adds them, or since when.
-    Adding one costs one transform, whatever number there was before. The sums are in a file that is mapped: the system
+    Adding one costs one transform, however many there were before. The sums are in a file that is mapped: the system
     may write them out where memory is short, and the file is gone with the process.
 
     Parameters

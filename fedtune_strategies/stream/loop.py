@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @cache
 def stream_loop() -> asyncio.AbstractEventLoop:
-    """Return the loop, which runs in a thread of its own."""
+    """Return the loop, which runs in its own thread."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="streams", daemon=True).start()
     return loop

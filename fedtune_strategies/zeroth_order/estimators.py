@@ -1,7 +1,7 @@
 """Slopes of the loss along directions of a pool: by differences of losses, or exactly by forward-mode derivatives.
 
 Every estimator starts with the model at W (after the moves still `pending`) and says which moves lead back there. All
-evaluate one batch, whatever number of directions share it.
+evaluate one batch, however many directions share it.
 """
 
 from __future__ import annotations
