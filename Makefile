@@ -6,7 +6,7 @@ KERNELS := .venv/kernels
 # Every node is a process of its own, and would compile all that it imports again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test lint format config docs wheel bench compare clean
+.PHONY: help demo test lint audit format config docs wheel bench compare clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
@@ -14,13 +14,16 @@ help: ## Show this list.
 demo: $(INSTALLED) ## Tune a model over a real federation (about 5 minutes; MODEL=smollm2: a real one, 15).
 	@$(BIN)/fedtune demo $(if $(MODEL),--model $(MODEL)) $(DEMO)
 
-test: lint $(KERNELS) ## Check everything: style, types, unit tests and networked tests.
+test: lint audit $(KERNELS) ## Check everything: style, types, unit tests and networked tests.
 	HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal $(TESTS)
 
 lint: $(INSTALLED) ## Check style and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: $(INSTALLED) ## Look for known vulnerabilities in what is pinned, where advisories can be reached.
+	@$(PYTHON) .ci/audit.py
 
 format: $(INSTALLED) ## Put the code in style.
 	$(BIN)/ruff check --fix .

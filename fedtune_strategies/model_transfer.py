@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,8 @@ from fedtune_strategies.protocol.messages import Message, ModelChunk, ModelManif
 
 CHUNK_BYTES = 64 * 2**20
 MANY_CHUNKS = 100_000  # 6 TB
+PARTIAL = ".partial"
+ABANDONED = 3600.0  # seconds without a byte after which a download is nobody's any more
 # What a causal language model and its tokenizer consist of; nothing that could be run.
 _PLAIN = re.compile(r"[\w-][\w.-]*")
 _FILE = re.compile(rf"{_PLAIN.pattern}\.(json|safetensors|txt|model|jinja)")
@@ -157,6 +160,9 @@ class ModelCache:
         chunk = self._chunks[number]
         if len(data) != chunk.size or hashlib.sha256(data).hexdigest() != chunk.sha256:
             raise ProtocolError(f"chunk {number} of a model is not what the server's list says.")
+        if self._target.is_dir():  # another node that shares the cache was faster
+            self._missing = []
+            return self._target
         try:
             path = self._partial / chunk.file
             path.touch()
@@ -170,7 +176,7 @@ class ModelCache:
 
     @property
     def _partial(self) -> Path:
-        return self._target.with_suffix(".partial")
+        return self._target.with_suffix(PARTIAL)
 
     def _pointer(self, name: str) -> Path:
         return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.name"
@@ -191,14 +197,24 @@ class ModelCache:
             )
         models = [path for path in self._folder.iterdir() if is_ours(path) and path != self._partial]
         sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in models}
-        for path in sorted(models, key=lambda model: model.stat().st_mtime):
-            if sum(sizes.values()) + size <= self._limit:
-                return
+        old = (path for path in sorted(models, key=lambda model: model.stat().st_mtime) if not _is_arriving(path))
+        while sum(sizes.values()) + size > self._limit:
+            path = next(old, None)
+            if path is None:
+                raise ResourceError(
+                    f"{self._folder}: other nodes fetch models that leave no room; raise 'cache-gb', or wait for them."
+                )
             remove_folder(path)
             del sizes[path]
 
     def _error(self, error: OSError) -> ResourceError:
         return ResourceError(f"{self._folder}: {error.strerror}; free space, or choose another 'cache' for the node.")
+
+
+def _is_arriving(folder: Path) -> bool:
+    """Whether another node, which shares the cache, seems to be fetching this model."""
+    newest = max((file.stat().st_mtime for file in (folder, *folder.iterdir())), default=0.0)
+    return folder.suffix == PARTIAL and time.time() - newest < ABANDONED
 
 
 def read_manifest(text: str) -> list[Chunk]:

@@ -208,6 +208,26 @@ def test_the_cache_forgets_what_was_unused_longest(tmp_path):
         cache.start("n", "one", ModelSource(tmp_path / "one").manifest)
 
 
+def test_nodes_that_share_a_cache_do_not_take_each_others_downloads(tmp_path, monkeypatch):
+    sources, files = [], ("config.json", "model.safetensors")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).write_bytes(os.urandom(700))
+        sources.append(ModelSource(tmp_path / name))
+    a, b, other = (ModelCache(tmp_path / "cache", 2000) for _ in range(3))
+    data = [(tmp_path / "one" / file).read_bytes() for file in files]
+    assert a.take("n", a.start("n", "one", sources[0].manifest).chunk, data[0]).chunk == 1
+    with pytest.raises(ResourceError, match="other nodes fetch"):
+        other.start("n", "two", sources[1].manifest)
+    assert b.start("n", "one", sources[0].manifest).chunk == 1  # the other half is there
+    arrived = [cache.take("n", 1, data[1]) for cache in (a, b)]
+    assert arrived[0] == arrived[1] and [(arrived[0] / file).read_bytes() for file in files] == data
+    monkeypatch.setattr("fedtune_strategies.model_transfer.ABANDONED", -1.0)
+    other.start("n", "two", sources[1].manifest)
+    assert not arrived[0].exists()
+
+
 @pytest.mark.parametrize("method", ["fedkseed", "fedcybgd"])
 def test_nodes_without_a_model_take_part_like_others(settings, data_files, method, tmp_path, monkeypatch):
     settings |= {"method.name": method, "num-server-rounds": 2, "eval.answers": 0}

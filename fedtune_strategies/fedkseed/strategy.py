@@ -340,6 +340,11 @@ class FedKSeed(TuningStrategy):
         decay = self.config.train.weight_decay * self.share
         move = settings.server_lr * (aggregated - theta) - decay * theta + self.carry
         steps = np.rint(theta / self.unit) + round_move(move / self.unit, self.config.fedkseed.theta_bits)
+        if beyond := int((np.abs(steps) > LARGEST).sum()):
+            log.warning(
+                "%d coordinates of theta stay at the end of their range, %.3g: 'fedkseed.pool-every' begins fresh ones",
+                beyond, LARGEST * self.unit,
+            )  # fmt: skip
         self.theta = (np.clip(steps, -LARGEST, LARGEST) * self.unit).astype(np.float32)
         self.carry = (move - (self.theta - theta)).astype(np.float32)
 

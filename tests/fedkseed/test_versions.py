@@ -37,6 +37,14 @@ def test_moves_beyond_the_range_end_at_its_edge():
     assert round_move(np.array([1e300, -1e300, 1.0]), 8).tolist() == pytest.approx([LARGEST, -LARGEST, 0], rel=0.01)
 
 
+def test_theta_says_when_its_range_is_used_up(caplog):
+    strategy = FedKSeed(parse({"fedkseed.seeds": 8, "train.lr": 1e-4}), {})
+    strategy._move(np.full(8, 0.5))
+    assert "range" not in caplog.text
+    strategy._move(np.full(8, 1e6))
+    assert "8 coordinates of theta stay at the end of their range" in caplog.text and np.isfinite(strategy.theta).all()
+
+
 @given(st.floats(1e-12, 1e3))
 def test_the_unit_is_a_power_of_two_and_a_thousandth_of_the_step(lr):
     unit = unit_of(lr)
