@@ -5,8 +5,10 @@ Who asks for `JOIN` alone is passed on to the desk, where tokens are redeemed; w
 to that run's ServerApp; everybody else to the SuperLink's fleet interface. TLS ends there, not here: nothing is
 decrypted, and what is none of these is hung up on.
 
-A connection has its place for good once its client has answered the server's side of the handshake. Until then it makes
-way for newer ones, and lasts seconds. No address has more than a quarter of all places, and silence ends a place.
+Until its client has answered the server's side of the handshake, a connection makes way for newer ones, and lasts
+seconds. No address has more than a quarter of all places, and silence ends a place. Who answers may still be nobody's
+member, as TLS ends behind this port; so where all places are taken, the address that has most gives one to an address
+that has fewer.
 """
 
 from __future__ import annotations
@@ -129,18 +131,25 @@ class Front:
                 )
 
     def _has_room(self, host: str) -> bool:
-        """Say whether another connection may come; one that has not proven itself makes way, the oldest first."""
+        """Say whether another connection may come, and make room for it where that is fair."""
         if (crowded := self._held[host] >= self._share) or len(self._places) >= self._most:
             silent = (
                 task for task, one in self._places.items() if not one.proven and (not crowded or one.host == host)
             )
-            if (oldest := next(silent, None)) is None:
+            if (given := next(silent, None) or (None if crowded else self._spare(host))) is None:
                 who = f"{host} has a quarter of them" if crowded else "all are taken"
                 self._say("full", f"hung up on {host}: of {self._most} connections {who} (see --connections)")
                 return False
-            oldest.cancel()
-            self._give_up(oldest)
+            given.cancel()
+            self._give_up(given)
         return True
+
+    def _spare(self, host: str) -> asyncio.Task[None] | None:
+        """The newest place of the address that has most, unless the one that asks has as many with one more."""
+        richest, held = max(self._held.items(), key=lambda one: one[1])
+        if held <= self._held[host] + 1:
+            return None
+        return next(task for task, one in reversed(self._places.items()) if one.host == richest)
 
     def _give_up(self, connection: asyncio.Task[None]) -> None:
         if place := self._places.pop(connection, None):

@@ -310,6 +310,23 @@ def test_a_full_port_says_so_once(desk):
     assert [line for line in desk.said if "all are taken" in line and "--connections" in line] == desk.said
 
 
+def test_where_all_places_are_taken_the_address_with_most_gives_one_to_another(desk):
+    """Four addresses that complete TLS, and keep talking, could hold all places: they keep no joiner out."""
+    desk.front._most, desk.front._share = 8, 4
+    context = ssl.create_default_context(cafile=desk.files.authority)
+    context.set_alpn_protocols([JOIN])
+    token = token_for(desk, "alice")
+    authority = fetch_server_info(token)[0]
+    with contextlib.ExitStack() as stack:
+        for host in ("127.0.0.2", "127.0.0.3"):
+            for _ in range(4):
+                plain = socket.create_connection(("127.0.0.1", desk.port), 10, source_address=(host, 0))
+                link = stack.enter_context(context.wrap_socket(stack.enter_context(plain), server_hostname="localhost"))
+                link.sendall(b"{")
+        register(token, authority, membership(token))
+    assert desk.members.get("alice").state == "member"
+
+
 def test_sixteen_who_ask_nothing_delay_nobody(desk):
     """A request is answered when it is there; who has a connection and is silent takes no turn."""
     context = ssl.create_default_context(cafile=desk.files.authority)
