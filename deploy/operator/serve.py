@@ -58,7 +58,6 @@ class Service:
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     pause: float = 0.0
-    restarts: int = 0
 
 
 @dataclass
@@ -104,7 +103,6 @@ class Server:
                 self.on_event(f"{service.name} ended with code {code}, starting it again ({processes.tail(log, 2)})")
             elif time.monotonic() >= self._due[service.name]:
                 del self._due[service.name]
-                service.restarts += 1
                 _start(service, self.control)
 
 

@@ -150,33 +150,6 @@ def find_blocks(
     return tuple(replace(block, index=index) for index, block in enumerate(present))
 
 
-def blocks_table(model: nn.Module, blocks: Sequence[Block]) -> str:
-    """Table of the blocks with their sizes, for people.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The model that the blocks were found in.
-    blocks : sequence of Block
-        As `find_blocks` gives them.
-
-    Returns
-    -------
-    str
-        One line a block: index, name, tensors, parameters, share of all, and ``frozen`` where it is; then the total.
-    """
-    sizes = dict(block_sizes(model, blocks))
-    total = max(sum(sizes.values()), 1)
-    lines = [f"{'block':>5}  {'name':<20} {'tensors':>7} {'parameters':>13} {'share':>7}"]
-    for block in blocks:
-        size = sizes[block.index]
-        row = f"{block.index:>5}  {block.name:<20} {len(block.parameters):>7} {size:>13,} {size / total:>7.1%}"
-        lines.append(row + ("  frozen" if block.frozen else ""))
-    tensors = sum(len(block.parameters) for block in blocks)
-    lines.append(f"{'':>5}  {'total':<20} {tensors:>7} {sum(sizes.values()):>13,} {1:>7.1%}")
-    return "\n".join(lines)
-
-
 def block_sizes(model: nn.Module, blocks: Sequence[Block]) -> list[tuple[int, int]]:
     """Parameters in each block.
 

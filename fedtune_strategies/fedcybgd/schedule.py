@@ -136,11 +136,6 @@ def nodes_for(turn: int, nodes: Sequence[str], blocks: int) -> list[str]:
     return [*nodes[first:], *nodes[:first]]
 
 
-def node_for(turn: int, nodes: Sequence[str], blocks: int) -> str:
-    """Return the node responsible for a turn; see `nodes_for`."""
-    return nodes_for(turn, nodes, blocks)[0]
-
-
 def local_steps_rule(num_examples: int, batch_size: int, num_blocks: int) -> int:
     """Local steps of a turn: clamp(n / (B·D), 50, 100), the rule of FedCyBGD (arXiv 2406.11187).
 

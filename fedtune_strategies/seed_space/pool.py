@@ -268,27 +268,6 @@ class Pool(ABC):
         spread(run, parts, flat.device)
         return out
 
-    def project_model(self, deltas: Mapping[str, Tensor]) -> Tensor:
-        """The point whose directions best express a change of the whole model: ``<delta, z_k> / n`` for all k.
-
-        Exact where the directions are orthogonal: for the walsh pool, tensors whose size is a multiple of the
-        transform size. Otherwise the unbiased estimate, which other seeds disturb by about sqrt(K / n).
-
-        Parameters
-        ----------
-        deltas : mapping of str to Tensor
-            Change of every tuned parameter, by canonical name.
-
-        Returns
-        -------
-        Tensor
-            float32, shape (K,), on the CPU.
-        """
-        total = torch.zeros(self.size, dtype=torch.float64)
-        for name, delta in deltas.items():
-            total += self.project(name, delta).cpu()
-        return (total / sum(delta.numel() for delta in deltas.values())).to(torch.float32)
-
     def _point(self, theta: Tensor, device: torch.device) -> Tensor:
         if theta.shape != (self.size,):
             raise ConfigError(f"theta has shape {tuple(theta.shape)}, and the pool needs ({self.size},)")
