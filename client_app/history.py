@@ -30,10 +30,7 @@ Row = dict[str, Any]
 class History:
     """The record of a node.
 
-    Parameters
-    ----------
-    folder : Path or None
-        The node's folder, made where absent; None keeps the record in memory.
+    `folder`: the node's folder, made where absent; None keeps the record in memory.
     """
 
     def __init__(self, folder: Path | None = None) -> None:

@@ -39,14 +39,7 @@ class Stats:
     def note(self, kind: str, reply: str, down: int, up: int, seconds: float) -> None:
         """Count one task.
 
-        Parameters
-        ----------
-        kind, reply : str
-            Kinds of the task and of its answer.
-        down, up : int
-            Their payloads in bytes.
-        seconds : float
-            How long it took.
+        `kind`, `reply`: kinds of the task and of its answer.
         """
         counts = self.counts
         counts["tasks"] += 1

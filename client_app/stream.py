@@ -46,14 +46,9 @@ Do = Callable[[str, bytes], tuple[str, bytes]]
 class Stream:
     """The worker's stream; none before the first offer.
 
-    Parameters
-    ----------
-    do : callable
-        From a task's kind and payload to the reply's: the same that answers Flower's messages.
-    end : callable
-        Ends the worker for a reason: where a task takes longer than the server waits, nothing else stops it.
-    step : callable
-        How far the task is: steps begun, and all of them; signs of life say it.
+    `do`: from a task's kind and payload to the reply's: the same that answers Flower's messages.
+    `end`: ends the worker for a reason: where a task takes longer than the server waits, nothing else stops it.
+    `step`: how far the task is: steps begun, and all of them; signs of life say it.
     """
 
     def __init__(

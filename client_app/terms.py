@@ -30,12 +30,7 @@ SLACK, ENVELOPE = 1.25, 4096  # of a planned reply: names of tensors are not pla
 class Agreement:
     """What an owner agreed to.
 
-    Attributes
-    ----------
-    terms : Terms
-        Bounds.
-    settings : mapping of str to str, int, float or bool
-        Keys of the run configuration that must be so.
+    `settings`: keys of the run configuration that must be so.
     """
 
     terms: Terms
@@ -46,12 +41,8 @@ class Agreement:
 class Spent:
     """What has left since the agreement.
 
-    Attributes
-    ----------
-    rounds : frozenset of (str, int)
-        Run and round of every reply that told something about the data.
-    replies : int
-        How many of them there were.
+    `rounds`: run and round of every reply that told something about the data.
+    `replies`: how many of them there were.
     """
 
     rounds: frozenset[tuple[str, int]] = frozenset()
@@ -61,17 +52,8 @@ class Spent:
 def agreement_to(config: Config, largest_reply: int = 0) -> Agreement:
     """Make the agreement to which an owner consents who consents to a run.
 
-    Parameters
-    ----------
-    config : Config
-        The run configuration.
-    largest_reply : int
-        Planned bytes of the method's largest reply; 0 where they are not known.
-
-    Returns
-    -------
-    Agreement
-        The narrowest one that allows the run.
+    `largest_reply`: planned bytes of the method's largest reply; 0 where they are not known.
+    Returns: the narrowest one that allows the run.
     """
     asked = values(config)
     terms = Terms(
@@ -90,19 +72,8 @@ def agreement_to(config: Config, largest_reply: int = 0) -> Agreement:
 def beyond(agreement: Agreement, config: Config, spent: Spent) -> list[str]:
     """Say in which points a run asks for more than was agreed to.
 
-    Parameters
-    ----------
-    agreement : Agreement
-        What the owner agreed to.
-    config : Config
-        The run configuration.
-    spent : Spent
-        What has left since.
-
-    Returns
-    -------
-    list of str
-        A clause for each point; empty where the run is within the agreement.
+    `agreement`: what the owner agreed to.
+    Returns: a clause for each point; empty where the run is within the agreement.
     """
     terms, asked = agreement.terms, values(config)
     if terms.methods == NONE:

@@ -44,10 +44,7 @@ _WATCH_SECONDS = 0.5
 class Service:
     """Answers tasks one at a time, loading the node on the first one.
 
-    Parameters
-    ----------
-    spec : WorkerSpec
-        What the worker was started for.
+    `spec`: what the worker was started for.
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
@@ -98,12 +95,8 @@ def keep_temporary_files_in(cache: Path) -> None:
 def serve(folder: Path, host_pid: int) -> None:
     """Serve until there is a reason to end.
 
-    Parameters
-    ----------
-    folder : Path
-        The runtime folder, with the spec in ``spec.json``.
-    host_pid : int
-        Process id of the SuperNode.
+    `folder`: the runtime folder, with the spec in ``spec.json``.
+    `host_pid`: process id of the SuperNode.
     """
     host = psutil.Process(host_pid)
     spec = WorkerSpec(**json.loads((folder / "spec.json").read_text()))

@@ -37,12 +37,8 @@ _STOP_SECONDS = 5.0
 class WorkerSpec:
     """All that decides whether a running worker may answer.
 
-    Attributes
-    ----------
-    run_config, node_config : dict of str to str, int, float or bool
-        Flower's configurations of the run and of the node.
-    node_id : int
-        Flower's id of the node.
+    `run_config`, `node_config`: Flower's configurations of the run and of the node.
+    `node_id`: Flower's id of the node.
     """
 
     run_config: dict[str, Any]
@@ -60,28 +56,11 @@ def ask_worker(spec: WorkerSpec, kind: str, payload: bytes, timeout: float, offe
 
     A worker that dies on the task is replaced once and asked again: tasks are deterministic.
 
-    Parameters
-    ----------
-    spec : WorkerSpec
-        What the worker must have been started for.
-    kind : str
-        Kind of the message.
-    payload : bytes
-        The encoded message.
-    timeout : float
-        Seconds for the answer, after which the worker is ended.
-    offer : str
-        Of a stream, which the worker is to keep from now on; empty for none.
-
-    Returns
-    -------
-    tuple of str and bytes
-        Kind and encoding of the answer.
-
-    Raises
-    ------
-    LinkError
-        The worker does not start, does not answer in time, or died twice.
+    `spec`: what the worker must have been started for.
+    `timeout`: seconds for the answer, after which the worker is ended.
+    `offer`: of a stream, which the worker is to keep from now on; empty for none.
+    Returns: kind and encoding of the answer.
+    Raises `LinkError`: the worker does not start, does not answer in time, or died twice.
     """
     folder = runtime_folder(_host_process())
     for attempt in (1, 2):
@@ -112,10 +91,7 @@ def ask_worker(spec: WorkerSpec, kind: str, payload: bytes, timeout: float, offe
 def runtime_folder(host: psutil.Process) -> Path:
     """Return the folder of a SuperNode's worker, private to the user; made where absent.
 
-    Raises
-    ------
-    ResourceError
-        The folder cannot be made, or belongs to somebody else.
+    Raises `ResourceError`: the folder cannot be made, or belongs to somebody else.
     """
     return private_runtime_folder(f"{host.pid}-{start_of(host.pid)}")
 
@@ -123,10 +99,7 @@ def runtime_folder(host: psutil.Process) -> Path:
 def start_of(pid: int) -> int:
     """Return when a process started; on Linux in ticks since the machine did, which no setting of its clock changes.
 
-    Raises
-    ------
-    psutil.NoSuchProcess
-        There is none of this id.
+    Raises `psutil.NoSuchProcess`: there is none of this id.
     """
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])

@@ -18,14 +18,9 @@ from server_app.run_view import RunView
 class TensorChange:
     """Change of one tensor.
 
-    Attributes
-    ----------
-    name : str
-        Canonical name of the parameter.
-    relative : float
-        Length of the change over the length of the tensor, after the first of the two rounds.
-    changed : float
-        Share of its elements that differ, 0 to 1.
+    `name`: canonical name of the parameter.
+    `relative`: length of the change over the length of the tensor, after the first of the two rounds.
+    `changed`: share of its elements that differ, 0 to 1.
     """
 
     name: str
@@ -37,16 +32,9 @@ class TensorChange:
 class Change:
     """Change of a whole model.
 
-    Attributes
-    ----------
-    first, second : int
-        The two rounds.
-    relative, changed : float
-        As in `TensorChange`, of all parameters together.
-    loss : tuple of float or None
-        Held-out loss after either round, where the run measured it.
-    tensors : list of TensorChange
-        Of every parameter, the most changed first.
+    `relative`, `changed`: as in `TensorChange`, of all parameters together.
+    `loss`: held-out loss after either round, where the run measured it.
+    `tensors`: of every parameter, the most changed first.
     """
 
     first: int
@@ -60,24 +48,9 @@ class Change:
 def compare_rounds(run: Path, first: int, second: int | None) -> Change:
     """Rebuild the model after two rounds from a run's ledger and compare the weights; the run may not be over.
 
-    Parameters
-    ----------
-    run : Path
-        The run's folder.
-    first : int
-        A round, 0 for the base model.
-    second : int or None
-        Another one; the last committed one by default.
-
-    Returns
-    -------
-    Change
-        What differs.
-
-    Raises
-    ------
-    LedgerError
-        There is no run, or it has not got so far.
+    `first`: a round, 0 for the base model.
+    `second`: another one; the last committed one by default.
+    Raises `LedgerError`: there is no run, or it has not got so far.
     """
     ledger = Ledger.read(run)
     _, language, rebuild = open_run(run, ledger)

@@ -21,12 +21,7 @@ _SHOWN_ANSWERS = 16
 class HeldOut:
     """The operator's held-out examples, tokenised: each a spread over the file.
 
-    Attributes
-    ----------
-    loss : Examples
-        For loss and perplexity.
-    answers : Prompts or None
-        For Rouge-L of greedy answers; None where ``eval.answers`` is 0, and for plain text.
+    `answers`: for Rouge-L of greedy answers; None where ``eval.answers`` is 0, and for plain text.
     """
 
     loss: Examples
@@ -36,10 +31,7 @@ class HeldOut:
 def load_held_out(config: Config, language: LanguageModel) -> HeldOut | None:
     """Read and tokenise ``eval.data``; None where it is empty.
 
-    Raises
-    ------
-    DataError
-        The file is missing, empty or malformed.
+    Raises `DataError`: the file is missing, empty or malformed.
     """
     if not config.eval.data:
         return None
@@ -59,21 +51,8 @@ def _spread(rows: Sequence[Row], count: int) -> Sequence[Row]:
 def evaluate(language: LanguageModel, held_out: HeldOut, config: Config, *, with_answers: bool) -> dict[str, Any]:
     """Measure the model as it is.
 
-    Parameters
-    ----------
-    language : LanguageModel
-        The global model.
-    held_out : HeldOut
-        From `load_held_out`.
-    config : Config
-        The run configuration.
-    with_answers : bool
-        Also answer greedily and measure Rouge-L, unless the held-out data is plain text.
-
-    Returns
-    -------
-    dict
-        ``eval/loss`` (nats a token), ``eval/perplexity``, ``seconds``; with answers also ``eval/rougeL`` (F1, 0 to
+    `with_answers`: also answer greedily and measure Rouge-L, unless the held-out data is plain text.
+    Returns: ``eval/loss`` (nats a token), ``eval/perplexity``, ``seconds``; with answers also ``eval/rougeL`` (F1, 0 to
         1), ``cut_prompts`` (how many prompts did not fit whole beside an answer) and some ``answers`` beside their
         prompts and references.
     """

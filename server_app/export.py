@@ -32,30 +32,12 @@ def export_model(
 
     The folder appears whole or not at all: it is written beside its place and then renamed.
 
-    Parameters
-    ----------
-    language : LanguageModel
-        The global model after `round`.
-    config : Config
-        The run configuration, for the model card.
-    ledger : Ledger
-        The run's ledger, for the model card.
-    round : int
-        The round.
-    folder : Path
-        Where to write; an earlier export there is replaced.
-    without : sequence of str
-        Names of nodes that were left out of the model, for the model card.
-
-    Returns
-    -------
-    Path
-        `folder`.
-
-    Raises
-    ------
-    ResourceError
-        The disk is full or read-only, or there is something in the place that FedTune did not make.
+    `language`: the global model after `round`.
+    `config`: the run configuration, for the model card.
+    `ledger`: the run's ledger, for the model card.
+    `folder`: where to write; an earlier export there is replaced.
+    `without`: names of nodes that were left out of the model, for the model card.
+    Raises `ResourceError`: the disk is full or read-only, or there is something in the place that FedTune did not make.
     """
     folder = Path.cwd() / folder if folder.name else folder.resolve()  # "." has no name beside which to write
     check_ours(folder)
@@ -74,28 +56,10 @@ def export_model(
 def export_round(run: Path, round: int | None, folder: Path, model: str = "") -> int:
     """Rebuild the model after a round from a run's ledger and export it; the run may still be going on.
 
-    Parameters
-    ----------
-    run : Path
-        The run's folder.
-    round : int or None
-        The round, 0 for the base model; the last committed one by default.
-    folder : Path
-        Where to write.
-    model : str
-        Where the base model is, if not where it was.
-
-    Returns
-    -------
-    int
-        The exported round.
-
-    Raises
-    ------
-    LedgerError
-        There is no run, or it has not got so far.
-    ModelError
-        The run's base model is not there any more.
+    `round`: the round, 0 for the base model; the last committed one by default.
+    `model`: where the base model is, if not where it was.
+    Raises `LedgerError`: there is no run, or it has not got so far.
+    Raises `ModelError`: the run's base model is not there any more.
     """
     ledger = Ledger.read(run)
     config, language, rebuild = open_run(run, ledger, model)
@@ -107,25 +71,11 @@ def export_round(run: Path, round: int | None, folder: Path, model: str = "") ->
 def open_run(run: Path, ledger: Ledger, model: str = "") -> tuple[Config, LanguageModel, Callable[[int | None], int]]:
     """Load a run's base model, to be taken to any of its rounds.
 
-    Parameters
-    ----------
-    run : Path
-        The run's folder.
-    ledger : Ledger
-        Its ledger, open for reading.
-    model : str
-        Where the base model is, if not where it was.
-
-    Returns
-    -------
-    tuple of Config, LanguageModel and callable
-        The run's configuration, its model, and a function that takes the model to a round (the last committed one
+    `ledger`: its ledger, open for reading.
+    `model`: where the base model is, if not where it was.
+    Returns: the run's configuration, its model, and a function that takes the model to a round (the last committed one
         for None) and returns that round.
-
-    Raises
-    ------
-    LedgerError
-        The run has not started; the function raises it where the run has not got so far.
+    Raises `LedgerError`: the run has not started; the function raises it where the run has not got so far.
     """
     started = ledger.last("start")
     if started is None:
@@ -150,15 +100,7 @@ def open_run(run: Path, ledger: Ledger, model: str = "") -> tuple[Config, Langua
 def model_card(config: Config, ledger: Ledger, round: int, without: Sequence[str] = ()) -> str:
     """Describe how a model came about, as a Hugging Face model card.
 
-    Parameters
-    ----------
-    config, ledger, round, without
-        See `export_model`.
-
-    Returns
-    -------
-    str
-        Markdown with a YAML header.
+    Returns: markdown with a YAML header.
     """
     # A path says something about the operator's machine, and nothing to anybody else.
     name = Path(config.model.name).name if Path(config.model.name).is_absolute() else config.model.name

@@ -29,10 +29,7 @@ def listed_members() -> Members | None:
 def read_members(file: Path) -> Mapping[int, str]:
     """Read the list; a federation that nobody has joined yet has none.
 
-    Raises
-    ------
-    ResourceError
-        It cannot be read.
+    Raises `ResourceError`: it cannot be read.
     """
     if not file.exists():
         return {}

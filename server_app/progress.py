@@ -12,18 +12,11 @@ from server_app.ledger import Ledger, Record
 class Progress:
     """An open round.
 
-    Attributes
-    ----------
-    attempt : int
-        The attempt that is going on, from 1; 0 before the first.
-    open : set of str
-        Who was asked in it and has neither answered nor failed.
-    answered : set of str
-        Whose reply counts in the round.
-    failed : set of str
-        Who was asked and gave nothing usable.
-    asked : set of str
-        Who was asked in the round at all.
+    `attempt`: the attempt that is going on, from 1; 0 before the first.
+    `open`: who was asked in it and has neither answered nor failed.
+    `answered`: whose reply counts in the round.
+    `failed`: who was asked and gave nothing usable.
+    `asked`: who was asked in the round at all.
     """
 
     attempt: int = 0

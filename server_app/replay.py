@@ -28,12 +28,7 @@ from server_app.rounds import as_messages, restore
 class Replayed:
     """What a replay did.
 
-    Attributes
-    ----------
-    rounds : int
-        Rounds that were folded.
-    kept, left_out : int
-        Replies that count in the new model, and those that do not.
+    `kept`, `left_out`: replies that count in the new model, and those that do not.
     """
 
     rounds: int
@@ -51,28 +46,11 @@ def replay(
     in which the left-out nodes had a part, so this is not the run that would have been without them. Under FedKSeed it
     is exactly what the server would have made of the same replies.
 
-    Parameters
-    ----------
-    run : Path
-        The run's folder.
-    without : collection of str
-        Names of nodes to leave out.
-    round : int, optional
-        The last round to fold; the last committed one by default.
-    out : Path, optional
-        Where to export the model; nowhere by default.
-    model : str
-        Where the base model is, if not where it was.
-
-    Returns
-    -------
-    Replayed
-        How much was folded.
-
-    Raises
-    ------
-    LedgerError
-        There is no such run, round or node; or the recorded replies do not make the recorded model.
+    `without`: names of nodes to leave out.
+    `round`: the last round to fold; the last committed one by default.
+    `out`: where to export the model; nowhere by default.
+    `model`: where the base model is, if not where it was.
+    Raises `LedgerError`: there is no such run, round or node; or the recorded replies do not make the recorded model.
     """
     ledger = Ledger.read(run)
     started = ledger.last("start")

@@ -40,18 +40,8 @@ log = logging.getLogger("fedtune")
 class Run:
     """What every round of a run works with.
 
-    Attributes
-    ----------
-    strategy : TuningStrategy
-        A new strategy; it takes up the ledger's state.
-    fleet : Fleet
-        The nodes.
-    ledger : Ledger
-        Open for writing.
-    config : Config
-        The run configuration.
-    statuses : NodeStatuses
-        Who takes part, as far as the ledger has been read.
+    `strategy`: a new strategy; it takes up the ledger's state.
+    `statuses`: who takes part, as far as the ledger has been read.
     """
 
     strategy: TuningStrategy
@@ -72,29 +62,15 @@ def run_rounds(
 
     A round is evaluated while the nodes work on the next one.
 
-    Parameters
-    ----------
-    run : Run
-        What the rounds work with.
-    place : callable
-        Called with (round, arrays) before the first round and after every round; it puts the weights in place,
+    `run`: what the rounds work with.
+    `place`: called with (round, arrays) before the first round and after every round; it puts the weights in place,
         which also gives the strategy the fingerprint that it expects of the nodes.
-    evaluate : callable
-        Evaluates the weights that are in place, unless the ledger has that already.
-    guard : Guard
-        Asked after every evaluation whether to continue.
-
-    Returns
-    -------
-    tuple of int and str
-        The last round, and why the run ended before all rounds were done; empty where it did not.
-
-    Raises
-    ------
-    DivergenceError
-        Tuning makes the model worse.
-    NodesError
-        Too few nodes, or too few usable replies in all attempts of a round. The ledger keeps what was committed.
+    `evaluate`: evaluates the weights that are in place, unless the ledger has that already.
+    `guard`: asked after every evaluation whether to continue.
+    Returns: the last round, and why the run ended before all rounds were done; empty where it did not.
+    Raises `DivergenceError`: tuning makes the model worse.
+    Raises `NodesError`: too few nodes, or too few usable replies in all attempts of a round. The ledger keeps what was
+        committed.
     """
     last = run.config.num_server_rounds
     done, arrays = restore(run.strategy, run.ledger)
@@ -121,24 +97,9 @@ def run_rounds(
 def restore(strategy: TuningStrategy, ledger: Ledger, round: int | None = None) -> tuple[int, ArrayRecord]:
     """Fold the ledger into a strategy.
 
-    Parameters
-    ----------
-    strategy : TuningStrategy
-        A new strategy.
-    ledger : Ledger
-        The run's ledger.
-    round : int, optional
-        Stop after this round; the last committed one by default.
-
-    Returns
-    -------
-    tuple of int and ArrayRecord
-        The round and the global model after it; round 0 is the base model.
-
-    Raises
-    ------
-    LedgerError
-        A stored file is missing or damaged.
+    `round`: stop after this round; the last committed one by default.
+    Returns: the round and the global model after it; round 0 is the base model.
+    Raises `LedgerError`: a stored file is missing or damaged.
     """
     files: dict[str, str] = {}
     newest: Record | None = None

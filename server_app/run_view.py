@@ -101,13 +101,7 @@ class Evaluation:
 
 
 class RunView:
-    """A run's ledger, folded row by row; following a run reads only what is new.
-
-    Parameters
-    ----------
-    folder : Path
-        The run's folder.
-    """
+    """A run's ledger, folded row by row; following a run reads only what is new."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -133,10 +127,7 @@ class RunView:
     def of(cls, folder: Path) -> RunView:
         """Read a run as far as it has got.
 
-        Raises
-        ------
-        LedgerError
-            There is no ledger, or it cannot be read.
+        Raises `LedgerError`: there is no ledger, or it cannot be read.
         """
         view = cls(folder)
         view.update()
@@ -145,10 +136,7 @@ class RunView:
     def update(self) -> bool:
         """Take up what was written since; returns whether there was anything.
 
-        Raises
-        ------
-        LedgerError
-            There is no ledger, or it cannot be read.
+        Raises `LedgerError`: there is no ledger, or it cannot be read.
         """
         with contextlib.closing(Ledger.read(self.folder)) as ledger:
             records = ledger.records(after=max(0, self.seq - 1))

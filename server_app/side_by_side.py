@@ -17,30 +17,13 @@ from server_app.ledger import Ledger
 class SideBySide:
     """Both models of a run, in memory at once.
 
-    Parameters
-    ----------
-    run : Path
-        The run's folder; the run may not be over.
-    round : int or None
-        The tuned model is that after this round; after the last one by default.
-    longest : int
-        Most tokens of an answer.
-    model : str
-        Where the base model is, if not where it was.
-
-    Attributes
-    ----------
-    round : int
-        The round.
-    prompts : list of (str or list of Message)
-        Those of the operator's held-out file, in its order; empty where it cannot be read.
-
-    Raises
-    ------
-    LedgerError
-        There is no run, or it has not got so far.
-    ModelError
-        The run's base model is not there any more.
+    `run`: the run's folder; the run may not be over.
+    `round`: the tuned model is that after this round; after the last one by default.
+    `longest`: most tokens of an answer.
+    `model`: where the base model is, if not where it was.
+    `prompts`: those of the operator's held-out file, in its order; empty where it cannot be read.
+    Raises `LedgerError`: there is no run, or it has not got so far.
+    Raises `ModelError`: the run's base model is not there any more.
     """
 
     def __init__(self, run: Path, round: int | None, longest: int, model: str = "") -> None:

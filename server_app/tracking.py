@@ -30,25 +30,10 @@ log = logging.getLogger("fedtune")
 def tracking(config: Config, ledger: Ledger, settings: dict[str, Any]) -> Iterator[Callable[[], None]]:
     """Open the tracker of ``run.report-to``.
 
-    Parameters
-    ----------
-    config : Config
-        The run configuration.
-    ledger : Ledger
-        The run's ledger.
-    settings : dict
-        The flat run configuration, shown by the tracker.
-
-    Yields
-    ------
-    callable
-        Call it to report what the ledger has got since the last call. It never raises: a tracker that fails is named
-        in the log and left alone, the run continues.
-
-    Raises
-    ------
-    ConfigError
-        The tracker is not installed, or does not start.
+    `settings`: the flat run configuration, shown by the tracker.
+    Yields: call it to report what the ledger has got since the last call. It never raises: a tracker that fails is
+        named in the log and left alone, the run continues.
+    Raises `ConfigError`: the tracker is not installed, or does not start.
     """
     name = config.run.report_to
     if name == "none":

@@ -68,10 +68,7 @@ def ask_about(membership: Any, run: Mapping[str, Any], yes: bool, form: Format) 
 def agree_to_waiting(membership: Any, yes: bool, form: Format) -> None:
     """Show the run that waits for its owner, and ask.
 
-    Raises
-    ------
-    ConfigError
-        None waits.
+    Raises `ConfigError`: none waits.
     """
     run = membership.history.waiting()
     if run is None:

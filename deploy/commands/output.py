@@ -73,10 +73,7 @@ def agree(question: str, form: Format) -> None:
 def read_token(given: str) -> str:
     """Read a join token from a file, standard input or the environment, which no other account can read.
 
-    Raises
-    ------
-    ConfigError
-        There is no such file; or it is the token itself.
+    Raises `ConfigError`: there is no such file; or it is the token itself.
     """
     if given == "-":
         asked = sys.stdin.isatty()

@@ -12,10 +12,7 @@ from fedtune_strategies.errors import ConfigError, LinkError
 def split_address(address: str) -> tuple[str, int]:
     """Split ``host:port`` or ``[host]:port``.
 
-    Raises
-    ------
-    LinkError
-        It is neither.
+    Raises `LinkError`: it is neither.
     """
     host, found, port = address.rpartition(":")
     if not found or not port.isdigit() or not 0 < int(port) < 65536 or not host:
@@ -26,10 +23,7 @@ def split_address(address: str) -> tuple[str, int]:
 def split_listen(where: str) -> tuple[str, int]:
     """Split ``host:port`` or ``[host]:port`` of an address to listen on; port 0 is a free one.
 
-    Raises
-    ------
-    ConfigError
-        It is neither.
+    Raises `ConfigError`: it is neither.
     """
     host, found, port = where.rpartition(":")
     host = host.strip("[]")

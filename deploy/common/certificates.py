@@ -54,25 +54,12 @@ class NodeKey:
 def server_files(folder: Path, names: Sequence[str] = (), now: datetime | None = None) -> ServerFiles:
     """Make, or reuse, a certificate authority and a server certificate that it signed.
 
-    Parameters
-    ----------
-    folder : Path
-        Gets ``ca.crt``, ``ca.key``, ``server.crt`` and ``server.key``; made with mode 0700, files with mode 0600.
-    names : sequence of str
-        Host names and IP addresses by which nodes reach the server. The loopback names are always included. A name that
-        the present certificate lacks makes a new server certificate; nodes keep trusting it, as the authority stays.
-    now : datetime, optional
-        The time to judge validity by, with time zone; the clock by default.
-
-    Returns
-    -------
-    ServerFiles
-        Where the files are.
-
-    Raises
-    ------
-    LinkError
-        A certificate has expired, is not valid yet, is damaged, or its key is missing.
+    `folder`: gets ``ca.crt``, ``ca.key``, ``server.crt`` and ``server.key``; made with mode 0700, files with mode 0600.
+    `names`: host names and IP addresses by which nodes reach the server. The loopback names are always included. A name
+        that the present certificate lacks makes a new server certificate; nodes keep trusting it, as the authority
+        stays.
+    `now`: the time to judge validity by, with time zone; the clock by default.
+    Raises `LinkError`: a certificate has expired, is not valid yet, is damaged, or its key is missing.
     """
     now = now or datetime.now(UTC)
     private_folder(folder)
@@ -95,10 +82,7 @@ def server_files(folder: Path, names: Sequence[str] = (), now: datetime | None =
 def node_key(folder: Path, name: str) -> NodeKey:
     """Make, or reuse, a node's key pair (P-384) as ``folder/name`` and ``folder/name.pub``.
 
-    Raises
-    ------
-    LinkError
-        The private key that is there cannot be read as an elliptic-curve key.
+    Raises `LinkError`: the private key that is there cannot be read as an elliptic-curve key.
     """
     private_folder(folder)
     pair = NodeKey(folder / name, folder / f"{name}.pub")

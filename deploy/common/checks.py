@@ -14,16 +14,8 @@ from fedtune_strategies.errors import FedTuneError
 class Check:
     """The outcome of one check.
 
-    Attributes
-    ----------
-    label : str
-        What was checked.
-    ok : bool or None
-        None where it could not be decided and need not be right.
-    detail : str
-        What was found; with a cross, what to do.
-    exit_code : int
-        Of a cross.
+    `ok`: none where it could not be decided and need not be right.
+    `detail`: what was found; with a cross, what to do.
     """
 
     label: str

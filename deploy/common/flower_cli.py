@@ -47,12 +47,8 @@ class RunStatus:
 class Control:
     """The control interface of one SuperLink; every call takes about a second of one core.
 
-    Attributes
-    ----------
-    folder : Path
-        State; ``flower/config.toml`` below it names the SuperLink, see `write_connection`.
-    environment : dict of str
-        The environment for Flower's commands.
+    `folder`: state; ``flower/config.toml`` below it names the SuperLink, see `write_connection`.
+    `environment`: the environment for Flower's commands.
     """
 
     folder: Path
@@ -61,17 +57,9 @@ class Control:
     def submit(self, app: Path, run_config: Mapping[str, str | int | float | bool]) -> int:
         """Submit a run with ``flwr run`` and return its id.
 
-        Parameters
-        ----------
-        app : Path
-            Folder with the app's ``pyproject.toml``.
-        run_config : mapping
-            Keys that differ from the app's own configuration.
-
-        Raises
-        ------
-        ConfigError
-            Flower refused the app or a key.
+        `app`: folder with the app's ``pyproject.toml``.
+        `run_config`: keys that differ from the app's own configuration.
+        Raises `ConfigError`: Flower refused the app or a key.
         """
         overrides = self.folder / "run.toml"
         # Strings, numbers and booleans are written alike in JSON and TOML.

@@ -26,23 +26,12 @@ _HEAD = struct.Struct(">32s16sIB")  # fingerprint, secret, expiry, length of the
 class JoinToken:
     """What a node must know to join.
 
-    Attributes
-    ----------
-    address : str
-        ``host:port`` of the server's one published port.
-    name : str
-        Name that the node gets.
-    authority : bytes
-        SHA-256 of the federation's certificate authority (DER), 32 bytes.
-    secret : bytes
-        Registration secret, 16 bytes; good for one key. Left out of every representation.
-    expires : int
-        Seconds since the epoch.
-
-    Raises
-    ------
-    ProtocolError, LinkError
-        Name or address is none: they become the name of a folder, lines of a unit and words on a terminal.
+    `address`: ``host:port`` of the server's one published port.
+    `name`: name that the node gets.
+    `authority`: SHA-256 of the federation's certificate authority (DER), 32 bytes.
+    `secret`: registration secret, 16 bytes; good for one key. Left out of every representation.
+    Raises `ProtocolError`, `LinkError`: name or address is none: they become the name of a folder, lines of a unit and
+        words on a terminal.
     """
 
     address: str
@@ -74,12 +63,8 @@ class JoinToken:
 def decode_token(text: str) -> JoinToken:
     """Read a token.
 
-    Raises
-    ------
-    LinkError
-        It is none, or not whole; the line never quotes it.
-    ProtocolError, LinkError
-        It is whole, but bears a name or an address that is none.
+    Raises `LinkError`: it is none, or not whole; the line never quotes it.
+    Raises `ProtocolError`, `LinkError`: it is whole, but bears a name or an address that is none.
     """
     word = "".join(text.split())
     if not word.startswith(PREFIX):

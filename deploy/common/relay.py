@@ -20,10 +20,8 @@ async def relay(
 ) -> None:
     """Pass on one direction of a connection until its end, and count its bytes in ``counts[way]``.
 
-    Raises
-    ------
-    TimeoutError
-        Nothing came within ``first`` seconds, or within ``idle`` seconds after something had; None waits for ever.
+    Raises `TimeoutError`: nothing came within ``first`` seconds, or within ``idle`` seconds after something had; None
+        waits for ever.
     """
     patience = first
     while True:

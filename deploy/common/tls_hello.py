@@ -11,10 +11,7 @@ _HANDSHAKE, _CLIENT_HELLO, _SERVER_NAME, _ALPN = 22, 1, 0, 16
 async def read_hello(reader: asyncio.StreamReader) -> bytes:
     """Read the first TLS record, which holds the client's hello.
 
-    Raises
-    ------
-    ValueError
-        It is something else.
+    Raises `ValueError`: it is something else.
     """
     head = await reader.readexactly(5)
     kind, _, length = struct.unpack(">BHH", head)
@@ -26,20 +23,8 @@ async def read_hello(reader: asyncio.StreamReader) -> bytes:
 def protocols(hello: bytes) -> list[str]:
     """Return the application protocols that a client's hello offers (RFC 7301 section 3.1).
 
-    Parameters
-    ----------
-    hello : bytes
-        A TLS record.
-
-    Returns
-    -------
-    list of str
-        In the client's order; empty where it names none.
-
-    Raises
-    ------
-    ValueError
-        It is not a client's hello, or not whole.
+    Returns: in the client's order; empty where it names none.
+    Raises `ValueError`: it is not a client's hello, or not whole.
     """
     names, found, at = _extensions(hello).get(_ALPN, b"")[2:], [], 0
     while at < len(names):
@@ -51,10 +36,7 @@ def protocols(hello: bytes) -> list[str]:
 def server_name(hello: bytes) -> str:
     """Return the host name that a client's hello asks for (RFC 6066 section 3); empty where it names none.
 
-    Raises
-    ------
-    ValueError
-        It is not a client's hello, or not whole.
+    Raises `ValueError`: it is not a client's hello, or not whole.
     """
     entry = _extensions(hello).get(_SERVER_NAME, b"")  # length of the list, kind of the name, length, name
     return entry[5 : 5 + int.from_bytes(entry[3:5], "big")].decode("latin-1")

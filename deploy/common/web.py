@@ -91,17 +91,8 @@ def serving(
 ) -> Iterator[str]:
     """Serve a site in a thread until left; port 0 takes a free one, certificate and key make it HTTPS.
 
-    Yields
-    ------
-    str
-        The address to open.
-
-    Raises
-    ------
-    ConfigError
-        Certificate and key do not fit.
-    PortError
-        The address cannot be bound.
+    Raises `ConfigError`: certificate and key do not fit.
+    Raises `PortError`: the address cannot be bound.
     """
     tls = _tls(certificate, key) if certificate and key else None
     try:

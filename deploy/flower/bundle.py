@@ -18,10 +18,7 @@ LARGEST = 1 << 20  # bytes, unpacked; ours has 10 kB
 def check_bundle(content: bytes) -> None:
     """Look into an app bundle before anything of it is written.
 
-    Raises
-    ------
-    ConfigError
-        It holds another file than a project file and its licence, or names another app.
+    Raises `ConfigError`: it holds another file than a project file and its licence, or names another app.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as bundle:

@@ -62,31 +62,14 @@ def run_demo(
 ) -> None:
     """Start a federation, run the methods one after another, and show what each did and cost.
 
-    Parameters
-    ----------
-    nodes : int
-        Number of nodes.
-    methods : sequence of str
-        Names of methods; empty for all that the demo has settings for.
-    model : str
-        Base model, as in ``model.name``, or `smollm2.NAME`, which is fetched.
-    data : Path or None
-        A data file to deal out to the nodes; None makes the embedded data.
-    changes : mapping
-        Keys of the run configuration that are to differ from what the demo sets.
-    out : Path
-        Folder for everything that is written, an absolute path. Earlier results there are replaced.
-    keep : bool
-        Afterwards leave the federation running until Ctrl-C.
-    console : Console
-        Where progress is shown.
-    on_results : callable
-        Called once with the results, one for each method.
-
-    Raises
-    ------
-    FedTuneError
-        Something a user can act on; everything that was started has been stopped.
+    `methods`: names of methods; empty for all that the demo has settings for.
+    `model`: base model, as in ``model.name``, or `smollm2.NAME`, which is fetched.
+    `data`: a data file to deal out to the nodes; None makes the embedded data.
+    `changes`: keys of the run configuration that are to differ from what the demo sets.
+    `out`: folder for everything that is written, an absolute path. Earlier results there are replaced.
+    `keep`: afterwards leave the federation running until Ctrl-C.
+    `on_results`: called once with the results, one for each method.
+    Raises `FedTuneError`: something a user can act on; everything that was started has been stopped.
     """
     started = time.monotonic()
     configs = [_config(method, model, nodes, out, changes) for method in methods or _settings(model)]

@@ -37,14 +37,10 @@ class Traffic:
 class ByteProxy:
     """Count the bytes of every node's connection; a context manager that runs in its own thread.
 
-    Parameters
-    ----------
-    host, port : str, int
-        Where the SuperLink's fleet API listens, or will: a node that comes earlier is hung up on and tries again.
-    nodes : sequence of str
-        Names of the nodes; each gets a free port on 127.0.0.1.
-    bandwidth : float
-        Bytes a second in either direction of a connection, for experiments.
+    `host`, `port`: where the SuperLink's fleet API listens, or will: a node that comes earlier is hung up on and tries
+        again.
+    `nodes`: names of the nodes; each gets a free port on 127.0.0.1.
+    `bandwidth`: bytes a second in either direction of a connection, for experiments.
     """
 
     def __init__(self, host: str, port: int, nodes: Sequence[str], bandwidth: float = math.inf) -> None:

@@ -20,22 +20,13 @@ from server_app.run_view import Evaluation, RunView
 class Result:
     """One method's run.
 
-    Attributes
-    ----------
-    method : str
-        Name of the method.
-    rounds, nodes : int
-        Rounds of the run and nodes of the federation.
-    before, after : Evaluation
-        The first and the last.
-    traffic : Traffic
-        Bytes on all nodes' connections from submission to the end: everything, framework and handshakes included.
-    peak_memory : int
-        Largest resident memory of a node's worker, bytes.
-    seconds : float
-        From submission to the end, evaluation and export included.
-    model : str
-        Folder of the tuned model.
+    `rounds`, `nodes`: rounds of the run and nodes of the federation.
+    `before`, `after`: the first and the last.
+    `traffic`: bytes on all nodes' connections from submission to the end: everything, framework and handshakes
+        included.
+    `peak_memory`: largest resident memory of a node's worker, bytes.
+    `seconds`: from submission to the end, evaluation and export included.
+    `model`: folder of the tuned model.
     """
 
     method: str
@@ -58,10 +49,7 @@ class Result:
 def summarise(folder: Path, method: str, nodes: int, traffic: Traffic, seconds: float) -> Result:
     """Read a finished run's ledger.
 
-    Raises
-    ------
-    RunError
-        The run has not finished, or was not evaluated.
+    Raises `RunError`: the run has not finished, or was not evaluated.
     """
     view = RunView.of(folder)
     evaluations = list(view.evaluations.values())

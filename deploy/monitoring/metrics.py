@@ -50,15 +50,7 @@ _WORKER: list[tuple[str, str, str, str]] = [
 def run_metrics(reports: Iterable[dict[str, Any]]) -> bytes:
     """Render reports in Prometheus' text format.
 
-    Parameters
-    ----------
-    reports : iterable of dict
-        From `deploy.status.report`.
-
-    Raises
-    ------
-    ConfigError
-        The extra ``monitoring`` is not installed.
+    Raises `ConfigError`: the extra ``monitoring`` is not installed.
     """
     reports = list(reports)
     return _rendered(lambda: _families(reports))
@@ -67,10 +59,7 @@ def run_metrics(reports: Iterable[dict[str, Any]]) -> bytes:
 def worker_metrics(facts: dict[str, Any] | None) -> bytes:
     """Render a node's own facts, see `client_app.stats`; without them that no worker runs.
 
-    Raises
-    ------
-    ConfigError
-        The extra ``monitoring`` is not installed.
+    Raises `ConfigError`: the extra ``monitoring`` is not installed.
     """
     return _rendered(lambda: _worker_families(facts))
 

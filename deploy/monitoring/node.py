@@ -21,24 +21,10 @@ from deploy.status.operator import kept_token
 def node_page(folder: Path, where: str) -> Iterator[str]:
     """Serve ``/metrics`` and ``/healthz`` of a node until left.
 
-    Parameters
-    ----------
-    folder : Path
-        The membership's folder, where its worker's facts are; its ``metrics.token`` is asked for.
-    where : str
-        ``host:port``; empty for nowhere.
-
-    Yields
-    ------
-    str
-        The address; empty for none.
-
-    Raises
-    ------
-    ConfigError
-        ``where`` is no address.
-    PortError
-        The address cannot be bound.
+    `folder`: the membership's folder, where its worker's facts are; its ``metrics.token`` is asked for.
+    Yields: the address; empty for none.
+    Raises `ConfigError`: ``where`` is no address.
+    Raises `PortError`: the address cannot be bound.
     """
     if not where:
         yield ""

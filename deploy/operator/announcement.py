@@ -23,14 +23,7 @@ BEGINS_WITHIN = 600.0  # seconds; a run that has not begun by then will not
 def announce(folder: Path, settings: Mapping[str, Scalar], nodes: int) -> None:
     """Write the offer of a server.
 
-    Parameters
-    ----------
-    folder : Path
-        The server's state.
-    settings : mapping
-        Keys of the run configuration that are set.
-    nodes : int
-        Size of the fleet.
+    `settings`: keys of the run configuration that are set.
     """
     offer = {"settings": dict(settings), "plan": _plan(settings, max(nodes, 1)), "time": time.time()}
     write_json(folder / "offer.json", offer)

@@ -28,21 +28,12 @@ CURVES = ("secp256r1", "secp384r1", "secp521r1")
 class Member:
     """One node, as the operator knows it.
 
-    Attributes
-    ----------
-    name : str
-        Unique in the federation.
-    state : str
-        ``invited``, ``waiting`` (for approval), ``approved`` (its key is being registered), ``member``,
-        ``left`` by its own wish, or ``revoked``.
-    secret_hash : str
-        SHA-256 of the registration secret; the secret itself is kept nowhere.
-    expires : int
-        When the token expires, seconds since the epoch.
-    public_key : str
-        OpenSSH public key, once the node has sent it.
-    node_id : int
-        Flower's id, once the key is registered.
+    `state`: ``invited``, ``waiting`` (for approval), ``approved`` (its key is being registered), ``member``, ``left``
+        by its own wish, or ``revoked``.
+    `secret_hash`: SHA-256 of the registration secret; the secret itself is kept nowhere.
+    `expires`: when the token expires, seconds since the epoch.
+    `public_key`: OpenSSH public key, once the node has sent it.
+    `node_id`: Flower's id, once the key is registered.
     """
 
     name: str
@@ -61,10 +52,7 @@ class Member:
 class Members:
     """The members of a federation, in one file; every change is one locked transaction.
 
-    Parameters
-    ----------
-    folder : Path
-        Folder of the server's state.
+    `folder`: folder of the server's state.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -80,10 +68,7 @@ class Members:
     def get(self, name: str) -> Member:
         """One member.
 
-        Raises
-        ------
-        NodesError
-            There is none of this name.
+        Raises `NodesError`: there is none of this name.
         """
         members = self.all()
         if name not in members:
@@ -100,24 +85,9 @@ class Members:
     def invite(self, name: str, lifetime: float) -> tuple[bytes, int]:
         """Make a registration secret for a name; an earlier one of that name is void.
 
-        Parameters
-        ----------
-        name : str
-            Name of the node.
-        lifetime : float
-            Seconds until it expires.
-
-        Returns
-        -------
-        tuple of bytes and int
-            The secret, and when it expires.
-
-        Raises
-        ------
-        ConfigError
-            The name is not a plain word.
-        NodesError
-            A node of this name has joined.
+        Returns: the secret, and when it expires.
+        Raises `ConfigError`: the name is not a plain word.
+        Raises `NodesError`: a node of this name has joined.
         """
         if not NAME.fullmatch(name):
             raise ConfigError(f"node name {name!r}: use letters, digits, dots, hyphens and underscores, at most 63")
@@ -133,26 +103,11 @@ class Members:
     def apply(self, secret: bytes, public_key: str, *, approval: bool, now: float | None = None) -> Member:
         """Take up a node's key under a secret. Asking again with the same key gives the same answer.
 
-        Parameters
-        ----------
-        secret : bytes
-            From the node's token.
-        public_key : str
-            OpenSSH public key on a NIST curve.
-        approval : bool
-            Let the node wait until the operator approves it.
-        now : float, optional
-            The time, seconds since the epoch.
-
-        Returns
-        -------
-        Member
-            In state ``waiting``, ``approved`` or ``member``.
-
-        Raises
-        ------
-        LinkError
-            The secret is unknown, expired, or was used with another key.
+        `public_key`: OpenSSH public key on a NIST curve.
+        `approval`: let the node wait until the operator approves it.
+        `now`: the time, seconds since the epoch.
+        Returns: in state ``waiting``, ``approved`` or ``member``.
+        Raises `LinkError`: the secret is unknown, expired, or was used with another key.
         """
         _check_key(public_key)
         with self._changing() as members:
@@ -177,10 +132,7 @@ class Members:
     ) -> Member:
         """Move a member to another state; only while it has this key, where one is given.
 
-        Raises
-        ------
-        NodesError
-            There is no such member, or it is in none of the expected states.
+        Raises `NodesError`: there is no such member, or it is in none of the expected states.
         """
         with self._changing() as members:
             if name not in members or members[name].state not in expected or key not in ("", members[name].public_key):
@@ -209,21 +161,9 @@ def admit(
 ) -> Member:
     """Register an approved member's key with the SuperLink; take it back if the member was revoked meanwhile.
 
-    Parameters
-    ----------
-    members : Members
-        The list.
-    member : Member
-        As `Members.apply` returned it; one that is not approved stays as it is.
-    register : callable
-        Takes key and name, gives Flower's id; registering again gives the same.
-    unregister : callable
-        Takes Flower's id.
-
-    Raises
-    ------
-    NodesError
-        It was revoked meanwhile.
+    `member`: as `Members.apply` returned it; one that is not approved stays as it is.
+    `register`: takes key and name, gives Flower's id; registering again gives the same.
+    Raises `NodesError`: it was revoked meanwhile.
     """
     if member.state != "approved":
         return member

@@ -37,20 +37,9 @@ MOST_AT_ONCE = 16  # requests that are answered at a time; who has not asked yet
 class RegistrationServer:
     """Answers joiners.
 
-    Parameters
-    ----------
-    server : ServerFiles
-        The server's certificates.
-    members : Members
-        Who may take part.
-    control : Control
-        The SuperLink.
-    offer : callable
-        Gives what the operator announces: the keys of the run configuration that are set.
-    approval : bool
-        Let every node wait for ``fedtune nodes approve``.
-    on_event : callable
-        Called with a line about everything that changed.
+    `offer`: gives what the operator announces: the keys of the run configuration that are set.
+    `approval`: let every node wait for ``fedtune nodes approve``.
+    `on_event`: called with a line about everything that changed.
     """
 
     def __init__(

@@ -37,10 +37,7 @@ def new_folder(method: str) -> Path:
 def find_run(run: Path | None) -> Path:
     """The folder of a run: as named, by its name below the runs, or the newest.
 
-    Raises
-    ------
-    LedgerError
-        There is none.
+    Raises `LedgerError`: there is none.
     """
     for folder in [run.expanduser(), runs_folder() / run] if run else [runs_folder()]:
         if folder.is_dir() and (found := newest_runs(folder)):
@@ -53,10 +50,7 @@ def find_run(run: Path | None) -> Path:
 def settings_of(folder: Path) -> dict[str, Scalar]:
     """The run configuration with which a run was started last.
 
-    Raises
-    ------
-    LedgerError
-        It has not begun.
+    Raises `LedgerError`: it has not begun.
     """
     view = RunView.of(folder)
     if not view.starts:
@@ -86,28 +80,10 @@ def tune(
 ) -> Path:
     """Submit a run and follow it to its end; submit it again when it died of no fault of its own.
 
-    Parameters
-    ----------
-    control : Control
-        The SuperLink.
-    settings : mapping
-        The run configuration, with ``run.dir``. A run that is there is continued.
-    view : RunView
-        Of the run's folder.
-    on_look : callable
-        Called with the view at every look at the ledger, twice a second.
-    on_event : callable
-        Called with a line about submissions.
-
-    Returns
-    -------
-    Path
-        The tuned model.
-
-    Raises
-    ------
-    FedTuneError
-        What ended the run.
+    `settings`: the run configuration, with ``run.dir``. A run that is there is continued.
+    `on_look`: called with the view at every look at the ledger, twice a second.
+    `on_event`: called with a line about submissions.
+    Raises `FedTuneError`: what ended the run.
     """
     folder, left, rounds = view.folder, MOST_RESTARTS, 0
     while True:
@@ -169,10 +145,7 @@ def _follow(
 def stop(control: Control, folder: Path) -> None:
     """Stop a run, and put that on its record; `tune` with its settings continues it later.
 
-    Raises
-    ------
-    RunError
-        It has ended already.
+    Raises `RunError`: it has ended already.
     """
     view = RunView.of(folder)
     if not view.starts or view.end:

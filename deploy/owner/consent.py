@@ -48,14 +48,9 @@ UNKNOWN = "not known before the base model is here"
 class Proposal:
     """A run as its owner is asked about it.
 
-    Attributes
-    ----------
-    rows : list of (str, str)
-        What it takes, as labelled lines.
-    leaves : list of str
-        Everything that leaves the machine, in words.
-    agreement : Agreement
-        What is written down if the owner agrees.
+    `rows`: what it takes, as labelled lines.
+    `leaves`: everything that leaves the machine, in words.
+    `agreement`: what is written down if the owner agrees.
     """
 
     rows: list[tuple[str, str]]
@@ -68,26 +63,11 @@ def propose(
 ) -> Proposal:
     """Say what a run asks for.
 
-    Parameters
-    ----------
-    settings : mapping
-        The run configuration, as the operator sent it.
-    membership : Membership
-        The node.
-    examples : int
-        How many the owner has.
-    announced : mapping, optional
-        The operator's plan, a `Cost` as a mapping, for a base model that is not here.
-
-    Returns
-    -------
-    Proposal
-        Its numbers are upper bounds where they say so.
-
-    Raises
-    ------
-    FedTuneError
-        The run cannot be understood here: its method is not installed, or a setting is wrong.
+    `settings`: the run configuration, as the operator sent it.
+    `examples`: how many the owner has.
+    `announced`: the operator's plan, a `Cost` as a mapping, for a base model that is not here.
+    Returns: its numbers are upper bounds where they say so.
+    Raises `FedTuneError`: the run cannot be understood here: its method is not installed, or a setting is wrong.
     """
     config = parse(settings)
     method = load_method(config.method.name)

@@ -13,22 +13,10 @@ from fedtune_strategies.words import counted
 def read_data(own: NodeConfig, model: str = "") -> tuple[int, str]:
     """Read all rows, and try the model's chat template on them.
 
-    Parameters
-    ----------
-    own : NodeConfig
-        The node's configuration, which names the data.
-    model : str
-        The base model; one that is not here is not tried.
-
-    Returns
-    -------
-    tuple of int and str
-        How many examples there are, and how they can be read.
-
-    Raises
-    ------
-    FedTuneError
-        The data or the model cannot be used, or not together.
+    `own`: the node's configuration, which names the data.
+    `model`: the base model; one that is not here is not tried.
+    Returns: how many examples there are, and how they can be read.
+    Raises `FedTuneError`: the data or the model cannot be used, or not together.
     """
     rows = read_rows(own.data, own.format, own.columns, own.skip_bad)
     found = f"{counted(len(rows), 'example')}, {'bad rows left out' if own.skip_bad else 'all readable'}"

@@ -44,14 +44,9 @@ class UnreachableError(LinkError):
 class Membership:
     """A federation that this machine joined, as it is kept in ``node.json``.
 
-    Attributes
-    ----------
-    name, address : str
-        The node's name; ``host:port`` of the server.
-    data, format, model, device : str
-        The node's configuration, see `fedtune_strategies.config.node.NodeConfig`; empty for the default.
-    settings : dict of str to str, int, float or bool
-        Its other keys.
+    `name`, `address`: the node's name; ``host:port`` of the server.
+    `data`, `format`, `model`, `device`: the node's configuration, see `fedtune_strategies.config.node.NodeConfig`;
+        empty for the default.
     """
 
     name: str
@@ -119,10 +114,7 @@ def memberships() -> list[Membership]:
 def find_membership(name: str | None) -> Membership:
     """The membership of a name, or the only one.
 
-    Raises
-    ------
-    ConfigError
-        There is none, or several.
+    Raises `ConfigError`: there is none, or several.
     """
     found = [one for one in memberships() if name in (None, one.name, one.folder.name)]
     if not found:
@@ -138,20 +130,9 @@ def find_membership(name: str | None) -> Membership:
 def fetch_server_info(token: JoinToken) -> tuple[str, dict[str, Any]]:
     """Fetch the server's authority, check it against the token, and ask what is tuned there.
 
-    Parameters
-    ----------
-    token : JoinToken
-        Not expired.
-
-    Returns
-    -------
-    tuple of str and dict
-        The authority's certificate (PEM), and the server's facts: ``fedtune``, ``flwr``, ``time``, ``offer``.
-
-    Raises
-    ------
-    LinkError
-        The server cannot be reached, or is not the one that made the token. Nothing secret was sent then.
+    Returns: the authority's certificate (PEM), and the server's facts: ``fedtune``, ``flwr``, ``time``, ``offer``.
+    Raises `LinkError`: the server cannot be reached, or is not the one that made the token. Nothing secret was sent
+        then.
     """
     # The first connection trusts nobody: it carries no secret, and its one result is checked by its hash.
     authority = str(_ask_again(token.address, {"do": "hello"}, None)["authority"])
@@ -166,21 +147,7 @@ def fetch_server_info(token: JoinToken) -> tuple[str, dict[str, Any]]:
 def register(token: JoinToken, authority: str, membership: Membership, on_wait: Any = lambda key: None) -> Membership:
     """Make the node's key, have it registered, and keep the membership.
 
-    Parameters
-    ----------
-    token : JoinToken
-        The token.
-    authority : str
-        From `meet`.
-    membership : Membership
-        What to keep.
-    on_wait : callable
-        Called once with the key's fingerprint if the operator must approve it.
-
-    Returns
-    -------
-    Membership
-        Saved.
+    `on_wait`: called once with the key's fingerprint if the operator must approve it.
     """
     private_folder(membership.folder)
     _forget_other_key(membership, token)
@@ -227,17 +194,9 @@ def _token_hash(token: JoinToken) -> bytes:
 def unregister(membership: Membership, *, tell_server: bool = True) -> Path | None:
     """Leave a federation: the server forgets the key, the node ends, and this machine forgets the membership.
 
-    Returns
-    -------
-    Path or None
-        Where the record of what left this machine is kept; None where nothing did.
-
-    Raises
-    ------
-    LinkError
-        The server cannot be reached or refused; nothing was removed here.
-    ResourceError
-        The node does not end.
+    Returns: where the record of what left this machine is kept; None where nothing did.
+    Raises `LinkError`: the server cannot be reached or refused; nothing was removed here.
+    Raises `ResourceError`: the node does not end.
     """
     if tell_server:
         now = int(time.time())
@@ -269,26 +228,9 @@ def _forget(folder: Path) -> Path | None:
 def ask(address: str, request: dict[str, Any], authority: str | None) -> dict[str, Any]:
     """Ask the desk of a server.
 
-    Parameters
-    ----------
-    address : str
-        ``host:port``.
-    request : dict
-        The request.
-    authority : str or None
-        PEM certificate that the server's must descend from; None trusts anybody.
-
-    Returns
-    -------
-    dict
-        The answer.
-
-    Raises
-    ------
-    FedTuneError
-        The server refused; its reason.
-    LinkError
-        It cannot be reached or trusted.
+    `authority`: PEM certificate that the server's must descend from; None trusts anybody.
+    Raises `FedTuneError`: the server refused; its reason.
+    Raises `LinkError`: it cannot be reached or trusted.
     """
     host, port = split_address(address)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -19,25 +19,11 @@ from deploy.status.server import serve_page
 def operators_page(folder: Path, where: str) -> Iterator[str]:
     """Serve the page of the operator's runs until left.
 
-    Parameters
-    ----------
-    folder : Path
-        The server's state. The token is that in ``status.token``, made where absent; beyond loopback its certificate is
-        used.
-    where : str
-        ``host:port``; port 0 takes a free one.
-
-    Yields
-    ------
-    str
-        The address to open.
-
-    Raises
-    ------
-    ConfigError
-        ``where`` is no address.
-    PortError
-        The address cannot be bound.
+    `folder`: the server's state. The token is that in ``status.token``, made where absent; beyond loopback its
+        certificate is used.
+    `where`: ``host:port``; port 0 takes a free one.
+    Raises `ConfigError`: ``where`` is no address.
+    Raises `PortError`: the address cannot be bound.
     """
     host, port = split_listen(where)
     token = kept_token(folder / "status.token")

@@ -21,17 +21,9 @@ from server_app.run_view import RunView
 def write_page(folder: Path, path: Path) -> None:
     """Write a page that shows a run, or all runs of a folder, as a single file.
 
-    Parameters
-    ----------
-    folder : Path
-        A run's folder, or a folder of runs; finished or not.
-    path : Path
-        The HTML file; replaced where it exists.
-
-    Raises
-    ------
-    LedgerError
-        There is no run in the folder.
+    `folder`: a run's folder, or a folder of runs; finished or not.
+    `path`: the HTML file; replaced where it exists.
+    Raises `LedgerError`: there is no run in the folder.
     """
     views = [RunView(run) for run in newest_runs(folder)]
     for view in views:
@@ -50,10 +42,7 @@ def document(views: Iterable[RunView]) -> dict[str, Any]:
 def render(data: dict[str, Any] | None) -> str:
     """Return the page's HTML.
 
-    Parameters
-    ----------
-    data : dict or None
-        From `document`; None for a page that fetches ``report.json`` from its server.
+    `data`: from `document`; None for a page that fetches ``report.json`` from its server.
     """
     # Inside a script element, only "<" could end the data.
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")

@@ -28,10 +28,7 @@ MAX_NOTES = 40
 def report(view: RunView) -> dict[str, Any]:
     """Make the document of a run, finished or not.
 
-    Returns
-    -------
-    dict
-        Ready for JSON: ``run`` (method, model, state, round, times), ``totals``, ``rounds``, ``evaluations``,
+    Returns: ready for JSON: ``run`` (method, model, state, round, times), ``totals``, ``rounds``, ``evaluations``,
         ``nodes``, ``turns`` (what each node did in the newest rounds), ``panel`` (what the method shows, or None),
         ``answers`` (before and after) and ``notes`` (refusals and losses). Bytes are payload, without Flower's
         envelope; times are seconds since the epoch, durations seconds.

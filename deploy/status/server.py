@@ -40,30 +40,12 @@ def serve_page(
     that it is served. The page itself holds nothing of a run, so it needs no token; everything that does takes it as
     ``Authorization: Bearer``. It comes to the page behind the address's ``#``, which no log and no proxy sees.
 
-    Parameters
-    ----------
-    folder : Path
-        A run's folder, or a folder in which runs will be.
-    token : str
-        What a reader must show, also on loopback.
-    host : str
-        Address to listen on.
-    port : int
-        Port; 0 takes a free one.
-    certificate, key : Path, optional
-        PEM files for HTTPS.
-
-    Yields
-    ------
-    str
-        The address to open, token included.
-
-    Raises
-    ------
-    ConfigError
-        Certificate and key do not fit.
-    PortError
-        The address cannot be bound.
+    `folder`: a run's folder, or a folder in which runs will be.
+    `token`: what a reader must show, also on loopback.
+    `port`: port; 0 takes a free one.
+    Yields: the address to open, token included.
+    Raises `ConfigError`: certificate and key do not fit.
+    Raises `PortError`: the address cannot be bound.
     """
     runs = Runs(folder)
     pages = site(

@@ -29,20 +29,11 @@ LONGEST_FRAME = _PART.size + 255 + PART_BYTES
 class Part:
     """A stretch of a message.
 
-    Attributes
-    ----------
-    number : int
-        The message's number among its sender's.
-    note : int
-        Of a task: the seconds that it may take; of a reply: the number of the task.
-    size, start : int
-        Bytes of the whole message, and where this part begins.
-    digest : bytes
-        First half of the SHA-256 of the whole message.
-    kind : str
-        Kind of the message, see `fedtune_strategies.protocol.messages`.
-    data : memoryview
-        The bytes.
+    `number`: the message's number among its sender's.
+    `note`: of a task: the seconds that it may take; of a reply: the number of the task.
+    `size`, `start`: bytes of the whole message, and where this part begins.
+    `digest`: first half of the SHA-256 of the whole message.
+    `kind`: kind of the message, see `fedtune_strategies.protocol.messages`.
     """
 
     number: int
@@ -107,10 +98,7 @@ def encode(frame: Frame) -> bytes:
 def decode(data: bytes) -> Frame:
     """Turn bytes into a frame.
 
-    Raises
-    ------
-    ProtocolError
-        They are none.
+    Raises `ProtocolError`: they are none.
     """
     try:
         match data[0]:

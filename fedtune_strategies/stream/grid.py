@@ -37,12 +37,8 @@ class StreamGrid(WrappedGrid):
     What goes by Flower brings the node an offer of a stream, so that the next message can go that way. A task whose
     stream ended is sent again by Flower, unless the node is known to be gone.
 
-    Parameters
-    ----------
-    grid : Grid
-        Flower's grid; it says which nodes there are.
-    server : StreamServer or None
-        Open; None where Flower carries everything.
+    `grid`: Flower's grid; it says which nodes there are.
+    `server`: open; None where Flower carries everything.
     """
 
     def __init__(self, grid: Grid, server: StreamServer | None) -> None:
@@ -144,10 +140,7 @@ class StreamGrid(WrappedGrid):
 def streaming(grid: Grid, config: StreamConfig) -> Iterator[StreamGrid]:
     """Open streams beside Flower's messages, where the configuration or `fedtune serve` says how nodes reach them.
 
-    Raises
-    ------
-    PortError
-        ``stream.listen`` cannot be listened on.
+    Raises `PortError`: ``stream.listen`` cannot be listened on.
     """
     server = _server(config)
     if server is None:

@@ -47,22 +47,12 @@ class Link:
     A message is kept until the other side has it whole, and sent one after another. A connection begins with each side
     saying how far it has got, so that the next one continues in the middle of a message.
 
-    Parameters
-    ----------
-    on_message : callable
-        Called with every message that has arrived whole.
-    expects : callable
-        Called with a message's first part: whether it may come. One that may not breaks the connection.
-    beat, idle_beat : float
-        Seconds after which to send a sign of life where there is nothing else to send: between the first part of a
-        message and its reply, and at other times. 0 for none.
-    step : callable
-        How far this side is in its task, as a sign of life says it: steps begun, and all of them.
-
-    Attributes
-    ----------
-    theirs : Beat
-        How far the other side is in its task.
+    `on_message`: called with every message that has arrived whole.
+    `expects`: called with a message's first part: whether it may come. One that may not breaks the connection.
+    `beat`, `idle_beat`: seconds after which to send a sign of life where there is nothing else to send: between the
+        first part of a message and its reply, and at other times. 0 for none.
+    `step`: how far this side is in its task, as a sign of life says it: steps begun, and all of them.
+    `theirs`: how far the other side is in its task.
     """
 
     def __init__(
@@ -107,10 +97,7 @@ class Link:
     async def run(self, read: Read, write: Write) -> None:
         """Keep to one connection until it ends or the other side takes its leave.
 
-        Raises
-        ------
-        ProtocolError
-            The other side does not keep to the rules.
+        Raises `ProtocolError`: the other side does not keep to the rules.
         """
         self.heard = time.monotonic()
         self._notices.clear()

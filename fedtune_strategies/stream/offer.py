@@ -24,23 +24,13 @@ _LONGEST = 4096  # characters of a certificate
 class Offer:
     """One node's way to a run's stream.
 
-    Attributes
-    ----------
-    address : str
-        ``host:port``.
-    shared : bool
-        Whether that is the port at which the server is joined, too: a node that joined there keeps to its own address.
-    name : str
-        The name in the server's certificate, new with every start of a ServerApp.
-    certificate : str
-        PEM; the only one that the node believes there.
-    secret : str
-        Opens one connection, in the name of the node that Flower gave the offer to. Left out of every representation.
-
-    Raises
-    ------
-    ProtocolError
-        A field is not of that form.
+    `shared`: whether that is the port at which the server is joined, too: a node that joined there keeps to its own
+        address.
+    `name`: the name in the server's certificate, new with every start of a ServerApp.
+    `certificate`: PEM; the only one that the node believes there.
+    `secret`: opens one connection, in the name of the node that Flower gave the offer to. Left out of every
+        representation.
+    Raises `ProtocolError`: a field is not of that form.
     """
 
     address: str

@@ -52,14 +52,7 @@ OPTIONS = [
 class Outcome:
     """What became of a message.
 
-    Attributes
-    ----------
-    key : str
-        As it was sent.
-    reply : tuple of str and bytes, or None
-        Kind and payload.
-    lost : str
-        Why there is no reply; empty where the node's stream ended and Flower may still reach the node.
+    `lost`: why there is no reply; empty where the node's stream ended and Flower may still reach the node.
     """
 
     key: str
@@ -88,12 +81,8 @@ class _Session:
 class StreamServer:
     """Listens for streams; all methods may be called from one thread that is not its own.
 
-    Parameters
-    ----------
-    address : str
-        ``host:port`` at which nodes find it.
-    listen : str or Path
-        ``host:port`` to listen on, or a folder for a socket named after the server.
+    `address`: ``host:port`` at which nodes find it.
+    `listen`: ``host:port`` to listen on, or a folder for a socket named after the server.
     """
 
     def __init__(self, address: str, listen: str | Path) -> None:
@@ -112,10 +101,7 @@ class StreamServer:
     def open(self) -> None:
         """Begin to listen.
 
-        Raises
-        ------
-        PortError
-            The address cannot be listened on.
+        Raises `PortError`: the address cannot be listened on.
         """
         try:
             call(self._open())
