@@ -52,9 +52,10 @@ class Guard:
             The run makes the model worse: the line says by how much.
         """
         kinds = ("evaluation",) if self._held_out else ("reply", "round")
-        for record in self._ledger.records(*kinds, after=self._seen):
+        after, self._seen = self._seen, self._ledger.end()
+        for record in self._ledger.records(*kinds, after=after):
             self._take(record)
-            self._seen = record.seq
+            self._seen = max(self._seen, record.seq)
         if self._run.patience and self._without_better >= self._run.patience:
             return (
                 f"finished in round {self._evaluated}: no lower held-out loss in {self._without_better} evaluations "

@@ -181,7 +181,7 @@ class Ledger:
                 raise self._plain(error) from None
             raise
         if self._hash != before:
-            ledger_file.note_head(self._head, self._db.execute("SELECT max(seq) FROM records").fetchone()[0])
+            ledger_file.note_head(self._head, self.end())
 
     def records(self, *kinds: str, round: int | None = None, after: int = 0) -> Iterator[Record]:
         """Yield records in order.
@@ -209,6 +209,10 @@ class Ledger:
             query += " AND round = ?"
             values.append(round)
         yield from self._select(query + " ORDER BY seq", values)
+
+    def end(self) -> int:
+        """Return the position of the newest record, 0 where there is none: who follows reads on from there."""
+        return int(self._db.execute("SELECT max(seq) FROM records").fetchone()[0] or 0)
 
     def last(self, kind: str) -> Record | None:
         """Return the newest record of a kind, None where there is none."""
@@ -341,7 +345,7 @@ class Ledger:
             raise LedgerError(f"{self._path}: {found}; restore it from a backup{remedy}.")
         kept = ledger_file.truncate_to(self._path, found.good)
         log.warning(
-            "%s: %s; going on from record %d, the damaged file is kept as %s", self._path, found, found.good, kept
+            "%s: %s; going on from record %d, the file is kept as it was, as %s", self._path, found, found.good, kept
         )
         return found
 

@@ -45,13 +45,22 @@ class Damage:
         Records behind it that are as they were written.
     lost : int
         Records that are not.
+    ends_early : bool
+        All that is there is as it was written: only later records are missing. An end that was lost and an older copy
+        that was put back look alike.
     """
 
     good: int
     good_after: int
     lost: int
+    ends_early: bool = False
 
     def __str__(self) -> str:
+        if self.ends_early:
+            return (
+                f"ends with record {self.good}, though {self.lost} more had been written: either its end was lost, or "
+                "an older copy was put in its place"
+            )
         where = f"damaged after record {self.good}" if self.good else "damaged from its first record on"
         after = f", {self.good_after} good ones follow" if self.good_after else ""
         return f"{where} ({self.lost} record{'s' * (self.lost != 1)} lost{after})"
@@ -111,7 +120,7 @@ def find_corruption(path: Path, head: int) -> Damage | None:
         if good >= end:
             return None
         good_after = _good_after(db, good, end)
-        return Damage(good, good_after, end - good - good_after)
+        return Damage(good, good_after, end - good - good_after, ends_early=bool(good) and good == _last_seq(db))
 
 
 def make(path: Path) -> None:

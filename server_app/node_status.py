@@ -35,8 +35,9 @@ class NodeStatuses:
 
     def update(self, ledger: Ledger) -> dict[str, NodeStatus]:
         """Take up what is new in a run's ledger; returns them in the order of their names."""
-        for record in ledger.records("start", "joined", "lost", after=self._seen):
-            self._seen = record.seq
+        after, self._seen = self._seen, ledger.end()
+        for record in ledger.records("start", "joined", "lost", after=after):
+            self._seen = max(self._seen, record.seq)
             match record.kind:
                 case "joined":
                     self._found[record.node] = NodeStatus(True, record.time, record.body["reason"])

@@ -11,6 +11,7 @@ import contextlib
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ import psutil
 from fedtune_strategies.errors import LinkError, PortError
 
 TOKEN = "FEDTUNE_FEDERATION"
+LOG_BYTES = 50 * 10**6  # of a log; as much of what was before is kept
 PATIENCE = 6.0  # seconds between asking a process to end and killing it
 
 
@@ -54,6 +56,14 @@ def start(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
+
+def rotate(log: Path) -> None:
+    """Move what a process has written to ``.previous`` once it is long; the process continues to append."""
+    with contextlib.suppress(OSError):
+        if log.stat().st_size > LOG_BYTES:
+            shutil.copyfile(log, log.with_suffix(".previous"))
+            os.truncate(log, 0)
 
 
 def next_pause(pause: float, lived: float) -> float:

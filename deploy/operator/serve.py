@@ -93,9 +93,10 @@ class Server:
         """Restart what has ended, after a pause that grows while it keeps ending."""
         for service in self.services:
             assert service.process is not None
+            log = self.control.folder / "logs" / f"{service.name}.log"
+            processes.rotate(log)
             if service.process.poll() is None:
                 continue
-            log = self.control.folder / "logs" / f"{service.name}.log"
             if service.name not in self._due:
                 service.pause = processes.next_pause(service.pause, time.monotonic() - service.started)
                 self._due[service.name] = time.monotonic() + service.pause

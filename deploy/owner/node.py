@@ -147,6 +147,7 @@ def _run_once(
     last, start = "", 0
     while True:
         code = process.poll()
+        processes.rotate(log)
         text, start = _grown(log, start)
         for meaning in meanings(text):
             if meaning != last:
@@ -184,6 +185,7 @@ def meanings(text: str) -> list[str]:
 
 def _grown(log: Path, start: int) -> tuple[str, int]:
     with log.open("rb") as stream:
+        start = start if start <= log.stat().st_size else 0  # it was rotated
         stream.seek(start)
         data = stream.read()
     whole = data.rpartition(b"\n")[0]

@@ -1,3 +1,4 @@
+import contextlib
 import signal
 import sqlite3
 import subprocess
@@ -151,7 +152,22 @@ def test_missing_records_are_noticed(tmp_path, removed, left, caplog):
     change(fill(tmp_path, 5), "DELETE FROM records WHERE seq = ?", removed)
     Ledger(tmp_path).close()
     assert rounds(tmp_path) == left
-    assert f"damaged after record {left[-1]}" in caplog.text
+    told = f"ends with record {left[-1]}, though 1 more" if removed == 5 else f"damaged after record {left[-1]}"
+    assert told in caplog.text
+
+
+def test_an_older_copy_that_was_put_back_is_told_apart_from_damage_and_continues(tmp_path, caplog):
+    path = fill(tmp_path, 3)
+    older = path.read_bytes()
+    fill(tmp_path, 5)
+    path.write_bytes(older)
+    with contextlib.closing(Ledger.read(tmp_path)) as ledger:
+        found = ledger.damage()
+    assert found.ends_early and "an older copy was put in its place" in str(found) and "damaged" not in str(found)
+    Ledger(tmp_path).close()
+    assert rounds(tmp_path) == [1, 2, 3] and "an older copy" in caplog.text
+    with contextlib.closing(Ledger.read(tmp_path)) as ledger:
+        assert ledger.damage() is None
 
 
 @pytest.mark.parametrize("part", [0.25, 0.5, 0.75, 0.95])
@@ -184,7 +200,7 @@ def test_a_lost_log_is_noticed(tmp_path, caplog):
     log = tmp_path / "ledger.sqlite-wal"
     log.write_bytes(log.read_bytes()[:-5000])
     Ledger(tmp_path).close()
-    assert f"damaged after record {len(rounds(tmp_path))}" in caplog.text and len(rounds(tmp_path)) < 8
+    assert f" record {len(rounds(tmp_path))}" in caplog.text and len(rounds(tmp_path)) < 8
 
 
 def test_a_ledger_with_nothing_whole_is_refused(tmp_path):

@@ -146,3 +146,14 @@ def test_tail_is_one_line_without_colours(tmp_path):
     assert processes.tail(log) == "(empty)"
     log.write_text("\n".join(["old", "one", "", "\x1b[92mtwo\x1b[0m   three", "four"]))
     assert processes.tail(log, 3) == "one / two three / four"
+
+
+def test_a_long_log_is_moved_while_its_process_appends(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "LOG_BYTES", 5)
+    log = tmp_path / "one.log"
+    with log.open("ab", buffering=0) as stream:
+        stream.write(b"before\n")
+        processes.rotate(log)
+        stream.write(b"now\n")
+        processes.rotate(log)
+    assert log.read_bytes() == b"now\n" and log.with_suffix(".previous").read_bytes() == b"before\n"
