@@ -10,13 +10,8 @@ from typing import Any
 class Apart:
     """A node behind a pipe.
 
-    Parameters
-    ----------
-    serve : callable
-        Called in the fresh process with its end of a pipe and the arguments: answers every (kind, payload) until None
-        comes, then sends what it measured.
-    *arguments
-        For ``serve``.
+    `serve`: called in the fresh process with its end of a pipe and the arguments: answers every (kind, payload) until
+        None comes, then sends what it measured.
     """
 
     def __init__(self, serve: Callable[..., None], *arguments: Any) -> None:

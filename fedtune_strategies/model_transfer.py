@@ -36,17 +36,7 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Chunk:
-    """One stretch of a file.
-
-    Attributes
-    ----------
-    file : str
-        Name of the file.
-    start, size : int
-        In bytes.
-    sha256 : str
-        Of its bytes.
-    """
+    """One stretch of a file."""
 
     file: str
     start: int
@@ -55,15 +45,7 @@ class Chunk:
 
 
 class ModelSource:
-    """A model folder on the server, to be handed out.
-
-    Parameters
-    ----------
-    folder : Path
-        The folder.
-    chunk_bytes : int
-        Largest chunk.
-    """
+    """A model folder on the server, to be handed out."""
 
     def __init__(self, folder: Path, chunk_bytes: int = CHUNK_BYTES) -> None:
         self._folder = folder
@@ -78,10 +60,7 @@ class ModelSource:
     def answer(self, wanted: ModelRequest) -> Message:
         """Answer what a node wants.
 
-        Raises
-        ------
-        ProtocolError
-            There is no such chunk.
+        Raises `ProtocolError`: there is no such chunk.
         """
         if wanted.chunk < 0:
             return ModelManifest(self.manifest)
@@ -95,12 +74,8 @@ class ModelSource:
 class ModelCache:
     """Models that came from servers, on a node's disk.
 
-    Parameters
-    ----------
-    folder : Path
-        Where they are; made where absent. Nodes of one machine may share it.
-    limit : int
-        Most bytes in it. To make room, the models that were unused longest are deleted.
+    `folder`: where they are; made where absent. Nodes of one machine may share it.
+    `limit`: most bytes in it. To make room, the models that were unused longest are deleted.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -122,12 +97,8 @@ class ModelCache:
     def start(self, node: str, name: str, manifest: str) -> Path | ModelRequest:
         """Begin with a manifest; return the model's folder if it is here already, else the first wanted chunk.
 
-        Raises
-        ------
-        ProtocolError
-            The manifest is damaged, or names files that do not belong to a model.
-        ResourceError
-            The model is larger than the cache may be, or the disk is full or read-only.
+        Raises `ProtocolError`: the manifest is damaged, or names files that do not belong to a model.
+        Raises `ResourceError`: the model is larger than the cache may be, or the disk is full or read-only.
         """
         self._chunks = read_manifest(manifest)
         digest = hashlib.sha256(manifest.encode()).hexdigest()[:32]
@@ -148,12 +119,8 @@ class ModelCache:
     def take(self, node: str, number: int, data: bytes) -> Path | ModelRequest:
         """Keep a chunk; return the model's folder if it was the last one, else the next wanted chunk.
 
-        Raises
-        ------
-        ProtocolError
-            It is not wanted, or not what the manifest says.
-        ResourceError
-            The disk is full or read-only.
+        Raises `ProtocolError`: it is not wanted, or not what the manifest says.
+        Raises `ResourceError`: the disk is full or read-only.
         """
         if number not in self._missing:
             raise ProtocolError(f"chunk {number} of a model came unasked.")
@@ -220,11 +187,8 @@ def _is_arriving(folder: Path) -> bool:
 def read_manifest(text: str) -> list[Chunk]:
     """Read a manifest.
 
-    Raises
-    ------
-    ProtocolError
-        It is damaged, names a file that does not belong to a model, or its chunks do not fill every file from its start
-        without a gap.
+    Raises `ProtocolError`: it is damaged, names a file that does not belong to a model, or its chunks do not fill every
+        file from its start without a gap.
     """
     try:
         chunks = [Chunk(**entry) for entry in json.loads(text)]

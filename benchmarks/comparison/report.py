@@ -31,14 +31,7 @@ T95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 
 class Line:
     """What the seeds of one entrant gave.
 
-    Attributes
-    ----------
-    entrant : Entrant
-        Who.
-    lr : float
-        Its step size.
-    runs : list of dict
-        Results of its final runs.
+    `runs`: results of its final runs.
     """
 
     entrant: Entrant

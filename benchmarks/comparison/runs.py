@@ -101,19 +101,9 @@ def watched(meters: list[Meter]) -> Iterator[Watch]:
 def run_once(settings: dict[str, Any], files: list[Path], folder: Path) -> dict[str, Any]:
     """Run a federation in this process.
 
-    Parameters
-    ----------
-    settings : dict
-        Run configuration.
-    files : list of Path
-        One data file for each node.
-    folder : Path
-        Used by the run, removed at its end.
-
-    Returns
-    -------
-    dict
-        ``curve``: at every evaluation loss, total bytes and processor seconds; ``evaluating``: its seconds in all.
+    `files`: one data file for each node.
+    `folder`: used by the run, removed at its end.
+    Returns: ``curve``: at every evaluation loss, total bytes and processor seconds; ``evaluating``: its seconds in all.
     """
     shutil.rmtree(folder, ignore_errors=True)
     flat = settings | {"run.dir": str(folder)}
@@ -141,16 +131,9 @@ def read_runs(results: Path) -> list[dict[str, Any]]:
 class Study:
     """All runs of one protocol, in one file.
 
-    Parameters
-    ----------
-    protocol : Protocol
-        What is compared.
-    results : Path
-        The file, one JSON line a run; read first, then appended to.
-    work : Path
-        Folder for data and running federations.
-    seconds : float
-        No run is started after so long.
+    `results`: the file, one JSON line a run; read first, then appended to.
+    `work`: folder for data and running federations.
+    `seconds`: no run is started after so long.
     """
 
     def __init__(self, protocol: Protocol, results: Path, work: Path, seconds: float = math.inf) -> None:

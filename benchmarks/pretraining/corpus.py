@@ -80,15 +80,7 @@ Document = list[tuple[str, str]]
 def documents(seed: int) -> Iterator[Document]:
     """Write pretraining documents without end.
 
-    Parameters
-    ----------
-    seed : int
-        Same seed, same documents.
-
-    Yields
-    ------
-    Document
-        A conversation of one turn, or a sheet of solved exercises.
+    Yields: a conversation of one turn, or a sheet of solved exercises.
     """
     rng = random.Random(f"{seed}/pretrain")
     while True:

@@ -28,15 +28,7 @@ Encoded = tuple[list[int], list[int]]
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """Learn byte-level pairs until every word of the corpus is one token; any other text falls back to its bytes.
 
-    Parameters
-    ----------
-    texts : list of str
-        The corpus.
-
-    Returns
-    -------
-    PreTrainedTokenizerFast
-        Begins a text with ``<s>``; has ``</s>`` and ``<pad>``.
+    Returns: begins a text with ``<s>``; has ``</s>`` and ``<pad>``.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -59,15 +51,8 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """Make the untrained model: four Llama layers, input and output embedding tied.
 
-    Parameters
-    ----------
-    tokenizer : PreTrainedTokenizerFast
-        Gives the vocabulary's size and the special tokens.
-
-    Returns
-    -------
-    LlamaForCausalLM
-        About 2.1 million parameters, float32.
+    `tokenizer`: gives the vocabulary's size and the special tokens.
+    Returns: about 2.1 million parameters, float32.
     """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -89,17 +74,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def encode(document: Document, tokenizer: PreTrainedTokenizerFast) -> Encoded:
     """Turn a document into token ids and labels.
 
-    Parameters
-    ----------
-    document : Document
-        As `documents` yields it.
-    tokenizer : PreTrainedTokenizerFast
-        As trained.
-
-    Returns
-    -------
-    tuple of (list of int, list of int)
-        The ids from ``<s>`` to ``</s>``, and the labels: -100 where the model is given the text.
+    Returns: the ids from ``<s>`` to ``</s>``, and the labels: -100 where the model is given the text.
     """
     pieces = tokenizer([text for turn in document for text in turn], add_special_tokens=False)["input_ids"]
     ids, labels = [tokenizer.bos_token_id], [IGNORE]
@@ -114,19 +89,8 @@ def batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield batches of documents of like length.
 
-    Parameters
-    ----------
-    corpus : iterator of Document
-        Read eight batches at a time; each eight are sorted by length.
-    tokenizer : PreTrainedTokenizerFast
-        As trained.
-    size : int
-        Documents in a batch.
-
-    Yields
-    ------
-    tuple of torch.Tensor
-        Token ids and labels, int64, shape (size, longest).
+    `corpus`: read eight batches at a time; each eight are sorted by length.
+    Yields: token ids and labels, int64, shape (size, longest).
     """
     shuffle = random.Random(0)
     while encoded := [encode(document, tokenizer) for document in islice(corpus, 8 * size)]:
@@ -145,16 +109,7 @@ def train_model(
 ) -> None:
     """Pretrain in place with AdamW: a warm-up, a constant learning rate, and a decay to zero over the last 20 %.
 
-    Parameters
-    ----------
-    model : LlamaForCausalLM
-        Changed in place.
-    stream : iterator of tuple of torch.Tensor
-        As `batches` yields them.
-    steps : int
-        How many batches to learn from.
-    peak_lr : float
-        The constant learning rate.
+    `steps`: how many batches to learn from.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -37,22 +37,11 @@ OWN = ("--yes", "--set", "terms.methods=any", "--set", "draw-key=public")
 class Federation(Control):
     """A running federation; made by `federation`.
 
-    Attributes
-    ----------
-    folder : Path
-        The server's state, as ``fedtune serve`` keeps it.
-    environment : dict of str
-        The operator's environment, for ``fedtune`` and for Flower's commands.
-    server : subprocess.Popen
-        ``fedtune serve``.
-    nodes : dict of str to subprocess.Popen
-        ``fedtune join`` of each node, by name.
-    node_ids : dict of str to int
-        The nodes' ids in messages and in the ledger, by name.
-    proxy : ByteProxy
-        Counts the nodes' bytes.
-    logs : Path
-        Folder of what these commands print.
+    `folder`: the server's state, as ``fedtune serve`` keeps it.
+    `environment`: the operator's environment, for ``fedtune`` and for Flower's commands.
+    `nodes`: ``fedtune join`` of each node, by name.
+    `node_ids`: the nodes' ids in messages and in the ledger, by name.
+    `logs`: folder of what these commands print.
     """
 
     server: subprocess.Popen[bytes]
@@ -84,10 +73,7 @@ class Federation(Control):
     def tune(self, settings: Mapping[str, Scalar], *, to_stderr: bool = False) -> None:
         """Tune a model by ``fedtune run``, which shows its progress where we show ours.
 
-        Raises
-        ------
-        FedTuneError
-            The run failed, for the reason that it has shown; of the kind that its exit code names.
+        Raises `FedTuneError`: the run failed, for the reason that it has shown; of the kind that its exit code names.
         """
         file = self.logs / "run.toml"
         # Strings, numbers and booleans are written alike in JSON and TOML.
@@ -118,30 +104,13 @@ def federation(
     All of it is stopped on every way out: the end of the block, an error, Ctrl-C, SIGTERM, SIGHUP and, by a watchdog
     process, kill -9 of this process.
 
-    Parameters
-    ----------
-    folder : Path
-        State of the federation, a folder for the operator and each owner. An earlier federation's is replaced.
-    data : mapping of str to Path
-        Data file of each node by the node's name.
-    port : int
-        The server's published port; 0 takes a free one.
-    threads : int
-        Threads of numerical libraries in each node's processes.
-    bandwidth : float
-        Bytes a second of each node's connection, in either direction.
-
-    Yields
-    ------
-    Federation
-        With every node online.
-
-    Raises
-    ------
-    PortError
-        The port is in use.
-    LinkError
-        A process ended while it started, or was not ready in time; the line quotes the end of its log.
+    `folder`: state of the federation, a folder for the operator and each owner. An earlier federation's is replaced.
+    `data`: data file of each node by the node's name.
+    `port`: the server's published port; 0 takes a free one.
+    `threads`: threads of numerical libraries in each node's processes.
+    `bandwidth`: bytes a second of each node's connection, in either direction.
+    Raises `PortError`: the port is in use.
+    Raises `LinkError`: a process ended while it started, or was not ready in time; the line quotes the end of its log.
     """
     if not data:
         raise NodesError("a federation needs at least one node: name its data file")

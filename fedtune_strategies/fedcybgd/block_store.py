@@ -20,18 +20,10 @@ CALIBRATION = "calibration"
 class BlockStore:
     """Blocks, their versions, and the form in which nodes use them.
 
-    Parameters
-    ----------
-    base : mapping of str to Tensor
-        W_0 by canonical parameter name: version 0 of every block.
-    blocks : sequence of Block
-        The blocks.
-    codec : Codec
-        Coding of a block that is frozen.
-    dtype : torch.dtype
-        Type of the nodes' models.
-    measure : callable
-        Makes the `Calibration`; called once, if the codec needs one and none was stored.
+    `base`: W_0 by canonical parameter name: version 0 of every block.
+    `codec`: coding of a block that is frozen.
+    `dtype`: type of the nodes' models.
+    `measure`: makes the `Calibration`; called once, if the codec needs one and none was stored.
     """
 
     def __init__(

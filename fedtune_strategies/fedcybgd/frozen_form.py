@@ -19,19 +19,8 @@ from fedtune_strategies.blocks.codecs import decode, encode
 def frozen_form(weights: Mapping[str, Tensor], codec: Codec, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return a block as it takes part in a turn in which it is not trained.
 
-    Parameters
-    ----------
-    weights : mapping of str to Tensor
-        The exact block.
-    codec : Codec
-        Coding of the frozen rest.
-    dtype : torch.dtype
-        Type of the node's model.
-
-    Returns
-    -------
-    dict of str to Tensor
-        decode(encode(weights)) in `dtype`.
+    `codec`: coding of the frozen rest.
+    `dtype`: type of the node's model.
     """
     return {name: value.to(dtype) for name, value in decode(encode(weights, codec)).items()}
 

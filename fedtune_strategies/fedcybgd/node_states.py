@@ -17,17 +17,11 @@ from torch import Tensor
 class NodeState:
     """What one node holds.
 
-    Attributes
-    ----------
-    versions : Tensor
-        int64 [D], version of every block in its frozen form.
-    exact : tuple of (int, int)
-        Block and version that the node holds exactly beside the base model; (-1, 0) for none.
-    committed : int
-        The last turn of this node that was committed, 0 for none.
-    offered : deque
-        What is under way in parts that the node has not acknowledged, oldest first: block and version of each frozen
-        block, and the exact block or None.
+    `versions`: int64 [D], version of every block in its frozen form.
+    `exact`: block and version that the node holds exactly beside the base model; (-1, 0) for none.
+    `committed`: the last turn of this node that was committed, 0 for none.
+    `offered`: what is under way in parts that the node has not acknowledged, oldest first: block and version of each
+        frozen block, and the exact block or None.
     """
 
     versions: Tensor
@@ -37,13 +31,7 @@ class NodeState:
 
 
 class NodeStates:
-    """Every node's `NodeState` by name; a node that is not known holds the base model.
-
-    Parameters
-    ----------
-    blocks : int
-        Number of blocks.
-    """
+    """Every node's `NodeState` by name; a node that is not known holds the base model."""
 
     def __init__(self, blocks: int) -> None:
         self._blocks = blocks

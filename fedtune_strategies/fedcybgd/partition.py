@@ -12,17 +12,8 @@ from fedtune_strategies.language.adapters import add_adapters
 def cut_model(model: nn.Module, config: FedCyBGDRunConfig) -> tuple[Block, ...]:
     """Cut a model into blocks as a run configuration says.
 
-    Parameters
-    ----------
-    model : nn.Module
-        A causal language model. With ``fedcybgd.adapters`` it gets LoRA adapters, which changes it in place.
-    config : FedCyBGDRunConfig
-        The run configuration.
-
-    Returns
-    -------
-    tuple of Block
-        Of all parameters, or of the adapters' alone.
+    `model`: a causal language model. With ``fedcybgd.adapters`` it gets LoRA adapters, which changes it in place.
+    Returns: of all parameters, or of the adapters' alone.
     """
     own, only = config.fedcybgd, None
     if own.adapters:

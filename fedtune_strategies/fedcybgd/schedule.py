@@ -20,16 +20,9 @@ ORDERS = ("ascending", "descending", "random")
 class Turn(NamedTuple):
     """One turn of the schedule.
 
-    Attributes
-    ----------
-    turn : int
-        Counts from 1 over the whole run.
-    cycle : int
-        Counts from 0.
-    position : int
-        Place in the cycle, from 0.
-    block : int
-        Index of the block to train.
+    `turn`: counts from 1 over the whole run.
+    `position`: place in the cycle, from 0.
+    `block`: index of the block to train.
     """
 
     turn: int
@@ -46,26 +39,10 @@ def turn_at(
 ) -> Turn:
     """Say which block a turn trains.
 
-    Parameters
-    ----------
-    turn : int
-        From 1.
-    blocks : sequence of int
-        Indices of the blocks to train, in ascending order.
-    order : {"ascending", "descending", "random"}
-        ``"random"`` visits every block once a cycle, in an order drawn for each cycle from `seed`.
-    seed : int
-        Seed of the run.
-
-    Returns
-    -------
-    Turn
-        The turn's place in its cycle and its block.
-
-    Raises
-    ------
-    ConfigError
-        If there is nothing to train or the order is unknown.
+    `blocks`: indices of the blocks to train, in ascending order.
+    `order`: ``"random"`` visits every block once a cycle, in an order drawn for each cycle from `seed`.
+    Returns: the turn's place in its cycle and its block.
+    Raises `ConfigError`: if there is nothing to train or the order is unknown.
     """
     if turn < 1:
         raise ValueError(f"turns count from 1, not {turn}")
@@ -89,19 +66,8 @@ def blocks_of_round(
 ) -> list[int]:
     """Say which blocks a round trains: those of its turns, each once.
 
-    Parameters
-    ----------
-    round : int
-        From 1.
-    width : int
-        Turns in a round; the last round of a cycle may have fewer.
-    blocks, order, seed
-        See `turn_at`.
-
-    Returns
-    -------
-    list of int
-        Indices of blocks, in the order of the turns.
+    `width`: turns in a round; the last round of a cycle may have fewer.
+    Returns: indices of blocks, in the order of the turns.
     """
     cycle, part = divmod(round - 1, rounds_in_cycle(len(blocks), width))
     first = cycle * len(blocks) + part * width + 1
@@ -116,20 +82,9 @@ def nodes_for(turn: int, nodes: Sequence[str], blocks: int) -> list[str]:
     the same node for ever; so the list is rotated by one whenever both end together. Over as many cycles as there are
     nodes, every place in the cycle meets every node exactly once, and no node works more than one turn ahead.
 
-    Parameters
-    ----------
-    turn : int
-        From 1.
-    nodes : sequence of str
-        Names of the nodes, sorted.
-    blocks : int
-        Turns in a cycle.
-
-    Returns
-    -------
-    list of str
-        All nodes. The first is responsible; a lost node's turn goes to the next idle one; a turn that several nodes
-        share takes as many from the front.
+    `nodes`: names of the nodes, sorted.
+    Returns: all nodes. The first is responsible; a lost node's turn goes to the next idle one; a turn that several
+        nodes share takes as many from the front.
     """
     turns_done = turn - 1
     first = (turns_done + turns_done // math.lcm(blocks, len(nodes))) % len(nodes)
@@ -139,15 +94,7 @@ def nodes_for(turn: int, nodes: Sequence[str], blocks: int) -> list[str]:
 def local_steps_rule(num_examples: int, batch_size: int, num_blocks: int) -> int:
     """Local steps of a turn: clamp(n / (B·D), 50, 100), the rule of FedCyBGD (arXiv 2406.11187).
 
-    Parameters
-    ----------
-    num_examples, batch_size, num_blocks : int
-        The node's examples n, the batch size B, the blocks D.
-
-    Returns
-    -------
-    int
-        Between 50 and 100.
+    `num_examples`, `batch_size`, `num_blocks`: the node's examples n, the batch size B, the blocks D.
     """
     return min(max(num_examples // (batch_size * num_blocks), 50), 100)
 

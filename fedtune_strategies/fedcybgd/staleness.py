@@ -14,21 +14,8 @@ def rebased(
 ) -> dict[str, Tensor]:
     """Add stale changes to a block as it is now: W + Σ w·γ·ΔW.
 
-    Parameters
-    ----------
-    current : mapping of str to Tensor
-        The block, float32.
-    deltas : sequence of mapping of str to Tensor
-        Changes of an earlier version; the order of the sequence fixes the order of the sums.
-    gamma : float
-        Server step size γ.
-    weight : float
-        How much a stale change counts of a prompt one, w.
-
-    Returns
-    -------
-    dict of str to Tensor
-        The new block, float32.
+    `deltas`: changes of an earlier version; the order of the sequence fixes the order of the sums.
+    `weight`: how much a stale change counts of a prompt one, w.
     """
     block = dict(current)
     for delta in deltas:

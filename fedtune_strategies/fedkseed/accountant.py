@@ -14,13 +14,7 @@ PREFIX = "asked/"
 
 
 class PrivacySpent:
-    """How often each node was asked: with its task it is spent, whether or not a reply comes. Empty without privacy.
-
-    Parameters
-    ----------
-    config : FedKSeedRunConfig or GradientRunConfig
-        The run configuration.
-    """
+    """How often each node was asked: with its task it is spent, whether or not a reply comes. Empty without privacy."""
 
     def __init__(self, config: FedKSeedRunConfig | GradientRunConfig) -> None:
         self._config = config
@@ -56,22 +50,9 @@ def epsilon(config: FedKSeedRunConfig | GradientRunConfig, asked: Iterable[tuple
     sum of slopes by at most the clip, of one slope or in the 2-norm of all K. Steps compose by Rényi differential
     privacy (arXiv 1908.10530). Neighbouring data differ by one example more or less.
 
-    Parameters
-    ----------
-    config : FedKSeedRunConfig or GradientRunConfig
-        ``privacy``, ``train.batch-size`` and ``train.local-steps`` are read.
-    asked : iterable of (int, int)
-        Of each node: how often it was asked, and how many examples it has.
-
-    Returns
-    -------
-    float
-        epsilon; 0 where nobody was asked.
-
-    Raises
-    ------
-    ConfigError
-        The library is not installed.
+    `config`: ``privacy``, ``train.batch-size`` and ``train.local-steps`` are read.
+    `asked`: of each node: how often it was asked, and how many examples it has.
+    Raises `ConfigError`: the library is not installed.
     """
     try:
         import dp_accounting

@@ -22,15 +22,7 @@ def pack(values: NDArray[np.int32]) -> Tensor:
     The common power of two is taken out, signs go into the lowest bit, and the bytes are sorted by their weight before
     DEFLATE (RFC 1951) meets them: numbers below 128 in magnitude never need more than a byte each.
 
-    Parameters
-    ----------
-    values : ndarray of int32, shape [n]
-        Magnitudes below 2**30.
-
-    Returns
-    -------
-    Tensor
-        uint8, a byte with the power of two and the packed rest.
+    Returns: uint8, a byte with the power of two and the packed rest.
     """
     bits = int(np.bitwise_or.reduce(values)) if values.size else 0
     shift = (bits & -bits).bit_length() - 1 if bits else 0
@@ -45,22 +37,8 @@ def pack(values: NDArray[np.int32]) -> Tensor:
 def unpack(packed: Tensor, count: int) -> NDArray[np.int32]:
     """Undo `pack`.
 
-    Parameters
-    ----------
-    packed : Tensor
-        uint8, from `pack`.
-    count : int
-        How many numbers there must be.
-
-    Returns
-    -------
-    ndarray of int32, shape [count]
-        The numbers.
-
-    Raises
-    ------
-    ProtocolError
-        The bytes are damaged, or there is another number of numbers in them.
+    `count`: how many numbers there must be.
+    Raises `ProtocolError`: the bytes are damaged, or there is another number of numbers in them.
     """
     if packed.dtype != torch.uint8 or packed.dim() != 1 or not packed.numel():
         raise ProtocolError("received packed numbers that are no bytes.")
@@ -83,17 +61,9 @@ def unpack(packed: Tensor, count: int) -> NDArray[np.int32]:
 def round_scalars(scalars: NDArray[np.float32], bits: int) -> tuple[Tensor, float]:
     """Round the scalars of a node for the wire.
 
-    Parameters
-    ----------
-    scalars : ndarray of float32, shape [tau]
-        Scalars; NaN where a step was skipped.
-    bits : {32, 16, 8}
-        float32, float16, or int8 with one scale.
-
-    Returns
-    -------
-    tuple of Tensor and float
-        The rounded scalars and their unit; see `read_scalars`.
+    `scalars`: scalars; NaN where a step was skipped.
+    `bits`: float32, float16, or int8 with one scale.
+    Returns: the rounded scalars and their unit; see `read_scalars`.
     """
     if bits == 32:
         return torch.from_numpy(scalars), 1.0
@@ -109,17 +79,8 @@ def round_scalars(scalars: NDArray[np.float32], bits: int) -> tuple[Tensor, floa
 def read_scalars(rounded: Tensor, unit: float) -> NDArray[np.float32]:
     """Undo `round_scalars`, up to its rounding.
 
-    Parameters
-    ----------
-    rounded : Tensor
-        float32, float16 or int8, shape [tau].
-    unit : float
-        The unit.
-
-    Returns
-    -------
-    ndarray of float32, shape [tau]
-        Scalars; NaN where a step was skipped.
+    `rounded`: float32, float16 or int8, shape [tau].
+    Returns: scalars; NaN where a step was skipped.
     """
     values = rounded.numpy().astype(np.float32) * np.float32(unit)
     return (

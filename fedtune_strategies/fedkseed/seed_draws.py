@@ -31,21 +31,8 @@ def compared(config: FedKSeedRunConfig) -> bool:
 def seed_key(config: FedKSeedRunConfig, round: int, node: str, secret: str = "") -> tuple[int | str, ...]:
     """Return the key of a node's draws in a round, for `draw_seeds`.
 
-    Parameters
-    ----------
-    config : FedKSeedRunConfig
-        The run configuration.
-    round : int
-        The round.
-    node : str
-        The node's name.
-    secret : str
-        What the node and the server know alone; empty where everybody may know the draws.
-
-    Returns
-    -------
-    tuple of int or str
-        Run seed and round; and name and secret, unless all nodes draw the same seeds.
+    `secret`: what the node and the server know alone; empty where everybody may know the draws.
+    Returns: run seed and round; and name and secret, unless all nodes draw the same seeds.
     """
     if compared(config):
         return config.train.seed, round
@@ -55,10 +42,7 @@ def seed_key(config: FedKSeedRunConfig, round: int, node: str, secret: str = "")
 def check_secret(secret: str) -> None:
     """Refuse a secret that `NodeContext.secret` does not make.
 
-    Raises
-    ------
-    ProtocolError
-        It is neither empty nor 32 hexadecimal digits.
+    Raises `ProtocolError`: it is neither empty nor 32 hexadecimal digits.
     """
     if secret and not _SECRET.fullmatch(secret):
         raise ProtocolError("the key of its draws is not 32 hexadecimal digits: the reply is left out.")
@@ -67,21 +51,8 @@ def check_secret(secret: str) -> None:
 def draw_seeds(key: Sequence[int | str], steps: int, num_seeds: int, weights: NDArray[np.int16]) -> NDArray[np.int64]:
     """Draw the seed of each local step of FedKSeed.
 
-    Parameters
-    ----------
-    key : sequence of int or str
-        From `seed_key`.
-    steps : int
-        tau, the number of draws.
-    num_seeds : int
-        K.
-    weights : ndarray of int16, shape [K] or [0]
-        Relative odds of each seed, at most `MAX_ODDS` (FedKSeed-Pro, arXiv 2312.06353); empty for uniform draws.
-
-    Returns
-    -------
-    ndarray of int64, shape [steps]
-        Seeds in [0, K).
+    `steps`: tau, the number of draws.
+    `weights`: relative odds of each seed, at most `MAX_ODDS` (FedKSeed-Pro, arXiv 2312.06353); empty for uniform draws.
     """
     odds = weights.astype(np.uint64) if weights.size else np.ones(num_seeds, dtype=np.uint64)
     cumulated = np.cumsum(odds, dtype=np.uint64)
@@ -113,10 +84,7 @@ def levels(sums: NDArray[np.float64], count: NDArray[np.int64], mean: str) -> ND
 def odds_of_levels() -> NDArray[np.int16]:
     """Return the odds of each level: a softmax over [0, 1] in `LEVELS` equal steps.
 
-    Returns
-    -------
-    ndarray of int16, shape [LEVELS]
-        From about `MAX_ODDS` / e to `MAX_ODDS`: the likeliest seed is e times as likely as the unlikeliest.
+    Returns: from about `MAX_ODDS` / e to `MAX_ODDS`: the likeliest seed is e times as likely as the unlikeliest.
     """
     steps = np.arange(LEVELS) / (LEVELS - 1)
     return np.rint(MAX_ODDS * np.exp(steps - 1.0)).astype(np.int16)

@@ -24,17 +24,8 @@ def unit_of(lr: float) -> float:
 def round_move(move: NDArray[np.float64], bits: int) -> NDArray[np.int32]:
     """Round a move of theta so coarsely that every entry fits into some bits.
 
-    Parameters
-    ----------
-    move : ndarray of float64, shape [K]
-        In units.
-    bits : int
-        Bits of an entry, sign included.
-
-    Returns
-    -------
-    ndarray of int32, shape [K]
-        Multiples of one power of two, within plus or minus `LARGEST`.
+    `bits`: bits of an entry, sign included.
+    Returns: multiples of one power of two, within plus or minus `LARGEST`.
     """
     largest = min(float(np.abs(move).max(initial=0.0)), LARGEST)
     shift = max(0, math.frexp(largest / (2 ** (bits - 1) - 1))[1]) if largest else 0
@@ -74,18 +65,10 @@ class Versions:
     def change(self, since: int, version: int) -> tuple[int, Tensor]:
         """Pack what leads to a version: from a held one, or in full where that is shorter.
 
-        Parameters
-        ----------
-        since : int
-            The version that the node holds.
-        version : int
-            The version that it is to have.
-
-        Returns
-        -------
-        tuple of int and Tensor
-            The version from which the packed change counts, and the change of that version's last row and of all rows
-            behind it.
+        `since`: the version that the node holds.
+        `version`: the version that it is to have.
+        Returns: the version from which the packed change counts, and the change of that version's last row and of all
+            rows behind it.
         """
         newest = self._points[version]
         full = (0, pack(np.concatenate(newest)))

@@ -33,10 +33,8 @@ _LISTS = {"chunks"}  # a manifest is no line: `model_transfer.read_manifest` che
 def check_name(text: str) -> str:
     """Return a node's name if it may become a file's name, a unit's and a word on a terminal.
 
-    Raises
-    ------
-    ProtocolError
-        It is not 1 to 64 letters, digits, dots, dashes and underscores that begin with a letter or a digit.
+    Raises `ProtocolError`: it is not 1 to 64 letters, digits, dots, dashes and underscores that begin with a letter or
+        a digit.
     """
     if not _NAME.fullmatch(text):
         raise ProtocolError(
@@ -49,17 +47,7 @@ def check_name(text: str) -> str:
 def clean(text: str, limit: int = 300) -> str:
     """Return text of others as one short line: valid UTF-8 without control characters.
 
-    Parameters
-    ----------
-    text : str
-        Any text.
-    limit : int
-        Most characters; what is cut off leaves an ellipsis.
-
-    Returns
-    -------
-    str
-        The line.
+    `limit`: most characters; what is cut off leaves an ellipsis.
     """
     known = text[: limit + 1].encode("utf-8", "replace").decode()
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in known).split())
@@ -69,10 +57,8 @@ def clean(text: str, limit: int = 300) -> str:
 def check_numbers(message: Any) -> None:
     """Refuse a message that holds a number out of range.
 
-    Raises
-    ------
-    ProtocolError
-        A whole number has more than 64 bits, or one of those that every reply bears is out of its range.
+    Raises `ProtocolError`: a whole number has more than 64 bits, or one of those that every reply bears is out of its
+        range.
     """
     for name, value in vars(message).items():
         if isinstance(value, int | float):
@@ -85,20 +71,9 @@ def check_numbers(message: Any) -> None:
 def admitted(message: M) -> M:
     """Let a decoded message in: names and numbers are checked, other texts become short lines.
 
-    Parameters
-    ----------
-    message : Message
-        A frozen dataclass, see `wire.Message`.
-
-    Returns
-    -------
-    Message
-        The message, fit to be recorded and printed.
-
-    Raises
-    ------
-    ProtocolError
-        A name is none, a number is out of range, or a tensor's name is no short line.
+    `message`: a frozen dataclass, see `wire.Message`.
+    Returns: the message, fit to be recorded and printed.
+    Raises `ProtocolError`: a name is none, a number is out of range, or a tensor's name is no short line.
     """
     check_numbers(message)
     lines = {}
@@ -117,12 +92,8 @@ def admitted(message: M) -> M:
 def refusing() -> Iterator[None]:
     """Make what a reply raises its node's refusal, never the end of the run.
 
-    Raises
-    ------
-    FedTuneError
-        As it came.
-    ProtocolError
-        Anything else, by its type.
+    Raises `FedTuneError`: as it came.
+    Raises `ProtocolError`: anything else, by its type.
     """
     try:
         yield

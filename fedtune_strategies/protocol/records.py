@@ -21,17 +21,9 @@ _OFFER = "stream"
 def to_record(kind: str, payload: bytes) -> RecordDict:
     """Wrap a payload for a Grid.
 
-    Parameters
-    ----------
-    kind : str
-        Name of the message type, see `fedtune_strategies.protocol.messages`.
-    payload : bytes
-        The encoded message; it is not copied.
-
-    Returns
-    -------
-    RecordDict
-        A record with one object besides its envelope.
+    `kind`: name of the message type, see `fedtune_strategies.protocol.messages`.
+    `payload`: the encoded message; it is not copied.
+    Returns: a record with one object besides its envelope.
     """
     return RecordDict({_RECORD: ConfigRecord({"kind": kind, "payload": payload})})
 
@@ -49,20 +41,8 @@ def for_flower(content: RecordDict) -> RecordDict:
 def from_record(content: RecordDict) -> tuple[str, bytes]:
     """Take kind and payload out of a Flower record.
 
-    Parameters
-    ----------
-    content : RecordDict
-        The content of a received message.
-
-    Returns
-    -------
-    tuple of str and bytes
-        Kind and encoded message.
-
-    Raises
-    ------
-    ProtocolError
-        The record is not one that `to_record` makes.
+    `content`: the content of a received message.
+    Raises `ProtocolError`: the record is not one that `to_record` makes.
     """
     record = content.config_records.get(_RECORD)
     kind = record.get("kind") if record is not None else None

@@ -28,12 +28,7 @@ class StateMissing:
 class Failure:
     """A node's error, as one line for the operator.
 
-    Attributes
-    ----------
-    exit_code : int
-        Exit code of the `fedtune_strategies.errors` class.
-    message : str
-        The line.
+    `exit_code`: exit code of the `fedtune_strategies.errors` class.
     """
 
     kind: ClassVar[str] = "failure"

@@ -44,15 +44,8 @@ _TYPES: dict[str, type] = {}
 def register(*types: type) -> None:
     """Make message types known to `decode`.
 
-    Parameters
-    ----------
-    *types : type
-        Frozen dataclasses with a ``kind``; see `Message`.
-
-    Raises
-    ------
-    ProtocolError
-        Another type has that ``kind`` already.
+    `*types`: frozen dataclasses with a ``kind``; see `Message`.
+    Raises `ProtocolError`: another type has that ``kind`` already.
     """
     for cls in types:
         kind = getattr(cls, "kind", "")
@@ -66,15 +59,7 @@ register(Hello, HelloReply, ModelRequest, ModelManifest, ModelChunk, Ack, StateM
 def encode(message: Message) -> bytes:
     """Turn a message into bytes.
 
-    Parameters
-    ----------
-    message : Message
-        The message; its tensors are on the CPU.
-
-    Returns
-    -------
-    bytes
-        See above.
+    `message`: the message; its tensors are on the CPU.
     """
     tensors: list[Tensor] = []
 
@@ -94,23 +79,10 @@ def encode(message: Message) -> bytes:
 def decode(kind: str, payload: bytes) -> Message:
     """Turn bytes back into a message, checking every field.
 
-    Parameters
-    ----------
-    kind : str
-        The ``kind`` of the expected message type.
-    payload : bytes
-        What `encode` made.
-
-    Returns
-    -------
-    Message
-        The message; its tensors are new and writable.
-
-    Raises
-    ------
-    ProtocolError
-        The kind is unknown, the bytes are damaged, a field is missing, unexpected or of another type, or what it holds
-        is not let in: see `door.admitted`.
+    `kind`: the ``kind`` of the expected message type.
+    Returns: the message; its tensors are new and writable.
+    Raises `ProtocolError`: the kind is unknown, the bytes are damaged, a field is missing, unexpected or of another
+        type, or what it holds is not let in: see `door.admitted`.
     """
     cls = _TYPES.get(kind)
     if cls is None:

@@ -25,14 +25,9 @@ Example = tuple[str, str]  # input, answer
 class Task(NamedTuple):
     """One family of questions.
 
-    Attributes
-    ----------
-    name : str
-        Label in the data files and in the evaluation by task.
-    instruction : str
-        How the tuning data words the task; the base model has never seen this sentence.
-    draw : Callable[[random.Random], Example]
-        Draws one input and its answer.
+    `name`: label in the data files and in the evaluation by task.
+    `instruction`: how the tuning data words the task; the base model has never seen this sentence.
+    `draw`: draws one input and its answer.
     """
 
     name: str
@@ -107,15 +102,8 @@ UNSEEN = Task("last", "Write the last word.", _last)  # evaluated, on no node
 def share_of(line: str) -> str:
     """Name the share that an input belongs to.
 
-    Parameters
-    ----------
-    line : str
-        An input as drawn by a task.
-
-    Returns
-    -------
-    str
-        ``"pretrain"``, ``"tune"`` or ``"evaluate"``; the same on every machine.
+    `line`: an input as drawn by a task.
+    Returns: ``"pretrain"``, ``"tune"`` or ``"evaluate"``; the same on every machine.
     """
     tenth = hashlib.sha256(line.encode()).digest()[0] % 10
     return next(share for share, tenths in SHARES.items() if tenth in tenths)
@@ -124,19 +112,7 @@ def share_of(line: str) -> str:
 def draw_from(task: Task, share: str, rng: random.Random) -> Example:
     """Draw an example whose input is in one share.
 
-    Parameters
-    ----------
-    task : Task
-        The family.
-    share : str
-        ``"pretrain"``, ``"tune"`` or ``"evaluate"``.
-    rng : random.Random
-        Source of randomness, advanced by the call.
-
-    Returns
-    -------
-    tuple of str
-        Input and answer.
+    `rng`: source of randomness, advanced by the call.
     """
     while True:
         example = task.draw(rng)
@@ -147,26 +123,8 @@ def draw_from(task: Task, share: str, rng: random.Random) -> Example:
 def rows(task: Task, share: str, count: int, seed: int) -> list[dict[str, str]]:
     """Write distinct rows of one task.
 
-    Parameters
-    ----------
-    task : Task
-        The family.
-    share : str
-        ``"tune"`` or ``"evaluate"``.
-    count : int
-        How many rows.
-    seed : int
-        Another seed, other rows.
-
-    Returns
-    -------
-    list of dict
-        TRL's prompt/completion format, and the task's name: keys ``prompt``, ``completion``, ``task``.
-
-    Raises
-    ------
-    DataError
-        The task has fewer than `count` distinct inputs in this share.
+    Returns: TRL's prompt/completion format, and the task's name: keys ``prompt``, ``completion``, ``task``.
+    Raises `DataError`: the task has fewer than `count` distinct inputs in this share.
     """
     rng = random.Random(f"{seed}/{task.name}/{share}")
     examples: dict[str, str] = {}
@@ -189,15 +147,8 @@ def rows(task: Task, share: str, count: int, seed: int) -> list[dict[str, str]]:
 def tasks_of_node(node: int, nodes: int) -> tuple[Task, ...]:
     """Deal the tasks to nodes: each node has its own, and with more nodes than tasks they share by turns.
 
-    Parameters
-    ----------
-    node, nodes : int
-        Index of the node and number of nodes.
-
-    Returns
-    -------
-    tuple of Task
-        The tasks in this node's training data.
+    `node`, `nodes`: index of the node and number of nodes.
+    Returns: the tasks in this node's training data.
     """
     return TASKS[node::nodes] or (TASKS[node % len(TASKS)],)
 
@@ -205,19 +156,9 @@ def tasks_of_node(node: int, nodes: int) -> tuple[Task, ...]:
 def node_rows(node: int, nodes: int, train_per_task: int, seed: int) -> list[dict[str, str]]:
     """Write one node's training rows, shuffled; no row is on two nodes.
 
-    Parameters
-    ----------
-    node, nodes : int
-        Index of the node and number of nodes.
-    train_per_task : int
-        Rows of each of the node's tasks.
-    seed : int
-        Seed of the federation's data.
-
-    Returns
-    -------
-    list of dict
-        As `rows`.
+    `node`, `nodes`: index of the node and number of nodes.
+    `train_per_task`: rows of each of the node's tasks.
+    `seed`: seed of the federation's data.
     """
     turn, turns = node // len(TASKS), -(-nodes // len(TASKS))
     dealt = [
@@ -234,26 +175,9 @@ def write_federation(
 ) -> tuple[list[Path], Path]:
     """Write a federation's data: one training file for each node, and the held-out file.
 
-    Parameters
-    ----------
-    folder : str or Path
-        Created where absent.
-    nodes : int
-        Number of nodes, at least 1.
-    train_per_task, heldout_per_task : int
-        Rows of each task.
-    seed : int
-        Same seed, same bytes.
-
-    Returns
-    -------
-    tuple of (list of Path, Path)
-        ``node_0.jsonl`` … and ``heldout.jsonl``, which covers all tasks and the unseen one.
-
-    Raises
-    ------
-    DataError
-        A task has too few distinct inputs for that many rows.
+    `nodes`: number of nodes, at least 1.
+    Returns: ``node_0.jsonl`` … and ``heldout.jsonl``, which covers all tasks and the unseen one.
+    Raises `DataError`: a task has too few distinct inputs for that many rows.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
