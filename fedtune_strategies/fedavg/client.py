@@ -46,6 +46,8 @@ class FedAvgClient:
         """Answer an `ArraysTask`."""
         if not isinstance(task, ArraysTask):
             raise ProtocolError(f"a node of federated averaging cannot answer a '{task.kind}'.")
+        # Names and shapes are the whole protocol: what is averaged, all parameters or adapters, is the strategy's
+        # choice.
         expected = {name: parameter.shape for name, parameter in self._parameters.items()}
         if {name: value.shape for name, value in task.arrays.items()} != expected:
             raise ProtocolError("a task does not fit this node's model: give all nodes the same base model and PEFT.")
@@ -58,6 +60,7 @@ class FedAvgClient:
             arrays=self._coded(task.round, change),
             loss=loss,
             skipped=self._config.train.local_steps - counted,
+            # Of what arrived, not of the trained weights: the server refuses a change that began elsewhere.
             fingerprint=fingerprint(task.arrays),
             num_examples=len(self._examples),
             seconds=time.monotonic() - start,
@@ -73,6 +76,8 @@ class FedAvgClient:
         A round that is asked once more begins where it did, so its reply is the same. A reply that did not count is
         lost as it would be without coding; what was kept back of it is not.
         """
+        # Error feedback: what coding kept back of one change goes up with the next, so that over rounds nothing is
+        # lost.
         before = max((one for one in self._lost if one < round), default=0)
         parts, lost = encode_with_feedback(change, self._lost.get(before, {}), self._upload)
         for old in [one for one in self._lost if one != before]:
@@ -125,6 +130,8 @@ class FedZOClient(FedAvgClient):
     def _train(self, task: ArraysTask) -> tuple[dict[str, Tensor], list[float]]:
         """MeZO's steps (arXiv 2305.17333), each along a Gaussian direction that no other step or node has."""
         steps, key = self._config.train.local_steps, (self._config.train.seed, task.round, self._name)
+        # A fresh direction for each step, from round and name: nobody else ever walks along it, so moves cannot be told
+        # as scalars and all parameters travel. That is the difference to FedKSeed.
         pool = make_pool("gaussian", key=int(stream("fedzo", *key).random_raw()), size=steps)
         with torch.no_grad():
             for name, parameter in self._parameters.items():

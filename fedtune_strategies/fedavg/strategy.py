@@ -81,6 +81,7 @@ class ArraysStrategy(TuningStrategy):
         """Send the tensors to the sampled nodes."""
         assert isinstance(grid, Fleet)
         self.fingerprint = fingerprint(self.current)
+        # One encoding for all nodes: the tensors are the same for everybody, and may be the whole model.
         payload = protocol.encode(ArraysTask(server_round, self.current, self.step_size(config)))
         return [
             address(grid.nodes[name].id, ArraysTask.kind, payload, server_round)
@@ -96,6 +97,7 @@ class ArraysStrategy(TuningStrategy):
         if not isinstance(reply, ArraysReply):
             raise ProtocolError(f"a node answered an arrays task with a '{reply.kind}'.")
         check_origin(reply, round, self.fingerprint)
+        # Before anything is decoded: a few coded bytes may claim any shape.
         if not fits(reply.arrays, self.current, self.upload):
             raise ProtocolError(f"{reply.node} sent other tensors than it was given: the reply is left out.")
         if not all(value.isfinite().all() for value in decode(reply.arrays).values()):
@@ -106,6 +108,7 @@ class ArraysStrategy(TuningStrategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Let the inner strategy average the replies, in the order of the nodes' names."""
+        # By name, not by arrival: a mean of floats depends on the order, and a replay must end in the same bits.
         answers = sorted((decoded(reply.content, ArraysReply) for reply in replies), key=lambda a: a.node)
         weights = shares(answers, self.config.strategy.weighting)
         replies = [
@@ -139,4 +142,5 @@ class ArraysStrategy(TuningStrategy):
         self.current = {name: torch.from_numpy(arrays[name].numpy()).to(torch.float32) for name in self.current}
 
     def _arrays(self, answer: ArraysReply) -> ArrayRecord:
+        # Nodes send changes, which code well; Flower's strategies average the tensors that these lead to.
         return arrays_of(**apply_delta(self.current, decode(answer.arrays)))

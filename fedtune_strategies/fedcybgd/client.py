@@ -72,6 +72,8 @@ class FedCyBGDClient:
             self._base = {name: self._model.get_parameter(name).detach().clone() for name in names}
         if self._node.frozen != "decoded":
             prefer_memory()
+        # Every block in the coded form in which it travelled: both sides decode the same bytes, so a node's frozen
+        # weights are those that the server has fingerprinted, however they are held.
         self._frozen = FrozenBlocks(self._model, names, self._node.frozen)
         self._versions: Tensor | None = None
         self._exact: _Exact | None = None
@@ -85,8 +87,11 @@ class FedCyBGDClient:
         if not isinstance(task, BlockTask):
             raise ProtocolError(f"a node of FedCyBGD cannot answer a '{task.kind}'.")
         start = time.monotonic()
+        # A task brings what the node lacks; if something is still missing (the worker was started again) it says so
+        # rather than train on other weights, and is sent everything.
         if not self.take(task):
             return protocol.StateMissing(self._name, task.round)
+        # A part that was sent ahead, or one of several: there is nothing to train yet.
         if task.block < 0:
             return protocol.Ack(self._name, task.round)
         update, parts, starting_print = self.train(task)
@@ -126,6 +131,8 @@ class FedCyBGDClient:
         self._check(task)
         if self._versions is None:
             self._reset()
+        # Order matters: its own last change first, for the server counts on it where nothing newer comes; then what is
+        # newer.
         self._settle(task)
         self._take_frozen(task)
         self._take_exact(task)
@@ -151,6 +158,7 @@ class FedCyBGDClient:
         settings, train, examples = self._config.fedcybgd, self._config.train, self._examples
         size = train.batch_size
         block = self._blocks[task.block]
+        # float32, exactly as the server holds it: small steps would vanish in a coded or 16-bit block.
         start = self._start(block)
         absent = task.dropped.tolist()
         starting_print = self._fingerprint(start, absent)
@@ -158,6 +166,9 @@ class FedCyBGDClient:
         steps = train.local_steps or local_steps_rule(len(examples), size, trained)
         # Within a turn every pass over the data has the same batches, so that what is below the block can be kept.
         count = min(steps * settings.accumulate, -(-len(examples) // size))
+        # Backward stops at the block: below it nothing is recorded, above it gradients pass through weights that take
+        # none. Dropped layers are not there at all. Memory is the frozen rest, the block with its gradient and two
+        # moments, and the activations from it up.
         with self._frozen.in_use(block.parameters), without_layers(self._model, absent):
             update = train_block(
                 self._model,
@@ -175,6 +186,8 @@ class FedCyBGDClient:
                 cache_bytes=int(self._node.prefix_cache_mb * 1e6) if steps * settings.accumulate > count else 0,
             )
         parts, lost = encode_with_feedback(update.delta, self._residuals.get(block.index, {}), self._upload)
+        # Until the next task says whether the change counted, start and change are both kept: the node can then make
+        # the new version itself, and its own block need not come down again.
         self._exact = start
         self._sent = _Sent(task.round, start, decode(parts))
         if lost:
@@ -256,6 +269,7 @@ class FedCyBGDClient:
         return self._exact
 
     def _fingerprint(self, start: _Exact, absent: Sequence[int]) -> str:
+        # Without the dropped layers, which took no part. The server computes the same from what it sent.
         prints = []
         left_out = blocks_inside(self._blocks, absent)
         for block in self._blocks:

@@ -99,10 +99,14 @@ class FedCyBGD(TuningStrategy):
         self.store = BlockStore(base, blocks, codec, dtype, measure)
         self.node_states = NodeStates(len(blocks))
         self.width = self.settings.nodes_per_round if self.settings.structure == "parallel" else 1
+        # Of the present round: which node trains which block, and the blocks that have come.
         self.plan: dict[str, int] = {}
         self._round = 0
         self._accepted: list[int] = []
+        # What each node was given, by round and name: a reply must start on just these weights, also one that comes
+        # late.
         self.leases: dict[tuple[int, str], Lease] = {}
+        # Blocks whose turn brought nothing: the next round has them too.
         self.owed: list[int] = []
         self.committed: tuple[int, list[int]] = (0, [])
         self.sizes: list[float] = []  # maximum norms of the last changes
@@ -128,6 +132,7 @@ class FedCyBGD(TuningStrategy):
         """Give the round's nodes their blocks, with what they lack; and the next round's, as far as it is there."""
         assert isinstance(grid, Fleet)
         nodes, lr = list(grid.nodes), self.config.train.lr * share_of_step(config)
+        # Asked again within a round (a node was lost), nodes keep their blocks, and what has come is not trained twice.
         if server_round != self._round:
             self._round, self.plan, self._accepted = server_round, {}, []
         self.plan = self._plan(server_round, nodes, self.plan, self._accepted)
@@ -137,6 +142,8 @@ class FedCyBGD(TuningStrategy):
             self.leases[server_round, name] = Lease(block, int(self.store.versions[block]), prints[block])
             for message in self._turn(server_round, name, block, lr):
                 yield task(grid.nodes[name].id, message, server_round)
+        # Idle nodes get what they will lack next round while others compute. What is being trained now is left out: it
+        # is about to change.
         if self.settings.prefetch and server_round < self.config.num_server_rounds:
             for name, block in self._plan(server_round + 1, nodes).items():
                 if name not in self.plan:
@@ -194,16 +201,19 @@ class FedCyBGD(TuningStrategy):
         A late change whose block nobody else has committed since is one of these; the others are added to the block as
         it is now, with the weight of ``strategy.late``.
         """
+        # By name, not by arrival: a mean of floats depends on the order, and a replay must end in the same bits.
         answers = sorted((decoded(reply.content, BlockReply) for reply in replies), key=lambda own: own.node)
         if not answers:
             return None, None
         snapshot = self.store.versions
         last, blocks = self.committed
+        # A late change is stale only where its block was committed without it; otherwise it counts in full.
         stale = {answer.node for answer in answers if answer.round == last and answer.block in blocks}
         self._changed = sorted({answer.block for answer in answers})
         done = {answer.block for answer in answers if answer.node not in stale}
         self.owed = [block for block in dict.fromkeys(self._due(server_round)) if block not in done]
         for block in self._changed:
+            # One block may have several changes: nodes that share a turn, and late ones of the round before.
             group = [answer for answer in answers if answer.block == block]
             fresh = [answer for answer in group if answer.node not in stale]
             deltas = {answer.node: decode(answer.delta) for answer in group}
@@ -215,6 +225,7 @@ class FedCyBGD(TuningStrategy):
                 if answer.round == server_round:
                     own = self.node_states.trained(answer.node, server_round, snapshot, self.store.absent_blocks(block))
                 own.committed = answer.round
+                # A mean of several, or a change on top of another, is nothing that the node could make itself.
                 if len(group) == len(fresh) == 1:
                     # The node makes the new version from its own change.
                     own.exact = (block, int(self.store.versions[block]))
@@ -256,6 +267,7 @@ class FedCyBGD(TuningStrategy):
 
         Where the round has begun, nodes keep their blocks; those of lost nodes go to idle ones.
         """
+        # A node in the middle of its block is never given another: its work would be lost.
         kept = {name: block for name, block in (before or {}).items() if name in nodes}
         due = self._due(round)
         for block in [*kept.values(), *done]:
@@ -275,6 +287,7 @@ class FedCyBGD(TuningStrategy):
     def _turn(self, round: int, node: str, block: int, lr: float) -> Iterator[BlockTask]:
         """Make the messages that let a node train a block."""
         version = int(self.store.versions[block])
+        # Version 0 is the base model, which every node has; and who trained the block last can make it itself.
         exact = {} if version == 0 or self.node_states.of(node).exact == (block, version) else self.store.weights[block]
         parts = self._parts(node, block, {block})
         last = parts.pop()
@@ -309,6 +322,8 @@ class FedCyBGD(TuningStrategy):
 
     def _parts(self, node: str, trained: int, without: set[int]) -> list[list[int]]:
         """Group the frozen blocks that a node lacks into messages of bounded size; at least one, maybe empty."""
+        # The versions of what the node holds, [blocks], against the newest: only what differs travels, in its coded
+        # form.
         held, versions = self.node_states.of(node).versions, self.store.versions
         left_out = without | self.store.absent_blocks(trained)
         parts: list[list[int]] = [[]]

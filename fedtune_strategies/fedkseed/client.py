@@ -49,6 +49,9 @@ class FedKSeedClient:
         self._pattern = self._config.train.parameters or None
         self._parameters = tuned_parameters(self._model, self._pattern)
         check_steps(self._model, self._pattern)
+        # The theta of the last task, as whole numbers of the run's unit, int32 [pools, K]: floats would round
+        # differently when they are added in another order. Version 0 is theta = 0, the base model, which every node
+        # has.
         self._version = 0
         self._units = np.zeros((1, self._config.fedkseed.seeds), dtype=np.int32)
 
@@ -56,6 +59,8 @@ class FedKSeedClient:
         """Answer a `SeedTask`."""
         if not isinstance(task, SeedTask):
             raise ProtocolError(f"a node of FedKSeed cannot answer a '{task.kind}'.")
+        # What is asked, in order: hold the server's theta, find a step size where none is given, walk tau steps from
+        # there. Only the scalars go back: which seeds they belong to, the server draws again from the same key.
         start = time.monotonic()
         if not self.take(task):
             return protocol.StateMissing(self._name, task.round)
@@ -97,10 +102,13 @@ class FedKSeedClient:
             The change does not fit the run.
         """
         if task.since not in (0, self._version):
+            # Either the last task came once more, or this worker was started again and lacks the theta on which the
+            # change counts.
             return self._version == task.round - 1  # is it the last task again?
         held = self._units if task.since else np.zeros_like(self._units[:1])
         units = np.zeros((pool_number(self._config, task.round) + 1, held.shape[1]), dtype=np.int32)
         units[: len(held)] = held
+        # A change runs over the newest pool that the node knew and those that were opened since: closed ones are final.
         changed = units[len(held) - 1 :]
         changed += unpack(task.change, changed.size).reshape(changed.shape)
         self._units, self._version = units, task.round - 1
@@ -121,6 +129,7 @@ class FedKSeedClient:
         """
         if task.lr:
             return Calibration(task.lr, math.nan)
+        # Round 0 is no round: a node that is started again finds the same step size on the same batch.
         settings = self._config.fedkseed
         self._rebuild(task)
         found = calibrate(
@@ -162,7 +171,11 @@ class FedKSeedClient:
         odds = self._odds(task)
         seeds = draw_seeds(key, self._config.train.local_steps, settings.seeds, odds)
         self._rebuild(task)
+        # Taken before the first step: the server compares it with its own W(theta), so a node with another base model,
+        # other kernels or a wrong theta is found out before its scalars count.
         starting_print = fingerprint(self._parameters)
+        # The steps move the weights in place, W <- W - lr g_t z_(s_t): there is no gradient and no state of an
+        # optimiser. The next task rebuilds from W_0, so rounding of one round never enters the next.
         estimator, loss, data = self._plan(task)
         steps = local_steps(
             self._model,
@@ -195,6 +208,7 @@ class FedKSeedClient:
         count = -(-self._config.train.local_steps // settings.directions)
         if not privacy.clip:
             return settings.estimator, loss_in_parts(self._micro_batch), self._batches(task.round, count)
+        # Privacy by subsampling counts on each example being drawn by itself, so batches vary in size and may be empty.
         size = min(size, len(examples))
         drawn = poisson_sample(len(examples), size / len(examples), count)
         data = (collate(examples, indices) if indices else EMPTY for indices in drawn)
@@ -203,6 +217,8 @@ class FedKSeedClient:
     def _odds(self, task: SeedTask) -> NDArray[np.int16]:
         if not task.odds.numel():
             return np.empty(0, dtype=np.int16)
+        # Each seed's level, [K], and each level's odds: the product is an integer weight for every seed, alike on both
+        # sides.
         levels, odds = unpack(task.levels, self._config.fedkseed.seeds), task.odds.numpy()
         if (
             odds.dtype != np.int16

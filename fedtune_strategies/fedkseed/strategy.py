@@ -86,9 +86,11 @@ class FedKSeed(TuningStrategy):
         self.inner = inner or make_aggregator(config.strategy)
         self.closed: list[NDArray[np.float32]] = []
         self.theta = np.zeros(config.fedkseed.seeds, dtype=np.float32)
+        # What rounding left of past moves, added to the next: theta stays a whole number of units, and nothing is lost.
         self.carry = np.zeros(config.fedkseed.seeds, dtype=np.float32)
         self.eta = config.train.lr  # 0 until the first round has found it
         self.eps = config.fedkseed.eps or default_distance(base.values())
+        # Which theta each node holds, and the last ones themselves: a change goes down, not the whole of theta.
         self.versions = Versions()
         self.amplitude = 0.0
         self.spent = PrivacySpent(config)
@@ -121,11 +123,14 @@ class FedKSeed(TuningStrategy):
         self.theta = arrays["theta"].numpy()
         self.share, self.eta = share_of_step(config), cast(float, config.get("eta", self.eta))
         prepare(self.inner)
+        # Flower's strategy sees the round as its own would be; its messages are not used, its bookkeeping is.
         self.inner.configure_train(server_round, arrays, config, grid)
         self.versions.add(
             server_round - 1, [np.rint(row / self.unit).astype(np.int32) for row in (*self.closed, self.theta)]
         )
         chosen = sampled(self.config, list(nodes), server_round)
+        # Nodes that hold the same version get the same bytes: a task is encoded once for each version, not for each
+        # node.
         since = {name: self.versions.since(name) for name in chosen}
         payloads = {version: protocol.encode(self._task(server_round, version)) for version in set(since.values())}
         kind = SeedTask.kind
@@ -180,14 +185,17 @@ class FedKSeed(TuningStrategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Turn every reply into the theta that its node reached, and let the inner strategy aggregate those."""
         answers = sorted((decoded(reply.content, SeedReply) for reply in replies), key=lambda one: one.node)
+        # By name, not by arrival: sums of floats depend on their order, and a replay must end in the same bits.
         answers = self._in_line(answers)
         if not answers:
             return None, None
         self._calibrate(answers)
         set_step(self.inner, self.lr, self.config.strategy.adaptivity)
+        # A reply belongs to the odds and the step size of the round that asked for it, which may be the one before.
         drawn = {server_round: (self.odds(), self.lr), server_round - 1: (self.last_odds, self.last_lr)}
         received = [read_scalars(answer.scalars, answer.unit) for answer in answers]
         amplitudes = [amplitude(one) for one in received]
+        # One node's amplitude cannot raise the limit that it is clipped at: the median is the round's, not the reply's.
         limit = self._limit(float(np.median(amplitudes)))
         scalars = [clipped(one, limit) for one in received]
         weights = [
@@ -198,6 +206,8 @@ class FedKSeed(TuningStrategy):
             self._moved(answer, one, *drawn[answer.round], weight)
             for answer, one, weight in zip(answers, scalars, weights, strict=True)
         ]
+        # To Flower each reply is a theta [K] with a weight: its own aggregators (FedAvg, median, Krum, Adam ...) work
+        # as they are.
         arrays, metrics = self.inner.aggregate_train(server_round, moved)
         if arrays is None:
             return None, metrics
@@ -338,6 +348,7 @@ class FedKSeed(TuningStrategy):
         settings = self.config.strategy
         theta = self.theta.astype(np.float64)
         decay = self.config.train.weight_decay * self.share
+        # theta moves towards the aggregate, decays, and takes up what rounding left; then the move is rounded to units.
         move = settings.server_lr * (aggregated - theta) - decay * theta + self.carry
         steps = np.rint(theta / self.unit) + round_move(move / self.unit, self.config.fedkseed.theta_bits)
         if beyond := int((np.abs(steps) > LARGEST).sum()):
@@ -356,5 +367,7 @@ class FedKSeed(TuningStrategy):
     ) -> Message:
         """Turn a reply into the theta that its node reached, as a reply to a Flower strategy."""
         seeds, theta = self.draws(answer, odds), self.theta.astype(np.float64)
+        # The node's walk as arithmetic: theta[s_t] -= lr g_t, each seed as often as it was drawn. A step
+        # whose loss was not finite made no move there, and makes none here.
         np.subtract.at(theta, seeds, lr * np.nan_to_num(scalars.astype(np.float64)))
         return for_aggregation(arrays_of(theta=torch.from_numpy(theta)), weight, int(np.isnan(scalars).sum()))
