@@ -9,6 +9,7 @@ from pathlib import Path
 
 from deploy.common.certificates import ServerFiles, server_files
 from deploy.common.paths import private_folder, write_private
+from deploy.flower import versions
 from fedtune_strategies.folders import remove_folder
 
 
@@ -25,9 +26,9 @@ def superlink(
     return [
         *_program("superlink"),
         str(token),
+        str(fleet),
         *("--ssl-ca-certfile", str(files.authority), "--ssl-certfile", str(files.certificate)),
         *("--ssl-keyfile", str(files.key), "--enable-supernode-auth"),
-        *("--fleet-api-type", "grpc-rere", "--fleet-api-address", f"127.0.0.1:{fleet}"),
         *("--host", "127.0.0.1", "--port", str(control)),
         # The executor is its own process, so that runs outlive the SuperLink.
         *("--isolation", "process", "--superexec-auth-secret-file", str(secret)),
@@ -57,7 +58,7 @@ class Runtime:
         """The SuperNode; ``node_config`` is in Flower's notation."""
         return [
             "flower-supernode",
-            *("--grpc-rere", "--superlink", superlink),
+            *(*versions.SUPERNODE, "--superlink", superlink),
             *("--root-certificates", str(authority), "--auth-supernode-private-key", str(key)),
             *("--node-config", node_config),
             *("--host", "127.0.0.1", "--port", str(self.port)),

@@ -6,13 +6,14 @@ by standard input: in its command, each account of the machine could read it, an
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
 
+from flwr.supercore.cli.flower_superexec import flower_superexec
 from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult
 
+from deploy.flower.versions import replace
 from fedtune_strategies.folders import keep_private
 
 RUNS = {TaskType.SERVER_APP, TaskType.CLIENT_APP}
@@ -47,7 +48,5 @@ class InstalledApp:
 
 if __name__ == "__main__":
     keep_private()
-    importlib.import_module("flwr.supercore.superexec.run_superexec").get_executor = (  # type: ignore[attr-defined]
-        lambda *_, **__: InstalledApp()
-    )
-    importlib.import_module("flwr.supercore.cli.flower_superexec").flower_superexec()
+    replace("flwr.supercore.superexec.run_superexec", get_executor=lambda *_, **__: InstalledApp())
+    flower_superexec()

@@ -1,4 +1,4 @@
-"""``python -m deploy.flower.superlink TOKEN_FILE …``: Flower's SuperLink, whose control interface asks for a token.
+"""``python -m deploy.flower.superlink TOKEN_FILE FLEET_PORT …``: Flower's SuperLink, its control behind a token.
 
 Flower's own control interface knows no passwords: without this, each account of the machine could run code as the
 operator. ``flwr`` sends the token by itself where `deploy.common.flower_cli.write_connection` has put it.
@@ -7,7 +7,6 @@ operator. ``flwr`` sends the token by itself where `deploy.common.flower_cli.wri
 from __future__ import annotations
 
 import hmac
-import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,10 @@ from flwr.common.constant import ACCESS_TOKEN_KEY
 from flwr.supercore.auth.typing import AccountInfo
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 
+from deploy.flower.versions import open_to_nodes, replace
 from fedtune_strategies.folders import keep_private
+
+PROGRAM = "flwr.superlink.cli.flower_superlink"
 
 
 class TokenAccess(NoOpControlAuthnPlugin):
@@ -44,6 +46,5 @@ class TokenAccess(NoOpControlAuthnPlugin):
 if __name__ == "__main__":
     keep_private()
     access = TokenAccess(Path(sys.argv.pop(1)).read_text().strip())
-    program = importlib.import_module("flwr.superlink.cli.flower_superlink")
-    program.load_control_authn_plugin = lambda: access  # type: ignore[attr-defined]
-    program.flower_superlink()
+    open_to_nodes(PROGRAM, int(sys.argv.pop(1)))
+    replace(PROGRAM, load_control_authn_plugin=lambda: access).flower_superlink()

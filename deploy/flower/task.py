@@ -6,7 +6,6 @@ from this installation in any case, never from where Flower unpacks bundles. Sta
 
 from __future__ import annotations
 
-import importlib
 import sys
 from pathlib import Path
 from queue import Queue
@@ -16,6 +15,7 @@ from flwr.cli.install import install_from_fab
 from flwr.supercore.constant import TaskType
 
 from deploy.flower.bundle import check_bundle
+from deploy.flower.versions import replace
 from fedtune_strategies.folders import keep_private
 
 
@@ -27,9 +27,11 @@ def run_client(**connection: Any) -> None:
 
         return app
 
-    program = importlib.import_module("flwr.supernode.runtime.run_clientapp")
-    program.install_from_fab = lambda content, **_: check_bundle(content)  # type: ignore[attr-defined]
-    program.get_load_client_app_fn = lambda **_: installed  # type: ignore[attr-defined]
+    program = replace(
+        "flwr.supernode.runtime.run_clientapp",
+        install_from_fab=lambda content, **_: check_bundle(content),
+        get_load_client_app_fn=lambda **_: installed,
+    )
     program.run_clientapp(**connection)
 
 
@@ -47,8 +49,7 @@ def run_server(**connection: Any) -> None:
 
         return run(grid, context, server_app_dir, loaded_server_app=app)
 
-    program = importlib.import_module("flwr.superlink.runtime.run_serverapp")
-    program.install_from_fab, program.run_ = install, installed  # type: ignore[attr-defined]
+    program = replace("flwr.superlink.runtime.run_serverapp", install_from_fab=install, run_=installed)
     output: Queue[str | None] = Queue()
     mirror_output_to_queue(output)
     program.run_serverapp(log_queue=output, **connection)

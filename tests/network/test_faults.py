@@ -12,6 +12,7 @@ import pytest
 
 from deploy.common import processes
 from deploy.common.certificates import node_key
+from deploy.flower import versions
 from deploy.operator.members import admit
 from deploy.operator.runs import tune
 from deploy.operator.serve import serving
@@ -49,7 +50,7 @@ class Lab:
 
     def _start(self, name):
         command = [
-            "flower-supernode", "--grpc-rere", "--superlink", f"localhost:{self.port}",
+            "flower-supernode", *versions.SUPERNODE, "--superlink", f"localhost:{self.port}",
             "--root-certificates", str(self.server.authority), "--host", "127.0.0.1",
             "--auth-supernode-private-key", str(node_key(self.folder / "keys", name).private),
             "--node-config", f'name="{name}" data="{self.data_files[name]}" draw-key="public"',

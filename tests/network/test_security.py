@@ -11,6 +11,7 @@ import pytest
 from deploy.common import processes
 from deploy.common.certificates import node_key, server_files
 from deploy.common.flower_cli import key_words
+from deploy.flower import versions
 from deploy.operator.serve import serving
 from deploy.owner.doctor import examine
 from deploy.owner.node import meanings
@@ -34,7 +35,7 @@ def node(server, tmp_path, name, authority, key):
     trust = ["--root-certificates", str(authority)] if authority else ["--insecure"]
     credential = ["--auth-supernode-private-key", str(key)] if key else []
     command = [
-        "flower-supernode", "--grpc-rere", "--superlink", f"localhost:{server.port}", "--host", "127.0.0.1",
+        "flower-supernode", *versions.SUPERNODE, "--superlink", f"localhost:{server.port}", "--host", "127.0.0.1",
         "--port", str(processes.free_port()), "--node-config", f'name="{name}" data="x"', *trust, *credential,
     ]  # fmt: skip
     log = tmp_path / f"{name}.log"

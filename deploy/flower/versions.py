@@ -1,0 +1,71 @@
+"""What differs between the releases of Flower that FedTune runs on, and how we take hold of its programs.
+
+Flower 1.39 speaks gRPC with its nodes, on a port that is for them alone. Later releases speak HTTP, and have one port
+for everything: nodes, runs and control. There we give nodes a second port of the same SuperLink, for them alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from functools import partial
+from importlib.metadata import version
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from fedtune_strategies.errors import ConfigError
+
+GRPC = tuple(int(part) for part in version("flwr").split(".")[:2]) < (1, 40)
+SUPERNODE = ["--grpc-rere"] if GRPC else []  # what a SuperNode needs to find that port
+FLEET = "/v1/fleet/"
+IDLE = 75  # seconds for which an idle connection stays: a node that computes sends a heartbeat every 30
+
+App = Callable[..., Awaitable[None]]
+
+
+def replace(name: str, **ours: Any) -> ModuleType:
+    """Put what is ours in the place of what a module of Flower uses; returns the module.
+
+    Raises
+    ------
+    ConfigError
+        This release of Flower uses something else: it would run without our secrets and checks.
+    """
+    module = importlib.import_module(name)
+    if missing := sorted(one for one in ours if not hasattr(module, one)):
+        raise ConfigError(
+            f"FedTune cannot secure Flower {version('flwr')}: its {name} has no {missing[0]}; install the release "
+            "that constraints.txt names"
+        )
+    for one, value in ours.items():
+        setattr(module, one, value)
+    return module
+
+
+def open_to_nodes(superlink: str, port: int) -> None:
+    """Have the SuperLink's program listen on a port of 127.0.0.1 that is for nodes alone."""
+    if GRPC:
+        sys.argv += ["--fleet-api-type", "grpc-rere", "--fleet-api-address", f"127.0.0.1:{port}"]
+    else:
+        replace(superlink, uvicorn=SimpleNamespace(run=partial(_listen, port)))  # it is used for `run` alone
+
+
+def _listen(fleet: int, app: App, *, host: str, port: int, **settings: Any) -> None:
+    """Do what ``uvicorn.run`` does, on two ports; no line in the log for each of a node's looks for work."""
+    import uvicorn
+
+    own = {"interface": "asgi3", "access_log": False, "proxy_headers": False, "timeout_keep_alive": IDLE}
+    sockets = [socket.create_server((host, each)) for each in (port, fleet)]
+    uvicorn.Server(uvicorn.Config(partial(divided, app, fleet), **{**settings, **own})).run(sockets)
+
+
+async def divided(app: App, fleet: int, scope: Any, receive: Any, send: Any) -> None:
+    """Pass on all but what came to the nodes' port and is not for nodes."""
+    for_nodes = scope["type"] == "http" and scope["path"].startswith(FLEET)
+    if scope["type"] != "lifespan" and scope["server"][1] == fleet and not for_nodes:
+        from starlette.responses import PlainTextResponse
+
+        app = PlainTextResponse("nothing here", 404)
+    await app(scope, receive, send)
