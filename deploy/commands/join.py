@@ -140,7 +140,9 @@ def _facts(membership: Any) -> dict[str, Any]:
 
 def _join(word: str, node: dict[str, Any], yes: bool, form: Format) -> Any:
     from deploy.common.join_token import decode_token
+    from deploy.flower.versions import check_reaches
     from deploy.owner.join import Membership, fetch_server_info, is_redeemed, register
+    from fedtune_strategies.protocol.door import clean
 
     token = decode_token(word)
     membership = Membership(token.name, token.address, **node)
@@ -150,6 +152,7 @@ def _join(word: str, node: dict[str, Any], yes: bool, form: Format) -> Any:
         )
     token.check_time()
     authority, server = fetch_server_info(token)
+    check_reaches(clean(str(server["flwr"]), 20))
     agreement = invite(membership, server["offer"], yes, form)
     register(
         token,

@@ -7,6 +7,7 @@ for everything: nodes, runs and control. There we give nodes a second port of th
 from __future__ import annotations
 
 import importlib
+import re
 import socket
 import sys
 from collections.abc import Awaitable, Callable
@@ -15,9 +16,15 @@ from importlib.metadata import version
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from fedtune_strategies.errors import ConfigError
+from fedtune_strategies.errors import ConfigError, LinkError
 
-GRPC = tuple(int(part) for part in version("flwr").split(".")[:2]) < (1, 40)
+
+def speaks_grpc(release: str) -> bool:
+    """Whether SuperLink and SuperNode of a release speak gRPC with each other; if not, they speak HTTP."""
+    return tuple(int(part) for part in re.findall(r"\d+", release)[:2]) < (1, 40)
+
+
+GRPC = speaks_grpc(version("flwr"))
 SUPERNODE = ["--grpc-rere"] if GRPC else []  # what a SuperNode needs to find that port
 FLEET = "/v1/fleet/"
 IDLE = 75  # seconds for which an idle connection stays: a node that computes sends a heartbeat every 30
@@ -42,6 +49,16 @@ def replace(name: str, **ours: Any) -> ModuleType:
     for one, value in ours.items():
         setattr(module, one, value)
     return module
+
+
+def check_reaches(server: str) -> None:
+    """Raise `LinkError` where a server's release of Flower does not hear this machine's."""
+    if speaks_grpc(server) != GRPC:
+        words = {True: "gRPC", False: "HTTP"}
+        raise LinkError(
+            f"the server has flwr {server}, which speaks {words[not GRPC]} with its nodes, this machine "
+            f"{version('flwr')}, which speaks {words[GRPC]}: install the server's release here"
+        )
 
 
 def open_to_nodes(superlink: str, port: int) -> None:

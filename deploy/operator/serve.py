@@ -27,6 +27,7 @@ from deploy.common.join_token import JoinToken, authority_hash
 from deploy.common.paths import private_folder, write_json
 from deploy.flower import commands
 from deploy.flower.commands import make_secret
+from deploy.flower.strangers import check_closed
 from deploy.operator.alpn_router import CONNECTIONS, Front, room_for
 from deploy.operator.announcement import read_announcement
 from deploy.operator.members import Members
@@ -172,6 +173,7 @@ def serving(
         for service in services:
             _start(service, control)
             _wait(service, folder)
+        check_closed(control_port, fleet_port, files.authority)
         desk = RegistrationServer(
             files, members, control, offer=lambda: read_announcement(folder), approval=approval, on_event=on_event
         )
