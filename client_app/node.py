@@ -161,7 +161,8 @@ class Node:
     def _answer(self, message: protocol.Message) -> protocol.Message:
         match message:
             case protocol.Hello():
-                if self._from_server and message.fingerprint != self.base_fingerprint:
+                # A server that is still loading its own model does not name it.
+                if self._from_server and message.fingerprint not in ("", self.base_fingerprint):
                     self._check_model(message.fingerprint)
                     return protocol.ModelRequest(self.name, -1)
                 return self._hello()
@@ -219,9 +220,8 @@ class Node:
         raise TermsError(_beyond(reasons))
 
     def _hello(self) -> protocol.HelloReply:
-        return protocol.HelloReply(
-            self.name, protocol.PROTOCOL_VERSION, len(self.examples), self.base_fingerprint, peak_memory()
-        )
+        count = len(self.examples) if self.answer else 0
+        return protocol.HelloReply(self.name, protocol.PROTOCOL_VERSION, count, self.base_fingerprint, peak_memory())
 
 
 def _beyond(reasons: Sequence[str]) -> str:

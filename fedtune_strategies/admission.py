@@ -107,12 +107,21 @@ class Admission:
         self._on_event = on_event
         self._supply = supply
         self._hellos: dict[str, int] = {}
+        self._early: set[str] = set()
         self._asks: Counter[tuple[int, int]] = Counter()
         self._supplied: Counter[int] = Counter()
         self._untold: Counter[int] = Counter()  # bytes of the base model that no event has told of
         self._refused: dict[int, tuple[float, FedTuneError]] = {}
         self._asking: dict[int, str] = {}
         self._claims: dict[int, Node] = {}
+
+    def greet_early(self) -> None:
+        """Greet who is there before the server knows its own model, so that nodes load theirs meanwhile."""
+        self._early |= self._greet(self._present(), "")
+
+    def know_base(self, fingerprint: str, supply: Callable[[protocol.ModelRequest], protocol.Message]) -> None:
+        """Take note of the base model, before any answer is looked at."""
+        self._fingerprint, self._supply = fingerprint, supply
 
     def greet(self) -> set[int]:
         """Give up nodes that are gone, ask strangers who they are, and take what was answered.
@@ -133,20 +142,28 @@ class Admission:
                 self._join(self._claims.pop(claim.id))
         now = time.monotonic()
         self._refused = {i: r for i, r in self._refused.items() if i in present and now - r[0] < _patience(r[1])}
-        strangers = sorted(present - {*self.nodes, *self._hellos.values(), *self._refused, *self._claims})
+        strangers = present - {*self.nodes, *self._hellos.values(), *self._refused, *self._claims}
         self._hellos = {key: node_id for key, node_id in self._hellos.items() if node_id in present}
-        if strangers:
-            hello = protocol.Hello(protocol.PROTOCOL_VERSION, self._fingerprint)
-            hellos = [query(node_id, hello, _HELLO_S) for node_id in strangers]
-            self._hellos |= dict(zip(self._grid.push_messages(hellos), strangers, strict=True))
+        self._greet(strangers, self._fingerprint)
         self.hear()
         return present
+
+    def _greet(self, strangers: Collection[int], fingerprint: str) -> set[str]:
+        """Send hellos; returns their ids."""
+        if not strangers:
+            return set()
+        ids = sorted(strangers)
+        hello = protocol.Hello(protocol.PROTOCOL_VERSION, fingerprint)
+        sent = dict(zip(self._grid.push_messages([query(i, hello, _HELLO_S) for i in ids]), ids, strict=True))
+        self._hellos |= sent
+        return set(sent)
 
     def hear(self) -> None:
         """Take what greeted nodes answered."""
         while self._hellos and (replies := list(self._grid.pull_messages(list(self._hellos)))):
             for reply in replies:
-                self._admit(self._hellos.pop(reply.metadata.reply_to_message_id), reply)
+                key = reply.metadata.reply_to_message_id
+                self._admit(self._hellos.pop(key), reply, early=key in self._early)
 
     def lose(self, node_id: int, line: str, unanswered: int = 0) -> Node | None:
         """Give up a node, with so many bytes of a task; returns it, or None where it is given up already."""
@@ -188,7 +205,7 @@ class Admission:
             "start more nodes, lower 'strategy.min-nodes' or raise 'round.node-wait'."
         )
 
-    def _admit(self, node_id: int, reply: Message) -> None:
+    def _admit(self, node_id: int, reply: Message, *, early: bool = False) -> None:
         try:
             hello = answer(reply)
             if isinstance(hello, protocol.ModelRequest):
@@ -201,6 +218,8 @@ class Admission:
                     f"speaks protocol {hello.protocol}, the server {protocol.PROTOCOL_VERSION}: "
                     "install the same FedTune version on both."
                 )
+            if early and hello.fingerprint != self._fingerprint:
+                return  # it did not know which model: it is greeted again
             if hello.fingerprint != self._fingerprint:
                 raise FingerprintError(
                     f"holds another base model (fingerprint {hello.fingerprint}, the server's is {self._fingerprint}): "

@@ -81,7 +81,7 @@ class Fleet(WrappedGrid):
     def __init__(
         self,
         grid: Grid,
-        fingerprint: str,
+        fingerprint: str = "",
         poll_interval: float = 0.25,
         on_event: Callable[[str, str, str, int], None] = lambda kind, node, line, bytes_down: None,
         nodes: Iterable[Node] = (),
@@ -104,6 +104,14 @@ class Fleet(WrappedGrid):
     def exclude(self, names: Iterable[str]) -> None:
         """Hide some nodes from the next tasks; an empty collection brings all back."""
         self._aside = set(names)
+
+    def greet_early(self) -> None:
+        """Greet who is there; `know_base` must follow before anything else."""
+        self._admission.greet_early()
+
+    def know_base(self, fingerprint: str, supply: Callable[[protocol.ModelRequest], protocol.Message]) -> None:
+        """Say which base model nodes must have, and who sends it to those that lack it."""
+        self._admission.know_base(fingerprint, supply)
 
     def wait_for_nodes(self, count: int, wait: float, hoped: int = 0) -> None:
         """Admit whoever is there, until enough nodes are present.

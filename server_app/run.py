@@ -17,16 +17,12 @@ from fedtune_strategies.config import Config
 from fedtune_strategies.errors import DivergenceError, FedTuneError, LedgerError
 from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.folders import check_ours
-from fedtune_strategies.language.model import check_context
 from fedtune_strategies.logs import about
 from fedtune_strategies.method import register_messages
 from fedtune_strategies.model_transfer import ModelSource
 from fedtune_strategies.run_config import defaults, from_flower, parse
 from fedtune_strategies.seed_space import tuned_parameters
 from fedtune_strategies.stream.grid import streaming
-from server_app.base_model import KIND, load_base
-from server_app.evaluation import evaluate, load_held_out
-from server_app.export import export_model
 from server_app.guard import Guard
 from server_app.ledger import Ledger
 from server_app.members import listed_members
@@ -73,7 +69,14 @@ def execute(grid: Grid, flat: Mapping[str, Any], run_id: int) -> Path:
             tracking(config, ledger, defaults(config.method.name, flat) | dict(flat)) as report,
             streaming(grid, config.stream) as both_ways,
         ):
-            return _execute(both_ways, config, ledger, report)
+            fleet = Fleet(
+                both_ways,
+                on_event=lambda kind, node, line, bytes_down: _note(ledger, kind, node, line, bytes_down),
+                members=listed_members(),
+                only=[name.strip() for name in config.strategy.nodes.split(",") if name.strip()],
+            )
+            fleet.greet_early()
+            return _execute(fleet, config, ledger, report)
     except FedTuneError as error:
         ledger.append("failed", body={"exit_code": error.exit_code, "message": str(error), **error.facts})
         raise
@@ -89,7 +92,13 @@ def run_folder(config: Config, run_id: int) -> Path:
     return Path(home).expanduser() / "runs" / str(run_id)
 
 
-def _execute(grid: Grid, config: Config, ledger: Ledger, report: Callable[[], None]) -> Path:
+def _execute(fleet: Fleet, config: Config, ledger: Ledger, report: Callable[[], None]) -> Path:
+    # What these import takes seconds, in which the nodes that were greeted load their models.
+    from fedtune_strategies.language.model import check_context
+    from server_app.base_model import KIND, load_base
+    from server_app.evaluation import evaluate, load_held_out
+    from server_app.export import export_model
+
     language, base, base_fingerprint = load_base(config, ledger)
     if ledger.last(KIND) is None:
         ledger.append(KIND, body={"fingerprint": base_fingerprint})
@@ -97,14 +106,7 @@ def _execute(grid: Grid, config: Config, ledger: Ledger, report: Callable[[], No
     held_out = load_held_out(config, language)
     parameters = tuned_parameters(language.model)
     strategy = register_messages(config.method.name).strategy(config, language.model, base)
-    fleet = Fleet(
-        grid,
-        base_fingerprint,
-        on_event=lambda kind, node, line, bytes_down: _note(ledger, kind, node, line, bytes_down),
-        supply=ModelSource(language.folder).answer,
-        members=listed_members(),
-        only=[name.strip() for name in config.strategy.nodes.split(",") if name.strip()],
-    )
+    fleet.know_base(base_fingerprint, ModelSource(language.folder).answer)
 
     fleet.watch_named_steps(lambda steps: write_steps(ledger.folder, steps))
 

@@ -48,6 +48,28 @@ def test_admitted_nodes_come_by_name_in_sorted_order():
     assert list(fleet.nodes) == ["a", "b", "c"] and fleet.get_node_ids() == [2, 1, 3]
 
 
+def test_who_was_greeted_before_the_base_model_was_known_is_judged_by_it():
+    """One holds it, one another one, and one none until it is told which."""
+    greeted, told = [], {}
+
+    def lacking(kind, payload):
+        if (hello := protocol.decode(kind, payload)).fingerprint:
+            told["it"] = hello.fingerprint
+        return greeter("lacking", told.get("it", ""))(kind, payload)
+
+    def noted(handler):
+        return lambda kind, payload: (greeted.append(kind), handler(kind, payload))[1]
+
+    nodes = {1: greeter("has"), 2: lacking, 3: greeter("other", "another")}
+    fleet = Fleet(InMemoryGrid({i: noted(handler) for i, handler in nodes.items()}), poll_interval=0.01)
+    fleet.greet_early()
+    assert len(greeted) == 3 and not fleet.nodes
+    fleet.know_base("base", lambda wanted: protocol.Ack("", 0))
+    fleet.wait_for_nodes(2, wait=5, hoped=3)
+    assert list(fleet.nodes) == ["has", "lacking"]
+    assert len(greeted) == 5  # who holds it is not greeted twice
+
+
 def test_joining_and_leaving_are_events():
     events, nodes = [], {1: greeter("a"), 2: greeter("b")}
     fleet = make(nodes, events)

@@ -98,6 +98,8 @@ def test_from_zero_to_a_tuned_model(machines):
     assert code == 0 and report["run"]["state"] == "finished" and report["run"]["round"] == 2
     # Who is back within Flower's patience of a minute answers in the second round too.
     assert {node["name"] for node in report["nodes"]} == set(NODES) and report["totals"]["replies"] >= 4, show()
+    # All of them over their streams, the one behind the bad link too.
+    assert {node["way"] for node in report["nodes"]} == {"stream"}, show()
     assert (Path(report["run"]["exported"]) / "model.safetensors").exists()
     assert "held-out loss" in machines.call("server", "fedtune status")[1]
     # To the one who asked for it the base model came over the wire, whole, and to nobody else.

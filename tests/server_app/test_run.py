@@ -181,6 +181,18 @@ def test_steps_skipped_in_averaging_are_recorded(settings, data_files):
     assert ledger.last("round").body["metrics"]["train/skipped"] == pytest.approx(2)
 
 
+def test_nodes_are_greeted_before_the_server_loads_its_model(settings, monkeypatch):
+    greeted = []
+
+    def load(*_):
+        raise ModelError(f"by then {len(greeted)} nodes were greeted")
+
+    monkeypatch.setattr("server_app.base_model.load_base", load)
+    grid = InMemoryGrid({i: lambda kind, payload: greeted.append(kind) for i in range(3)})
+    with pytest.raises(ModelError, match="by then 3 nodes"):
+        execute(grid, settings, run_id=1)
+
+
 def test_a_node_with_another_base_model_takes_no_part(settings, data_files, tmp_path):
     other = AutoModelForCausalLM.from_pretrained(settings["model.name"])
     next(iter(other.parameters())).data[0, 0] += 1e-3
