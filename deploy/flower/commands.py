@@ -57,7 +57,7 @@ class Runtime:
     def supernode(self, superlink: str, authority: Path, key: Path, node_config: str) -> list[str]:
         """The SuperNode; ``node_config`` is in Flower's notation."""
         return [
-            "flower-supernode",
+            *_program("supernode"),
             *(*versions.SUPERNODE, "--superlink", superlink),
             *("--root-certificates", str(authority), "--auth-supernode-private-key", str(key)),
             *("--node-config", node_config),

@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import resource
 import socket
+import struct
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from deploy.common.tls_hello import protocols, read_hello, server_name
 from fedtune_strategies.stream.offer import socket_of
 
 HELLO_SECONDS = 10.0  # for a hello, and then for the client's next bytes
+RESTART_SECONDS = 20.0  # for a SuperLink that ended to be back; it needs five
 IDLE_SECONDS = 150.0  # nodes and their streams send something every 30 s, also while they compute
 CONNECTIONS = 4096
 SAY_EVERY = 60.0  # seconds between two lines of one kind
@@ -54,6 +56,16 @@ def room_for(connections: int) -> int:
     if soft != resource.RLIM_INFINITY and soft < limit:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     return min(connections, (max(soft, limit) - _OTHER_FILES) // 2)
+
+
+async def _behind(stream: Path | None, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect to what is behind; a SuperLink that is being started again is waited for."""
+    if stream:
+        return await asyncio.open_unix_connection(stream)
+    while True:
+        with contextlib.suppress(ConnectionRefusedError):
+            return await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.sleep(0.25)
 
 
 class Front:
@@ -120,9 +132,14 @@ class Front:
             except (ValueError, asyncio.IncompleteReadError, TimeoutError):
                 self._say("plain", f"{host} speaks no TLS: hung up (a node needs the federation's ca.crt)")
                 return
-            behind = asyncio.open_unix_connection(stream) if stream else asyncio.open_connection("127.0.0.1", port)
-            async with asyncio.timeout(HELLO_SECONDS):
-                upstream_reader, upstream_writer = await behind
+            try:
+                async with asyncio.timeout(RESTART_SECONDS):
+                    upstream_reader, upstream_writer = await _behind(stream, port)
+            except (OSError, TimeoutError):
+                # A reset, which a SuperNode takes as a reason to try again; it would give up for ever at an end in the
+                # middle of TLS's handshake.
+                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                return
             with contextlib.closing(upstream_writer):
                 upstream_writer.write(hello)
                 await asyncio.gather(

@@ -496,8 +496,29 @@ def test_a_stream_is_found_by_its_name_and_by_no_other(desk):
                     with arrived:
                         assert server_name(arrived.recv(4096)) == name
                 else:
-                    assert node.recv(100) == b""
+                    with pytest.raises(ConnectionResetError):
+                        node.recv(100)
     assert socket_of(desk.streams, "../../etc/passwd") is socket_of(desk.streams, "localhost") is None
+
+
+def test_a_node_waits_for_a_superlink_that_is_started_again_and_is_not_told_that_tls_failed(desk, monkeypatch):
+    """Flower's SuperNode gives up for ever at an end in the middle of the handshake; after a reset it tries again."""
+    address = desk.fleet.getsockname()
+    desk.fleet.close()
+    with socket.create_connection(("127.0.0.1", desk.port)) as node:
+        node.sendall(hello_of(["http/1.1"]))
+        time.sleep(0.1)
+        with socket.create_server(address) as again:
+            again.settimeout(5)
+            arrived, _ = again.accept()
+            with arrived:
+                assert arrived.recv(4096) == hello_of(["http/1.1"])
+    monkeypatch.setattr("deploy.operator.alpn_router.RESTART_SECONDS", 0.1)
+    with socket.create_connection(("127.0.0.1", desk.port)) as node:
+        node.sendall(hello_of(["http/1.1"]))
+        node.settimeout(5)
+        with pytest.raises(ConnectionResetError):
+            node.recv(100)
 
 
 def test_the_port_shows_nodes_to_the_fleet_and_nobody_else(desk):

@@ -188,7 +188,7 @@ def test_another_account_of_the_operators_machine_submits_nothing_and_takes_no_t
 
 
 def test_another_account_of_a_nodes_machine_takes_no_task(lab, tmp_path):
-    _, command = command_of("bin/flower-supernode", str(lab[2]))
+    _, command = command_of("deploy.flower.supernode", str(lab[2]))
     port = command[command.index("--port") + 1]
     assert attack(port, write_app(tmp_path / "probe") / "pyproject.toml") == ["404", "404", "401"]
 

@@ -3,6 +3,8 @@
 import asyncio
 import http.server
 import ssl
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 
@@ -62,6 +64,17 @@ def test_a_node_says_that_its_release_does_not_reach_the_server(monkeypatch, grp
     check_reaches(ours)
     with pytest.raises(LinkError, match=rf"server has flwr {other}, .* install the server's release"):
         check_reaches(other)
+
+
+def test_a_supernode_that_has_given_up_its_server_ends():
+    """Its web server would keep the process there, and nobody would start it again."""
+    code = (
+        "import threading; from deploy.flower.supernode import ending;"
+        "threading.Thread(target=threading.Event().wait).start();"
+        "ending(lambda **_: 1 / 0)()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and "the SuperNode ends: ZeroDivisionError" in done.stdout, done.stderr
 
 
 @contextmanager

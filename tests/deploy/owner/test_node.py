@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 import stat
 import subprocess
@@ -20,6 +19,7 @@ from deploy.commands.agreement import ask_about
 from deploy.commands.output import Format
 from deploy.common import processes
 from deploy.common.join_token import JoinToken
+from deploy.flower import commands
 from deploy.owner.consent import ALWAYS, BOUND, UNKNOWN, base_model, propose
 from deploy.owner.doctor import examine, examine_membership
 from deploy.owner.join import Membership, memberships, unregister
@@ -257,13 +257,16 @@ def test_a_path_that_flower_cannot_take_is_refused():
         node_config_words(Membership("a", "b:1", '/x/a"b.jsonl'))
 
 
-def test_a_supernode_that_ends_is_started_again_and_again(membership, monkeypatch, tmp_path):
+def stand_in(monkeypatch, code):
+    """Let a program stand in for the SuperNode."""
+    real = commands._program
+    fake = {"supernode": [sys.executable, "-c", code]}
+    monkeypatch.setattr(commands, "_program", lambda name: fake.get(name) or real(name))
+
+
+def test_a_supernode_that_ends_is_started_again_and_again(membership, monkeypatch):
     """And nothing stays behind when its owner stops it."""
-    program = tmp_path / "bin" / "flower-supernode"
-    program.parent.mkdir()
-    program.write_text(f"#!{sys.executable}\nprint('SuperNode ID: 7')\nraise SystemExit(1)\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(processes, "environment_path", lambda: f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    stand_in(monkeypatch, "print('SuperNode ID: 7'); raise SystemExit(1)")
     monkeypatch.setattr(processes, "next_pause", lambda pause, lived: 0.0)
     said = []
 
@@ -356,12 +359,8 @@ def test_leaving_asks_first(membership):
     assert call("leave", "--yes", "--force")[0] == 0 and not membership.folder.exists()
 
 
-def test_a_node_that_runs_ends_when_its_owner_leaves_and_its_record_stays(membership, monkeypatch, tmp_path):
-    program = tmp_path / "bin" / "flower-supernode"
-    program.parent.mkdir()
-    program.write_text(f"#!{sys.executable}\nimport time\nprint('SuperNode ID: 7', flush=True)\ntime.sleep(600)\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(processes, "environment_path", lambda: f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+def test_a_node_that_runs_ends_when_its_owner_leaves_and_its_record_stays(membership, monkeypatch):
+    stand_in(monkeypatch, "import time; print('SuperNode ID: 7', flush=True); time.sleep(600)")
     membership.history.append("left", kind="hello-reply", bytes=1)
     said, left = [], []
     leaving = threading.Thread(target=lambda: left.append(unregister(membership, tell_server=False)))
