@@ -503,19 +503,19 @@ def test_a_stream_is_found_by_its_name_and_by_no_other(desk):
 
 def test_a_node_waits_for_a_superlink_that_is_started_again_and_is_not_told_that_tls_failed(desk, monkeypatch):
     """Flower's SuperNode gives up for ever at an end in the middle of the handshake; after a reset it tries again."""
-    address = desk.fleet.getsockname()
+    address, hello = desk.fleet.getsockname(), hello_of(["http/1.1"])
     desk.fleet.close()
     with socket.create_connection(("127.0.0.1", desk.port)) as node:
-        node.sendall(hello_of(["http/1.1"]))
+        node.sendall(hello)
         time.sleep(0.1)
         with socket.create_server(address) as again:
             again.settimeout(5)
             arrived, _ = again.accept()
             with arrived:
-                assert arrived.recv(4096) == hello_of(["http/1.1"])
+                assert arrived.recv(4096) == hello
     monkeypatch.setattr("deploy.operator.alpn_router.RESTART_SECONDS", 0.1)
     with socket.create_connection(("127.0.0.1", desk.port)) as node:
-        node.sendall(hello_of(["http/1.1"]))
+        node.sendall(hello)
         node.settimeout(5)
         with pytest.raises(ConnectionResetError):
             node.recv(100)
