@@ -220,7 +220,7 @@ class Node:
         raise TermsError(_beyond(reasons))
 
     def _hello(self) -> protocol.HelloReply:
-        count = len(self.examples) if self.answer else 0
+        count = len(self.examples if self.answer else self._rows)
         return protocol.HelloReply(self.name, protocol.PROTOCOL_VERSION, count, self.base_fingerprint, peak_memory())
 
 
