@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 KERNELS := .venv/kernels
+# The newest release of Flower that FedTune is tried on, in an environment of its own that takes all else from .venv.
+NEWEST := flwr==1.42.0 cryptography==50.0.2
+OTHER := .venv/newest-flower
 # Every node is a process of its own, and would compile all that it imports again.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -14,7 +17,8 @@ help: ## Show this list.
 demo: $(INSTALLED) ## Tune a model over a real federation (about 5 minutes; MODEL=smollm2: a real one, 15).
 	@$(BIN)/fedtune demo $(if $(MODEL),--model $(MODEL)) $(DEMO)
 
-test: lint audit $(KERNELS) ## Check everything: style, types, unit tests and networked tests.
+test: lint audit $(KERNELS) $(OTHER)/installed ## Check everything: style, types, unit tests and networked tests.
+	$(if $(TESTS),,HF_HUB_OFFLINE=1 $(OTHER)/bin/python -m pytest -n 2 --dist loadfile -q tests/network -k "equals or security")
 	HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal $(TESTS)
 
 lint: $(INSTALLED) ## Check style and types.
@@ -62,6 +66,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt torch==2.13.0
 	@$(BIN)/pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(OTHER)/installed: $(INSTALLED)
+	@$(PYTHON) -m venv --clear --without-pip $(OTHER)
+	@$(OTHER)/bin/python -c 'import site, sys; print(f"import site; site.addsitedir({sys.argv[1]!r})", \
+	  file=open(f"{site.getsitepackages()[0]}/shared.pth", "w"))' "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
+	@$(BIN)/pip --python $(OTHER)/bin/python install -qq --no-deps --no-compile --disable-pip-version-check $(NEWEST)
+	@sed '1s|.*|#!$(CURDIR)/$(OTHER)/bin/python|' $(BIN)/fedtune > $(OTHER)/bin/fedtune && chmod +x $(OTHER)/bin/fedtune
 	@touch $@
 
 # The kernels for GPUs are tested in Triton's interpreter, which needs no GPU.
