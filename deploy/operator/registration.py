@@ -1,7 +1,8 @@
 """The desk: where a join token is redeemed and a membership given back, over TLS, one JSON line each way.
 
 The node makes its key itself and sends the public half; the desk registers it with the SuperLink. Secrets are
-compared by hash and never written anywhere.
+compared by hash and never written anywhere. It has its own socket loop: no HTTP server at hand ends a silent TLS
+handshake in seconds, and whoever has not asked yet may take no place.
 """
 
 from __future__ import annotations

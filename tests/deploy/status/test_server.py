@@ -20,7 +20,7 @@ from deploy.status import server as server_module
 from deploy.status.page import write_page
 from deploy.status.server import serve_page
 from fedtune_strategies.errors import ConfigError, PortError
-from tests.deploy.status.runs import begin, finished_run, play
+from tests.deploy.status.runs import begin, finished_run, play, pro_state
 
 ALLOWED = {"Authorization": "Bearer sesame"}
 
@@ -60,6 +60,18 @@ def test_a_run_is_followed_and_sent_only_when_it_changed(tmp_path, monkeypatch):
         finished_run(tmp_path / "another")
         assert len(json.loads(get(url, "report.json")[2])["runs"]) == 2
     ledger.close()
+
+
+def test_neither_torch_nor_flower_is_needed_to_show_a_run_and_its_panel(tmp_path):
+    ledger = begin(tmp_path, "fedkseed-pro", **{"fedkseed.seeds": 4})
+    play(ledger, 1, blob=pro_state({"fedkseed.seeds": 4}, [0.0, 10.0, 10.0, 0.0], [1, 1, 1, 0]))
+    ledger.close()
+    code = (
+        "import sys, pathlib, deploy.status.server, deploy.status.report as document, server_app.run_view as fold\n"
+        "assert document.report(fold.RunView.of(pathlib.Path(sys.argv[1])))['panel']\n"
+        "assert not {'torch', 'flwr'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code, str(tmp_path)], check=True, timeout=60)
 
 
 def test_a_folder_without_runs_waits_for_one(tmp_path, monkeypatch):
