@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # who reads what happened needs no torch
 
 log = logging.getLogger("fedtune")
 
+_SENT = ("reply", "acknowledged")  # records whose payload a node sent
 _COLUMNS = "seq, time, kind, round, node, body, file"
 
 
@@ -47,7 +48,7 @@ class Record:
         Seconds since the epoch, UTC.
     kind : str
         ``submitted``, ``start``, ``cut``, ``joined``, ``refused``, ``lost``, ``late``, ``asked``, ``reply``,
-        ``acknowledged``, ``round``, ``evaluation``, ``failed``, ``stopped`` or ``finished``.
+        ``acknowledged``, ``round``, ``evaluation``, ``pruned``, ``failed``, ``stopped`` or ``finished``.
     round : int
         Round, 0 outside one.
     node : str
@@ -271,9 +272,41 @@ class Ledger:
         if found != name:
             raise LedgerError(f"{self._file(name)} is damaged: restore it from a backup.")
 
+    def prune(self) -> int:
+        """Remove what nodes sent in the rounds that are committed, and return how many bytes that were.
+
+        The records stay, and with them the chain of hashes, in which a payload counts by its own hash. What was sent
+        cannot be folded again; models after any round, reports and a resumption need none of it.
+
+        Raises
+        ------
+        ResourceError
+            The disk is full or read-only; nothing was removed.
+        """
+        committed, before = self.last("round"), self._bytes_on_disk()
+        through = committed.round if committed else 0
+        kept = {name for record, name in self.files() if record.kind not in _SENT or record.round > through}
+        with self.together():
+            names = ledger_file.forget_payloads(self._db, _SENT, through)
+            self.append("pruned", round=through)
+        for name in names - kept:
+            self._file(name).unlink(missing_ok=True)
+        try:
+            self._db.execute("VACUUM")
+            return before - self._bytes_on_disk()
+        except sqlite3.DatabaseError as error:
+            raise self._plain(error) from None
+
+    def _bytes_on_disk(self) -> int:
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return sum(path.stat().st_size for path in [self._path, *self.folder.glob("files/*")])
+
     def files(self) -> Iterator[tuple[Record, str]]:
-        """Yield every file that a record names, with the record."""
+        """Yield every file that a record names and that was not pruned, with the record."""
+        pruned = self.last("pruned")
         for record in self.records():
+            if pruned and record.kind in _SENT and record.round <= pruned.round:
+                continue
             named = record.body.get("files")
             for name in (record.file, *(named.values() if isinstance(named, dict) else ())):
                 if name:

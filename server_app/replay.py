@@ -56,6 +56,11 @@ def replay(
     started = ledger.last("start")
     if started is None:
         raise LedgerError(f"the run in {run} has not started: there is nothing to replay.")
+    if (pruned := ledger.last("pruned")) is not None:
+        raise LedgerError(
+            f"what nodes sent in rounds 1 to {pruned.round} of {run} was removed by `fedtune ledger prune`: it can be "
+            "resumed and exported, but not replayed."
+        )
     _check_names(without, ledger, run)
     config = parse(started.body["config"])
     language, base, _ = load_base(config, ledger, model)

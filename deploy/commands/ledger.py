@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from deploy.commands.output import BaseOption, Format, FormatOption, RunArgument, console, show
+from deploy.common.units import size
 from fedtune_strategies.errors import LedgerError
 from fedtune_strategies.words import counted
 
@@ -50,6 +51,23 @@ def cut(run: RunArgument = None, form: FormatOption = Format.text) -> None:
     after = newest.body["after"] if newest else None
     last = "nothing is damaged, nothing was cut" if after is None else f"cut back to record {after}"
     show({"run": run, "cut_after": after}, form, lambda: console.print(f"{run}: {last}"))
+
+
+@app.command()
+def prune(run: RunArgument = None, form: FormatOption = Format.text) -> None:
+    """Remove what nodes sent in the rounds that are committed, for room on the disk.
+
+    Resuming, exporting the model after any round, and all reports still work; `replay` does not.
+    """
+    from deploy.operator.runs import find_run
+    from server_app.ledger import Ledger
+
+    run = find_run(run)
+    ledger = Ledger(run)
+    freed = ledger.prune()
+    ledger.close()
+    line = f"{run}: {size(freed)} freed; it can be resumed and exported, but not replayed any more"
+    show({"run": run, "bytes": freed}, form, lambda: console.print(line))
 
 
 @app.command("show")

@@ -18,6 +18,7 @@ from fedtune_strategies.fedkseed.seed_draws import draw_seeds, seed_key
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.run_config import parse
 from fedtune_strategies.seed_gradient import decode
+from server_app.ledger import Ledger
 from server_app.replay import replay
 from tests.federations import run
 
@@ -182,3 +183,28 @@ def test_the_commands(settings, data_files, tmp_path):
     code, told = command("verify", folder)
     assert code == LedgerError.exit_code and "damaged after record 4" in told
     assert "cut back to record 4" in command("cut", folder)[1]
+
+
+@pytest.mark.parametrize("method", ["fedkseed", "fedavg"])
+def test_a_pruned_run_is_resumed_and_exported_but_not_replayed(settings, data_files, method, tmp_path):
+    settings |= {"method.name": method, "num-server-rounds": 2}
+    folder = Path(settings["run.dir"])
+    run(settings, data_files)
+    code, told = command("prune", folder)
+    assert code == 0 and "freed" in told
+    ledger = Ledger.read(folder)
+    assert ledger.damage() is None and command("verify", folder)[0] == 0
+    with pytest.raises(LedgerError):
+        ledger.payload(next(ledger.records("reply")))
+    code, told = command("replay", folder)
+    assert code == LedgerError.exit_code and "removed by `fedtune ledger prune`" in told
+    run(settings | {"num-server-rounds": 3}, data_files)
+    whole = settings | {"num-server-rounds": 3, "run.dir": str(tmp_path / "whole")}
+    run(whole, data_files)
+    for number in (1, 3):
+        done = CliRunner().invoke(
+            app, ["export", str(folder), "--round", str(number), "--out", str(tmp_path / f"{number}")]
+        )
+        assert done.exit_code == 0, done.output
+    ours, theirs = weights(tmp_path / "3"), weights(tmp_path / "whole" / "model")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
