@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from fedtune_strategies.language.examples import IGNORE, Batch
+
+LOGITS = 1 << 20  # logits that are held in float32 at once
 
 
 def response_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -82,8 +85,8 @@ def example_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 def token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy of each response token of a batch, in nats.
 
-    Logits are computed only at positions before a response token of some row, and turned into float32 only where a
-    response token follows: with a large vocabulary they outweigh everything else in memory.
+    Logits are computed only at positions before a response token of some row, and turned into float32 a few tokens at
+    a time, in backward too: with a large vocabulary they outweigh everything else in memory.
 
     Parameters
     ----------
@@ -105,4 +108,44 @@ def token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     else:
         logits = model(**inputs, use_cache=False).logits[:, columns]
     wanted, targets = wanted[:, columns], targets[:, columns]
-    return F.cross_entropy(logits[wanted].float(), targets[wanted], reduction="none")
+    rows = wanted.flatten().nonzero().squeeze(1)
+    logits, targets = logits.flatten(0, 1), targets.flatten()[rows]
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _CrossEntropy.apply(logits, rows, targets)
+    return _cross_entropy(logits, rows, targets)
+
+
+def _cross_entropy(logits: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of some rows of logits, shape [rows]: float32, a few rows at a time."""
+    parts = [F.cross_entropy(logits[i].float(), t, reduction="none") for i, t in _few(logits, rows, targets)]
+    return torch.cat(parts) if parts else logits.new_empty(0, dtype=torch.float32)
+
+
+def _few(logits: torch.Tensor, *columns: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    size = max(1, LOGITS // logits.shape[1])
+    return zip(*(column.split(size) for column in columns), strict=True)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The same with a gradient, which takes the place of the logits: nothing of their size is made beside them."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        # What made the logits may keep them for its own backward (a tanh that caps them).
+        ctx.in_place = not any(hasattr(logits.grad_fn, name) for name in ("_saved_result", "_saved_output"))
+        ctx.save_for_backward(logits, rows, targets)
+        return _cross_entropy(logits, rows, targets)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        logits, rows, targets = ctx.saved_tensors
+        found = logits.detach() if ctx.in_place else torch.zeros_like(logits)
+        for i, t, g in _few(logits, rows, targets, gradients[0]):
+            with torch.enable_grad():
+                x = logits[i].detach().float().requires_grad_()
+                loss = F.cross_entropy(x, t, reduction="none")
+            found[i] = torch.autograd.grad(loss, x, g)[0].to(found.dtype)
+        if ctx.in_place:
+            unread = torch.ones(len(logits), dtype=torch.bool, device=logits.device).index_fill_(0, rows, False)
+            found[unread] = 0
+        return found, None, None
