@@ -75,10 +75,13 @@ def walsh_rebuild(
     out: Tensor, base: Tensor, theta: Tensor, key: int, name: str, columns: int, block: int, start: int = 0
 ) -> None:
     """As `reference.walsh_rebuild`; `start` a multiple of 128 and of `columns`."""
-    if not BITS <= columns <= LARGEST:
+    if columns < BITS:
         wide = base.to(torch.float32)
         reference.walsh_rebuild(wide, wide, theta, key, name, columns, block, start)
         out.copy_(wide)
+        return
+    if columns > LARGEST:
+        _rebuild_in_two_stages(out, base, theta, key, name, columns, block, start)
         return
     signs = key & MASK, key >> 32, *stream(name, ELEMENT_SIGNS), *stream(name, SEED_SIGNS)
     rows = min(ROWS, block // columns)
@@ -86,6 +89,26 @@ def walsh_rebuild(
     programs = (triton.cdiv(start + len(base), rows * columns) - first,)
     sizes = columns, columns.bit_length() - 1, block, rows
     _walsh_rebuild[programs](out, base, theta, len(base), *signs, start, first, *sizes, enable_fp_fusion=False)
+
+
+def _rebuild_in_two_stages(
+    out: Tensor, base: Tensor, theta: Tensor, key: int, name: str, columns: int, block: int, start: int
+) -> None:
+    """Transform theta once for each block, near columns in registers, far ones in memory; then add it to all rows."""
+    halves, first = (key & MASK, key >> 32), start // block
+    blocks = triton.cdiv(start + len(base), block) - first
+    sums = torch.empty(blocks, columns, dtype=torch.float32, device=base.device)
+    programs = (blocks * columns // LARGEST,)
+    sizes = columns, LARGEST, LARGEST.bit_length() - 1
+    _walsh_near[programs](
+        sums, theta, *halves, *stream(name, SEED_SIGNS), first * columns, *sizes, enable_fp_fusion=False
+    )
+    sums = reference.fwht(sums, LARGEST)
+    programs, n = (triton.cdiv(len(base), TILE),), len(base)
+    _walsh_spread[programs](
+        out, base, sums, n, *halves, *stream(name, ELEMENT_SIGNS), start, first, columns, block, TILE,
+        enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def gaussian_rebuild(
@@ -189,6 +212,37 @@ def _walsh_add(
     _store(out + at, x, at < n)
 
 
+@triton.jit
+def _fwht(x, COLUMNS: tl.constexpr, STAGES: tl.constexpr):
+    # Each stage takes the lowest index bit and makes it the highest: after all stages the order is natural.
+    for _ in tl.static_range(STAGES):
+        left, right = tl.split(tl.reshape(x, (COLUMNS // 2, 2)))
+        x = tl.reshape(tl.trans(tl.join(left + right, left - right)), (COLUMNS,))
+    return x
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def _walsh_near(
+    sums, theta, key0, key1, e2, e3, first, COLUMNS: tl.constexpr, NEAR: tl.constexpr, STAGES: tl.constexpr
+):  # fmt: skip
+    low = tl.program_id(0).to(tl.int64) * NEAR
+    x = tl.load(theta + low % COLUMNS + tl.arange(0, NEAR))
+    x = _flip(x, _bits(first + low, e2, e3, key0, key1, NEAR))
+    tl.store(sums + low + tl.arange(0, NEAR), _fwht(x, NEAR, STAGES))
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def _walsh_spread(
+    out, base, sums, n, key0, key1, d2, d3, start, first, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
+    low = tl.program_id(0).to(tl.int64) * SIZE
+    at, e = low + tl.arange(0, SIZE), start + low + tl.arange(0, SIZE)
+    x = tl.load(sums + (e // BLOCK - first) * COLUMNS + e % COLUMNS, mask=at < n)
+    z = _flip(x, _bits(start + low, d2, d3, key0, key1, SIZE))
+    _store(out + at, tl.load(base + at, mask=at < n).to(tl.float32) + z, at < n)
+
+
 @triton.jit(do_not_specialize=SCALARS)
 def _walsh_rebuild(
     out, base, theta, n, key0, key1, d2, d3, e2, e3, start, first, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
@@ -197,10 +251,7 @@ def _walsh_rebuild(
     e = (first + tl.program_id(0)).to(tl.int64) * (ROWS * COLUMNS)
     x = tl.load(theta + tl.arange(0, COLUMNS))
     x = _flip(x, _bits(e // BLOCK * COLUMNS, e2, e3, key0, key1, COLUMNS))
-    # Each stage takes the lowest index bit and makes it the highest: after all stages the order is natural.
-    for _ in tl.static_range(STAGES):
-        left, right = tl.split(tl.reshape(x, (COLUMNS // 2, 2)))
-        x = tl.reshape(tl.trans(tl.join(left + right, left - right)), (COLUMNS,))
+    x = _fwht(x, COLUMNS, STAGES)
     for row in range(ROWS):
         low = e + row * COLUMNS
         at = low - start + tl.arange(0, COLUMNS)

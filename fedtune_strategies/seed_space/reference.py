@@ -30,7 +30,7 @@ ANY_DTYPE = False  # kernels take float32 alone
 TILE = 1 << 18  # elements that are worked on at once: bounds the scratch memory
 
 
-def fwht(x: Tensor) -> Tensor:
+def fwht(x: Tensor, stride: int = 1) -> Tensor:
     """Fast Walsh-Hadamard transform of the last dimension, in natural (Hadamard) order.
 
     Butterflies go from neighbours outward: stride 1, 2, 4, …; each adds and subtracts once in float32. This order is
@@ -40,6 +40,8 @@ def fwht(x: Tensor) -> Tensor:
     ----------
     x : Tensor
         float32, shape (..., n), n a power of two.
+    stride : int, default 1
+        The first stride that is still to be done.
 
     Returns
     -------
@@ -47,7 +49,6 @@ def fwht(x: Tensor) -> Tensor:
         float32, same shape: ``y[j] = sum_k (-1)**popcount(j & k) * x[k]``.
     """
     n = x.shape[-1]
-    stride = 1
     while stride < n:
         left, right = x.reshape(-1, n // (2 * stride), 2, stride).unbind(2)
         x = torch.stack((left + right, left - right), dim=2).reshape(x.shape)

@@ -33,6 +33,14 @@ def test_walsh_has_the_bits_of_the_reference(n, columns, block):
             assert same("walsh_add", n, (columns, block, start), moves)
 
 
+@pytest.mark.parametrize(("columns", "block"), [(512, 512), (1024, 4096)])
+def test_a_transform_too_large_for_one_program_has_the_bits_of_the_reference(columns, block, monkeypatch):
+    monkeypatch.setattr(cuda, "LARGEST", 256)
+    theta = torch.randn(columns, device=DEVICE)
+    for n, start in ((1, 0), (5000, 0), (3000, 3 * columns)):
+        assert same("walsh_rebuild", n, (columns, block, start), theta)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["walsh", "gaussian"])
 def test_16_bits_are_rounded_once_and_by_the_kernel_itself(kind, dtype, monkeypatch):
