@@ -21,6 +21,7 @@ import argparse
 import logging
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,9 @@ class Attack:
             each = (slopes(self.model, self.parameters, response_loss, row, pool).g for row in rows)
             return Slopes(0.0, private_sum(each, 1.0, noise, pool.size) / len(rows))
 
-        walk = local_walk(self.parameters, self.base, pool, find, [batch] * steps, step=STEP)
+        walk = local_walk(
+            partial(pool.rebuild_model, self.parameters, self.base), pool, find, [batch] * steps, step=STEP
+        )
         self.reset()
         return walk.theta.sign()
 

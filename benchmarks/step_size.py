@@ -74,7 +74,7 @@ def run(
         find, replies = partial(slopes, model, parameters, response_loss, pool=pool), []
         for node in sample((seed, number), [str(i) for i in range(len(nodes))], min(4, len(nodes))):
             found = local_walk(
-                parameters, weights, pool, find,
+                partial(pool.rebuild_model, parameters, weights), pool, find,
                 batches(nodes[int(node)], rows, steps, (seed, number, node)), step=step, beta1=beta1,
             )  # fmt: skip
             packed, unit = encode(found.theta.numpy(), 1)

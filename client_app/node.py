@@ -92,7 +92,8 @@ class Node:
             self._load(str(name))
 
     def _load(self, model: str) -> None:
-        self.language = load_model(model, self.config.model.dtype, self._node.device)
+        settings, empty = self.config.model, self._method.by_layers and self._node.frozen != "decoded"
+        self.language = load_model(model, settings.dtype, self._node.device, settings.base, empty=empty)
         check_context(self.language, self.config.train.seq_length)
         self.base = base_tensors(self.language)
         self.base_fingerprint = fingerprint(self.base)

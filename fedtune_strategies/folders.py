@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from fedtune_strategies.errors import ResourceError
@@ -73,6 +74,20 @@ def _check_owner(folder: Path, owners: tuple[int, ...]) -> None:
     shared = found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX
     if not stat.S_ISDIR(found.st_mode) or found.st_uid not in owners or (shared and 0 in owners):
         raise ResourceError(f"{folder} belongs to another user: set XDG_RUNTIME_DIR to a folder of yours.")
+
+
+@contextlib.contextmanager
+def temporary_files_in(folder: Path) -> Iterator[None]:
+    """Have files without a name made in a folder: they may be as large as a model, and the system's may be memory.
+
+    ``TMPDIR`` comes first.
+    """
+    before = tempfile.tempdir
+    tempfile.tempdir = os.environ.get("TMPDIR") or str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def is_ours(folder: Path) -> bool:

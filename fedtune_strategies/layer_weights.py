@@ -22,7 +22,10 @@ from fedtune_strategies.errors import ModelError
 from fedtune_strategies.seed_space.parameters import canonical_names
 
 Values = Callable[[Mapping[str, Tensor]], AbstractContextManager[Mapping[str, Tensor]]]
-"""From stored tensors by canonical name to those to compute with: entered before a layer runs, left after it."""
+"""From stored tensors by canonical name to those to compute with: entered before a layer runs, left after it.
+
+Autograd follows those that require a gradient.
+"""
 
 _Slots = dict[tuple[nn.Module, str], str]
 """Canonical names by the module and attribute that hold a parameter."""
@@ -49,7 +52,7 @@ def layer_weights(model: nn.Module, names: Collection[str], values: Values) -> I
         Within the context forward passes use these weights. Enter contexts that skip, cache or checkpoint layers
         inside of it, so that a skipped layer costs nothing and a repeated one has its weights again.
     """
-    in_use: dict[nn.Parameter, nn.Parameter] = {}
+    in_use: dict[nn.Parameter, Tensor] = {}
     with ExitStack() as stack:
         for module, slots in _units(model, set(names)).items():
             # accelerate keeps a module's own forward here, and calls it between loading and unloading the weights.
@@ -141,7 +144,7 @@ def _run(
     forward: Callable[..., Any],
     slots: _Slots,
     values: Values,
-    in_use: dict[nn.Parameter, nn.Parameter],
+    in_use: dict[nn.Parameter, Tensor],
     *args: Any,
     **kwargs: Any,
 ) -> Any:
@@ -152,15 +155,19 @@ def _run(
     try:
         with values({name: parameter.data for name, parameter in new.items()}) as used:
             # A new parameter each time, so that what autograd keeps of it stays valid after the layer.
-            in_use |= {parameter: nn.Parameter(used[name], requires_grad=False) for name, parameter in new.items()}
+            in_use |= {parameter: _as_parameter(used[name]) for name, parameter in new.items()}
             for (module, attribute), parameter in before.items():
-                module._parameters[attribute] = in_use[parameter]
+                module._parameters[attribute] = in_use[parameter]  # type: ignore[assignment]  # any tensor will do
             return forward(*args, **kwargs)
     finally:
         for (module, attribute), parameter in before.items():
             module._parameters[attribute] = parameter
         for parameter in new.values():
             in_use.pop(parameter, None)
+
+
+def _as_parameter(value: Tensor) -> Tensor:
+    return value if value.requires_grad else nn.Parameter(value, requires_grad=False)
 
 
 def _units(model: nn.Module, names: set[str]) -> dict[nn.Module, _Slots]:

@@ -155,6 +155,9 @@ class Method:
     parts : callable or None
         From the run configuration and the model's structure on the meta device to the parts that it trains by turns:
         name, number of parameters, and whether it is frozen.
+    by_layers : bool
+        Whether its client can work with a model without weights, whose layers get theirs from ``NodeContext.base`` as
+        they run: it is given one where the node's ``frozen`` is not "decoded".
     panel : callable or None
         From the run configuration and the tensors that the strategy stored last, as NumPy arrays, to the method's
         `Panel`; None where it shows nothing of its own. Imports neither torch nor Flower: the status page does not.
@@ -170,6 +173,7 @@ class Method:
     cost: Callable[[Any, Shape, Fleet], Cost] | None = None
     seconds: Callable[[Any, LanguageModel, int, Callable[[], float]], float] | None = None
     parts: Callable[[Any, nn.Module], Sequence[tuple[str, int, bool]]] | None = None
+    by_layers: bool = False
     panel: Callable[[Any, Mapping[str, NDArray[Any]]], Panel | None] | None = None
 
 

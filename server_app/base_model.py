@@ -42,7 +42,7 @@ def load_base(config: Config, ledger: Ledger, place: str = "") -> tuple[Language
     """
     name = place or config.model.name
     try:
-        language = load_model(name, config.model.dtype)
+        language = load_model(name, config.model.dtype, base=config.model.base)
     except FedTuneError as error:
         if ledger.last(KIND) is None or place:
             raise

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from fedtune_strategies.config import Config
 from fedtune_strategies.errors import DivergenceError, FedTuneError, LedgerError
 from fedtune_strategies.fleet import Fleet
-from fedtune_strategies.folders import check_ours
+from fedtune_strategies.folders import check_ours, temporary_files_in
 from fedtune_strategies.logs import about
 from fedtune_strategies.method import register_messages
 from fedtune_strategies.model_transfer import ModelSource
@@ -66,6 +66,7 @@ def execute(grid: Grid, flat: Mapping[str, Any], run_id: int) -> Path:
     try:
         with (
             about(run=ledger.folder.name),
+            temporary_files_in(ledger.folder),
             tracking(config, ledger, defaults(config.method.name, flat) | dict(flat)) as report,
             streaming(grid, config.stream) as both_ways,
         ):

@@ -60,10 +60,15 @@ class NodeConfig:
     )
     device: str = option("cpu", "Where the model runs: cpu, cuda, cuda:1.")
     micro_batch: int = option(0, "Examples computed at once, for less memory; 0 for the whole batch.", low=0)
-    checkpoint: bool = option(False, "Compute activations again in the backward pass instead of keeping them.")
+    checkpoint: str = option(
+        "auto",
+        "Compute activations again in the backward pass instead of keeping them; 'auto': by the seed-space gradient.",
+        choices=("auto", "always", "never"),
+    )
     frozen: str = option(
         "decoded",
-        "Frozen blocks: as weights, coded in memory, or coded on disk; coded ones are decoded when used.",
+        "Weights that are not trained: in memory as they are, coded in memory, or on disk. By FedKSeed all: unless "
+        "'decoded', those of a layer are made when it runs.",
         choices=("decoded", "coded", "disk"),
     )
     prefix_cache_mb: float = option(

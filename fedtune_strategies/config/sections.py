@@ -34,6 +34,12 @@ class ModelConfig:
         "Type of the weights in memory and in the export; 'auto': that of the model's files.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    base: str = option(
+        "exact",
+        "What of the model's matrices the base model keeps: all, or what int8 or nf4 leaves of them, so that nodes can "
+        "hold it coded.",
+        choices=("exact", "int8", "nf4"),
+    )
 
 
 @dataclass(frozen=True)

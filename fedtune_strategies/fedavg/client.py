@@ -38,7 +38,7 @@ class FedAvgClient:
         self._config: Any = context.config
         self._model = context.model
         self._name, self._examples = context.name, context.examples
-        self._checkpoint, self._batches = context.node.checkpoint, context.batches
+        self._checkpoint, self._batches = context.node.checkpoint == "always", context.batches
         self._parameters = self._trained()
         self._lost = context.residuals  # by round: what coding kept back of its change
 

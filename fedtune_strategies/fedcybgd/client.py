@@ -182,7 +182,7 @@ class FedCyBGDClient:
                 start=start.weights,
                 accumulate=settings.accumulate,
                 autocast=None if settings.autocast == "none" else getattr(torch, settings.autocast),
-                checkpoint=self._node.checkpoint,
+                checkpoint=self._node.checkpoint == "always",
                 cache_bytes=int(self._node.prefix_cache_mb * 1e6) if steps * settings.accumulate > count else 0,
             )
         parts, lost = encode_with_feedback(update.delta, self._residuals.get(block.index, {}), self._upload)

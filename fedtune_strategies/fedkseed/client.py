@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.fedkseed.config import FedKSeedRunConfig
 from fedtune_strategies.fedkseed.messages import SeedReply, SeedTask
 from fedtune_strategies.fedkseed.packing import round_scalars, unpack
-from fedtune_strategies.fedkseed.pools import nth_pool, pool_number, rebuild
+from fedtune_strategies.fedkseed.pools import BeforeLast, nth_pool, pool_number, rebuild
 from fedtune_strategies.fedkseed.seed_draws import compared, draw_seeds, seed_key
+from fedtune_strategies.language.coded import Only
 from fedtune_strategies.language.examples import Batch, collate
 from fedtune_strategies.language.loss import example_losses, finite_mean, loss_in_parts
 from fedtune_strategies.memory import peak_memory
 from fedtune_strategies.method import NodeContext
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.seed_space import Pool, fingerprint, tuned_parameters
+from fedtune_strategies.seed_space.moved import AtPoint
 from fedtune_strategies.zeroth_order import LocalSteps, check_steps, local_steps
 from fedtune_strategies.zeroth_order.calibrate import DIRECTIONS, Calibration, calibrate
 from fedtune_strategies.zeroth_order.estimators import Estimator
@@ -45,10 +48,11 @@ class FedKSeedClient:
         self._model, self._base = context.model, context.base
         self._name, self._examples = context.name, context.examples
         self._batches, self._secret = context.batches, context.secret
-        self._micro_batch = context.node.micro_batch
+        self._micro_batch, self._by_layers = context.node.micro_batch, context.node.frozen != "decoded"
         self._pattern = self._config.train.parameters or None
         self._parameters = tuned_parameters(self._model, self._pattern)
-        check_steps(self._model, self._pattern)
+        if not self._by_layers:  # otherwise the model is empty, and a loss that is not a number shows it
+            check_steps(self._model, self._pattern)
         # The theta of the last task, as whole numbers of the run's unit, int32 [pools, K]: floats would round
         # differently when they are added in another order. Version 0 is theta = 0, the base model, which every node
         # has.
@@ -131,7 +135,7 @@ class FedKSeedClient:
             return Calibration(task.lr, math.nan)
         # Round 0 is no round: a node that is started again finds the same step size on the same batch.
         settings = self._config.fedkseed
-        self._rebuild(task)
+        start, base, _ = self._rebuild(task)
         found = calibrate(
             self._model,
             self._pool(),
@@ -142,6 +146,8 @@ class FedKSeedClient:
             steps=self._config.train.local_steps,
             pattern=self._pattern,
             signs=settings.estimator == "sign",
+            start=start,
+            base=base,
         )
         exact = settings.estimator == "forward"
         return Calibration(found.lr, math.nan) if exact else found
@@ -170,10 +176,9 @@ class FedKSeedClient:
         key = seed_key(self._config, task.round, self._name, self._key(task.round))
         odds = self._odds(task)
         seeds = draw_seeds(key, self._config.train.local_steps, settings.seeds, odds)
-        self._rebuild(task)
         # Taken before the first step: the server compares it with its own W(theta), so a node with another base model,
         # other kernels or a wrong theta is found out before its scalars count.
-        starting_print = fingerprint(self._parameters)
+        start, base, starting_print = self._rebuild(task)
         # The steps move the weights in place, W <- W - lr g_t z_(s_t): there is no gradient and no state of an
         # optimiser. The next task rebuilds from W_0, so rounding of one round never enters the next.
         estimator, loss, data = self._plan(task)
@@ -187,6 +192,8 @@ class FedKSeedClient:
             lr=found.lr,
             limit=task.limit,
             pattern=self._pattern,
+            start=start,
+            base=base,
             estimator=estimator,
             directions=settings.directions,
         )
@@ -195,8 +202,16 @@ class FedKSeedClient:
     def _key(self, round: int) -> str:
         return "" if compared(self._config) else self._secret("seeds", round)
 
-    def _rebuild(self, task: SeedTask) -> None:
-        rebuild(self._config, list((self._units * task.unit).astype(np.float32)), self._parameters, self._base)
+    def _rebuild(self, task: SeedTask) -> tuple[Tensor | None, Mapping[str, Tensor] | None, str]:
+        """Put the model at theta; or, where it is empty, return where to start and from what. With the fingerprint."""
+        points = list((self._units * task.unit).astype(np.float32))
+        if not self._by_layers:
+            rebuild(self._config, points, self._parameters, self._base)
+            return None, None, fingerprint(self._parameters)
+        start, base = torch.from_numpy(points[-1]), BeforeLast(self._config, points, self._base, self._parameters)
+        at = AtPoint(self._pool(), Only(base, self._parameters), self._base)
+        at.theta = start
+        return start, base, fingerprint((name, at[name]) for name in self._parameters)
 
     def _pool(self) -> Pool:
         return nth_pool(self._config, len(self._units) - 1)

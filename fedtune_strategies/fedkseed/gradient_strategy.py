@@ -23,7 +23,7 @@ from fedtune_strategies.aggregators import robust_aggregator
 from fedtune_strategies.errors import DivergenceError, FingerprintError, ProtocolError
 from fedtune_strategies.fedkseed.accountant import PrivacySpent
 from fedtune_strategies.fedkseed.config import GradientRunConfig
-from fedtune_strategies.fedkseed.messages import GradientReply, GradientTask
+from fedtune_strategies.fedkseed.messages import GradientReply, GradientTask, GradientWeights
 from fedtune_strategies.fedkseed.moved import Moved
 from fedtune_strategies.fedkseed.screening import running_amplitude
 from fedtune_strategies.fleet import Fleet
@@ -66,6 +66,7 @@ class SeedGradient(TuningStrategy):
         self.points: list[Point] = []
         self.held: dict[str, int] = {}  # points that each node holds, as its last reply showed
         self.forgot: set[str] = set()  # nodes that have shown since then that they need them all again
+        self.offered: set[str] = set()  # nodes that have not answered since they were sent W_r whole
         self.unit = 0.0  # running median of the nodes' units
         self.fingerprint = ""
         self.spent = PrivacySpent(config)
@@ -96,12 +97,20 @@ class SeedGradient(TuningStrategy):
         assert isinstance(grid, Fleet)
         nodes = grid.nodes
         chosen = sampled(self.config, list(nodes), server_round)
-        since = {name: 0 if name in self.forgot else self.held.get(name, 0) for name in chosen}
-        # Most nodes lack the same points: what they are sent is encoded once.
+        since = {name: -1 if name in self.forgot else self.held.get(name, 0) for name in chosen}
+        # Once: where that came to nothing, points are slower and surer.
+        new = [name for name in chosen if name not in self.offered]
+        whole = {name for name in new if self.moved.whole_is_less(server_round - 1 - max(0, since[name]))}
+        self.offered |= whole
+        since |= dict.fromkeys(whole, server_round - 1)
+        # Most nodes lack the same: what they are sent is encoded once.
+        parts = [protocol.encode(part) for part in self.moved.parts()] if whole else []
         lr = self.eta * share_of_step(config)
         payloads = {held: protocol.encode(self._task(server_round, held, lr)) for held in set(since.values())}
-        kind = GradientTask.kind
-        return [address(nodes[name].id, kind, payloads[since[name]], server_round) for name in chosen]
+        for name in chosen:
+            for part in parts if name in whole else ():
+                yield address(nodes[name].id, GradientWeights.kind, part, server_round)
+            yield address(nodes[name].id, GradientTask.kind, payloads[since[name]], server_round)
 
     def note_asked(self, nodes: Mapping[str, int]) -> None:
         """Count what privacy has cost each node."""
@@ -113,6 +122,8 @@ class SeedGradient(TuningStrategy):
             log.info("%s holds the base model alone (its worker was restarted): sending it all points", reply.node)
             self.forgot.add(reply.node)
             return False
+        if isinstance(reply, protocol.Ack) and reply.node in self.offered:
+            return False
         if not isinstance(reply, GradientReply):
             raise ProtocolError(f"a node answered a gradient task with a '{reply.kind}'.")
         try:
@@ -121,6 +132,7 @@ class SeedGradient(TuningStrategy):
             self.forgot.add(reply.node)  # the next task starts from the base model
             raise
         self._theta(reply)
+        self.offered.discard(reply.node)
         return True
 
     def aggregate_train(
@@ -184,7 +196,7 @@ class SeedGradient(TuningStrategy):
         return arrays_of(theta=torch.from_numpy(self._decoded(self.points[-1])))
 
     def _task(self, round: int, held: int, lr: float) -> GradientTask:
-        new = self.points[held:]
+        new = self.points[max(0, held) :]
         width = packed_bytes(self.config.fedkseed.seeds, self.config.fedkseed.down_bits)
         levels = torch.stack([levels for levels, _ in new]) if new else torch.empty(0, width, dtype=torch.uint8)
         units = torch.tensor([unit for _, unit in new], dtype=torch.float32)

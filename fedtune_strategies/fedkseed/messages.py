@@ -88,7 +88,7 @@ class GradientTask:
     round : int
         Round, from 1; its pool is fresh.
     since : int
-        Points that the node holds already, those of the first rounds.
+        Points that the node holds already, those of the first rounds; -1 where it is to begin from the base model.
     levels : Tensor
         uint8 [n, bytes], the packed points of the rounds from ``since + 1`` on that are over, oldest first; see
         `fedtune_strategies.seed_gradient.coding`.
@@ -104,6 +104,29 @@ class GradientTask:
     levels: Tensor
     units: Tensor
     lr: float
+
+
+@dataclass(frozen=True)
+class GradientWeights:
+    """A stretch of W_r, for a node that would take longer to add the points of all rounds.
+
+    Attributes
+    ----------
+    round : int
+        The round whose task comes next; the points of all rounds before it are in the weights.
+    start : int
+        Number of the first element, of all tuned tensors one after another.
+    values : Tensor
+        float32 [n].
+    fingerprint : str
+        Fingerprint of the whole W_r in float32.
+    """
+
+    kind: ClassVar[str] = "gradient-weights"
+    round: int
+    start: int
+    values: Tensor
+    fingerprint: str
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,10 @@ def _strategy(
     from fedtune_strategies.fedkseed.gradient_strategy import SeedGradient
     from fedtune_strategies.fedkseed.pro import FedKSeedPro
     from fedtune_strategies.fedkseed.strategy import FedKSeed
+    from fedtune_strategies.language.coded import Only
     from fedtune_strategies.seed_space import tuned_parameters
 
-    tuned = {name: base[name] for name in tuned_parameters(model, config.train.parameters or None)}
+    tuned = Only(base, tuned_parameters(model, config.train.parameters or None))
     if isinstance(config, GradientRunConfig):
         return SeedGradient(config, tuned)
     return FedKSeedPro(config, tuned) if isinstance(config, FedKSeedProRunConfig) else FedKSeed(config, tuned)
@@ -40,9 +41,9 @@ def _client(context: NodeContext) -> Callable[[Message], Message]:
 
 
 def _messages() -> Sequence[type]:
-    from fedtune_strategies.fedkseed.messages import GradientReply, GradientTask, SeedReply, SeedTask
+    from fedtune_strategies.fedkseed.messages import GradientReply, GradientTask, GradientWeights, SeedReply, SeedTask
 
-    return SeedTask, SeedReply, GradientTask, GradientReply
+    return SeedTask, SeedReply, GradientTask, GradientWeights, GradientReply
 
 
 def _leaves(config: FedKSeedRunConfig | GradientRunConfig) -> Sequence[str]:
@@ -84,6 +85,7 @@ FEDKSEED = Method(
     messages=_messages,
     cost=_cost,
     seconds=_seconds,
+    by_layers=True,
 )
 FEDKSEED_PRO = Method(
     name="fedkseed-pro",
@@ -95,5 +97,6 @@ FEDKSEED_PRO = Method(
     messages=_messages,
     cost=_cost,
     seconds=_seconds,
+    by_layers=True,
     panel=_panel,
 )

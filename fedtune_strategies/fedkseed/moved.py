@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedtune_strategies.errors import FingerprintError
 from fedtune_strategies.fedkseed.config import GradientRunConfig
+from fedtune_strategies.fedkseed.messages import GradientWeights
 from fedtune_strategies.fedkseed.pools import nth_pool
-from fedtune_strategies.seed_space import Pool
+from fedtune_strategies.model_transfer import CHUNK_BYTES
+from fedtune_strategies.seed_gradient import packed_bytes
+from fedtune_strategies.seed_space import Pool, tensor_fingerprint
 from fedtune_strategies.seed_space.moved import MovedWeights
 from fedtune_strategies.seed_space.scaled import rms_scales, scaled
 
 log = logging.getLogger("fedtune")
+
+# Measured: one processor core adds a point in so many seconds a parameter, by gaussian directions a parameter and seed.
+WALSH_S, GAUSSIAN_S = 1.2e-9, 2.2e-9
+LINK = 12.5e6  # bytes a second that a node is thought to receive: 100 Mbit/s
+PART = CHUNK_BYTES // 4  # elements
 
 
 class Moved:
@@ -34,6 +43,8 @@ class Moved:
     def __init__(self, config: GradientRunConfig, base: Mapping[str, Tensor]) -> None:
         self._config = config
         self._scales = rms_scales(base)
+        self._size = sum(tensor.numel() for tensor in base.values())
+        self._began = 0.0
         self.weights = MovedWeights(base)
 
     @property
@@ -53,6 +64,44 @@ class Moved:
             if done == 1 and len(points) > 1:
                 left = (len(points) - 1) * (time.monotonic() - start)
                 log.info("moving the base model by the points of %d rounds: about %.0f s left", len(points), left)
+
+    def whole_is_less(self, points: int) -> bool:
+        """Say whether a node has the weights sooner by receiving them than by so many points."""
+        own = self._config.fedkseed
+        add = self._size * (WALSH_S if own.pool == "walsh" else GAUSSIAN_S * own.seeds)
+        return 4 * self._size / LINK < points * (add + packed_bytes(own.seeds, own.down_bits) / LINK)
+
+    def parts(self) -> Iterator[GradientWeights]:
+        """Cut the weights into messages."""
+        flat, round = self.weights.flat, self.rounds + 1
+        whole = tensor_fingerprint(flat)
+        for start in range(0, len(flat), PART):
+            yield GradientWeights(round, start, flat[start : start + PART], whole)
+
+    def receive(self, part: GradientWeights) -> bool:
+        """Take one of `parts`, the last of which completes the weights; says whether it was the one that comes next.
+
+        Raises
+        ------
+        FingerprintError
+            They are not the server's weights.
+        """
+        if part.start == 0:
+            self._began = time.monotonic()
+            log.info("receiving the weights after %d rounds, %.0f MB", part.round - 1, 4e-6 * self._size)
+        try:
+            left = self.weights.receive(part.start, part.values)
+        except ValueError:
+            return False
+        if part.start and left:
+            seconds = (time.monotonic() - self._began) / part.start * left
+            log.info("%.0f MB of the weights are still to come: about %.0f s", 4e-6 * left, seconds)
+        if not left:
+            self.weights.take_received(part.round - 1)
+            if tensor_fingerprint(self.weights.flat) != part.fingerprint:
+                self.weights.reset()
+                raise FingerprintError("the weights that came are not the server's: they are not kept.")
+        return True
 
     def write(self, parameters: Mapping[str, Tensor]) -> None:
         """Round the weights into a model's parameters."""

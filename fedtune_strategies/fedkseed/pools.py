@@ -6,7 +6,7 @@ With ``fedkseed.pool-every`` = n every n rounds have a pool of their own, and th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -54,11 +54,38 @@ def rebuild(
     base : mapping of str to Tensor
         W_0 by the same names.
     """
-    *closed, (last, point) = [(nth_pool(config, n), torch.from_numpy(point)) for n, point in enumerate(points)]
+    before, last, point = BeforeLast(config, points, base, base), nth_pool(config, len(points) - 1), points[-1]
     for name, parameter in parameters.items():
-        value = base[name].to(parameter.device)
-        if closed:
-            value = value.to(torch.float32, copy=True)
-        for pool, theta in closed:
+        last.rebuild(name, before[name].to(parameter.device), torch.from_numpy(point), out=parameter.detach())
+
+
+class BeforeLast(Mapping[str, Tensor]):
+    """W_0 moved to the points of all pools but the last, each tensor made when it is asked for; see `rebuild`.
+
+    In float32 where there is such a pool and the tensor is tuned; otherwise W_0 as it is.
+    """
+
+    def __init__(
+        self,
+        config: FedKSeedRunConfig,
+        points: Sequence[NDArray[np.float32]],
+        base: Mapping[str, Tensor],
+        tuned: Collection[str],
+    ) -> None:
+        self._base, self._tuned = base, tuned
+        self._closed = [(nth_pool(config, n), torch.from_numpy(point)) for n, point in enumerate(points[:-1])]
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self._base[name]
+        if not self._closed or name not in self._tuned:
+            return value
+        value = value.to(torch.float32, copy=True)
+        for pool, theta in self._closed:
             pool.rebuild(name, value, theta, out=value)
-        last.rebuild(name, value, point, out=parameter.detach())
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)

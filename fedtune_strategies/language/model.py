@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from fedtune_strategies.errors import ConfigError, ModelError, ResourceError
+from fedtune_strategies.language.coded import CodedWeights, code_loaded, read_empty
 from fedtune_strategies.language.model_files import (
     ADAPTER_CONFIG,
     count_parameters,
@@ -57,15 +58,20 @@ class LanguageModel:
         As it was asked for.
     folder : Path
         Where the weights are.
+    coded : CodedWeights or None
+        The base weights, where they are held coded or the model is empty.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
     folder: Path
+    coded: CodedWeights | None = None
 
 
-def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> LanguageModel:
+def load_model(
+    name: str, dtype: str = "float32", device: str = "cpu", base: str = "exact", *, empty: bool = False
+) -> LanguageModel:
     """Load a causal language model from disk; the network is never touched.
 
     Parameters
@@ -76,6 +82,11 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> Langua
         Of the loaded weights; see `weights_dtype`.
     device : str
         ``"cpu"``, ``"cuda"``, ``"cuda:1"`` …
+    base : {"exact", "int8", "nf4"}
+        What is kept of its matrices; the model's are what the codes decode to.
+    empty : bool, default False
+        Leave the parameters empty: the weights are in `LanguageModel.coded` alone, and only one tensor at a time is
+        ever decoded, also while they are read.
 
     Returns
     -------
@@ -90,12 +101,17 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> Langua
     """
     folder, tokenizer = check_model(name)
     loaded = weights_dtype(folder, dtype)
-    needed = count_parameters(weight_files(folder)) * loaded.itemsize
-    _check_memory(name, needed, device)
-    model = _load_weights(name, folder, loaded)
+    coded: CodedWeights | None
+    if empty and (read := read_empty(folder, loaded, base)):
+        model, coded = read
+    else:
+        needed = count_parameters(weight_files(folder)) * loaded.itemsize
+        _check_memory(name, needed, device)
+        model = _load_weights(name, folder, loaded)
+        coded = code_loaded(model, base, empty=empty) if empty or base != "exact" else None
     freeze_other_modalities(model)
     model.to(torch.device(device))  # type: ignore[arg-type]  # transformers declares its wrapper without self
-    return LanguageModel(model.eval(), tokenizer, name, folder)
+    return LanguageModel(model.eval(), tokenizer, name, folder, coded)
 
 
 def check_model(name: str) -> tuple[Path, PreTrainedTokenizerBase]:
@@ -225,6 +241,8 @@ def base_tensors(language: LanguageModel) -> Mapping[str, torch.Tensor]:
         By canonical name (the first in ``model.named_parameters()`` of tied ones), in the dtype of the model; mapped
         ones are on the CPU, copies on the model's device. Never write to them.
     """
+    if language.coded is not None:
+        return language.coded
     stored = map_tensors(weight_files(language.folder))
     prefix = language.model.base_model_prefix + "."
     tensors = {}

@@ -109,13 +109,14 @@ def _project_rows(pool: Pool, name: str, add: Add, ids: Tensor, gradient: Tensor
     """Project what backward adds to the rows `ids` of a matrix; parts that no row touches are left out."""
     width, part = gradient.shape[1], max(SHORT, _alignment(pool))
     ids, positions = ids.unique(return_inverse=True)
-    sums = torch.zeros(len(ids), width, device=gradient.device).index_add_(0, positions, gradient.float())
+    sums = torch.zeros(len(ids), width, dtype=torch.float32, device=gradient.device)
+    sums.index_add_(0, positions, gradient.float())
     touched = {place for i in ids.tolist() for place in range(i * width // part, -(-(i + 1) * width // part))}
     for low in (place * part for place in sorted(touched)):
         high = min(low + part, rows * width)
         first, chosen = _rows_of(low, high, width)
         inside = (ids >= chosen.start) & (ids < chosen.stop)
-        values = torch.zeros(chosen.stop - chosen.start, width, device=sums.device)
+        values = torch.zeros(chosen.stop - chosen.start, width, dtype=torch.float32, device=sums.device)
         values[ids[inside] - chosen.start] = sums[inside]
         add(_project(pool, name, values.flatten()[first : first + high - low], low))
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fedtune_strategies.blocks.gradients import only_trainable
 from fedtune_strategies.blocks.layers import checkpointed
+from fedtune_strategies.layer_weights import layer_weights
 from fedtune_strategies.seed_gradient.rows import projected_by_rows
 from fedtune_strategies.seed_space import Pool
 
@@ -47,6 +48,7 @@ def slopes(
     pool: Pool,
     *,
     checkpoint: bool = True,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Slopes:
     """Find the slopes of one batch's loss along all directions, by one backward pass.
 
@@ -68,6 +70,9 @@ def slopes(
     checkpoint : bool, default True
         Compute the activations of decoder layers again in backward instead of keeping them: same bits, a third more
         time.
+    weights : mapping of str to Tensor, optional
+        All of the model's weights by canonical name, each fetched when its layer runs; the model then need hold none.
+        The layers must be checkpointed.
 
     Returns
     -------
@@ -76,7 +81,7 @@ def slopes(
     """
     scale = HALF_SCALE if any(p.dtype == torch.float16 for p in model.parameters()) else 1.0
     while True:
-        found = _scaled_slopes(model, parameters, loss, batch, pool, checkpoint, scale)
+        found = _scaled_slopes(model, parameters, loss, batch, pool, checkpoint, weights, scale)
         if scale <= 1.0 or not math.isfinite(found.loss) or bool(found.g.isfinite().all()):
             return found
         scale /= 2
@@ -89,6 +94,7 @@ def _scaled_slopes(
     batch: Any,
     pool: Pool,
     checkpoint: bool,
+    weights: Mapping[str, Tensor] | None,
     scale: float,
 ) -> Slopes:
     total = torch.zeros(pool.size, dtype=torch.float64)
@@ -99,7 +105,10 @@ def _scaled_slopes(
     with contextlib.ExitStack() as stack:
         stack.enter_context(only_trainable(model, parameters.values()))
         stack.enter_context(projected_by_rows(model, parameters, pool, add))
-        stack.enter_context(_projected_when_there(parameters, pool, add))
+        if weights is None:
+            stack.enter_context(_projected_when_there(parameters, pool, add))
+        else:
+            stack.enter_context(_made_when_used(model, parameters, pool, add, weights))
         if checkpoint:
             stack.enter_context(checkpointed(model, first=0))
         value = loss(model, batch)
@@ -123,3 +132,45 @@ def _projected_when_there(
         for name, parameter in parameters.items():
             stack.callback(parameter.register_post_accumulate_grad_hook(partial(take, name)).remove)
         yield
+
+
+@contextlib.contextmanager
+def _made_when_used(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    pool: Pool,
+    add: Callable[[Tensor], None],
+    weights: Mapping[str, Tensor],
+) -> Iterator[None]:
+    """Give each layer its weights while it runs; backward hands their gradients straight to the projection."""
+    anchor = torch.zeros((), requires_grad=True)
+
+    @contextlib.contextmanager
+    def made(stored: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+        with torch.no_grad():
+            values = {name: weights[name].to(own.device) for name, own in stored.items()}
+        yield {
+            name: _Weight.apply(anchor, value, lambda g, name=name: add(pool.project(name, g)))
+            if name in parameters
+            else value
+            for name, value in values.items()
+        }
+
+    with layer_weights(model, weights, made):
+        yield
+
+
+class _Weight(torch.autograd.Function):
+    """A weight that autograd does not keep: a leaf would hold it from forward to backward."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, value: Tensor, project: Callable[[Tensor], None]) -> Tensor:
+        ctx.project = project
+        ctx.set_materialize_grads(False)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, None, None]:
+        if gradients[0] is not None:
+            ctx.project(gradients[0])
+        return None, None, None

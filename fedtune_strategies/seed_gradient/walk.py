@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedtune_strategies.divergence import check_losses
 from fedtune_strategies.seed_gradient.slopes import Slopes
@@ -34,8 +34,7 @@ class LocalWalk:
 
 
 def local_walk(
-    parameters: Mapping[str, nn.Parameter],
-    base: Mapping[str, Tensor],
+    place: Callable[[Tensor], None],
     pool: Pool,
     find: Callable[[Any], Slopes],
     batches: Iterable[Any],
@@ -46,17 +45,15 @@ def local_walk(
 ) -> LocalWalk:
     """Walk downhill from theta = 0 in a pool.
 
-    Each step rebuilds the weights ``W = W_r + sum_k theta_k z_k`` with one rounding, so nothing is lost in 16 bits,
+    Each step begins at the weights ``W = W_r + sum_k theta_k z_k``, rounded once, so nothing is lost in 16 bits,
     and moves theta by ``-(step / sqrt(K)) m / sqrt(v)``: m is the running mean of the slopes, v that of their mean
     square over all K, both without their bias towards 0. One v for all directions, since a direction is a random one:
     none is steeper than the others by itself.
 
     Parameters
     ----------
-    parameters : mapping of str to nn.Parameter
-        The model's tuned parameters by canonical name. They end somewhere on the way.
-    base : mapping of str to Tensor
-        W_r by the same names.
+    place : callable
+        Puts the model at a point, float32, shape (K,), such as `Pool.rebuild_model`. It ends somewhere on the way.
     pool : Pool
         The round's directions.
     find : callable
@@ -82,7 +79,7 @@ def local_walk(
     square, taken = 0.0, 0
     losses: list[float] = []
     for batch in batches:
-        pool.rebuild_model(parameters, base, theta.float())
+        place(theta.float())
         loss, g = find(batch)
         finite = math.isfinite(loss) and bool(g.isfinite().all())
         losses.append(loss if finite else math.nan)

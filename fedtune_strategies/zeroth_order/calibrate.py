@@ -7,7 +7,7 @@ curvature does: both show as a difference between the slopes at two neighbouring
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,8 @@ def calibrate(
     steps: int,
     pattern: str | None = None,
     signs: bool = False,
+    start: Tensor | None = None,
+    base: Mapping[str, Tensor] | None = None,
 ) -> Calibration:
     """Choose a step size, and measure how much of a slope is error.
 
@@ -83,7 +85,7 @@ def calibrate(
 
     Parameters
     ----------
-    model, pool, loss, pattern
+    model, pool, loss, pattern, start, base
         See `local_steps`; the model ends where it began, up to float32 rounding.
     batch : object
         All losses are of this batch.
@@ -104,7 +106,7 @@ def calibrate(
     distances = eps * np.array(DISTANCES)
     was_training = model.training
     model.eval()
-    with trajectory(model, pool, pattern) as apply:
+    with trajectory(model, pool, pattern, start, base) as apply:
         here = float(loss(model, batch))
         sides = np.empty((len(distances), len(seeds), 2))
         for row, distance in zip(sides, distances.tolist(), strict=True):

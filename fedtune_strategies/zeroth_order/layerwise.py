@@ -13,7 +13,9 @@ from fedtune_strategies.seed_space import Pool, tuned_parameters
 
 
 @contextmanager
-def at_point(model: nn.Module, pool: Pool, theta: Tensor, pattern: str | None = None) -> Iterator[None]:
+def at_point(
+    model: nn.Module, pool: Pool, theta: Tensor, pattern: str | None = None, base: Mapping[str, Tensor] | None = None
+) -> Iterator[None]:
     """Let a model compute with ``W + sum_k theta_k z_k`` while its stored weights W stay as they are.
 
     The tuned parameters of a decoder layer are rebuilt into a scratch buffer before it runs, and put back afterwards.
@@ -30,23 +32,29 @@ def at_point(model: nn.Module, pool: Pool, theta: Tensor, pattern: str | None = 
         float32, shape (K,). Read by every forward pass: it may be changed in between.
     pattern : str, optional
         Which parameters are tuned, as in `tuned_parameters`.
+    base : mapping of str to Tensor, optional
+        W of all parameters by canonical name, each fetched when its layer runs; the model then need hold none.
 
     Yields
     ------
     None
         Within the context forward passes happen at theta. Do not use gradients there.
     """
-    scratch = _Scratch()
+    scratch, tuned = _Scratch(), tuned_parameters(model, pattern)
+
+    def place(name: str, own: Tensor, out: Tensor) -> Tensor:
+        weight = own if base is None else base[name].to(own.device)
+        return pool.rebuild(name, weight, theta, out=out) if name in tuned else out.copy_(weight)
 
     @contextmanager
     def rebuilt(stored: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
         mark = scratch.used
         try:
-            yield {name: pool.rebuild(name, base, theta, out=scratch.take(base)) for name, base in stored.items()}
+            yield {name: place(name, own, scratch.take(own)) for name, own in stored.items()}
         finally:
             scratch.used = mark
 
-    with layer_weights(model, tuned_parameters(model, pattern), rebuilt):
+    with layer_weights(model, tuned if base is None else base, rebuilt):
         yield
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +71,7 @@ def local_steps(
     limit: float = math.inf,
     pattern: str | None = None,
     start: Tensor | None = None,
+    base: Mapping[str, Tensor] | None = None,
     in_place: bool | None = None,
     estimator: str | Estimator = "two-sided",
     directions: int = 1,
@@ -111,6 +112,8 @@ def local_steps(
         Which parameters are tuned, as in `tuned_parameters`.
     start : Tensor, optional
         float32, shape (K,): the round's point relative to the model's weights, which then stay at W_0.
+    base : mapping of str to Tensor, optional
+        W_0 in place of the model's weights, which may then be empty; goes with `start`. See `at_point`.
     in_place : bool, optional
         Choose the way; by default as above.
     estimator : {"two-sided", "one-sided", "forward", "sign"} or callable
@@ -142,7 +145,7 @@ def local_steps(
     estimate = ESTIMATORS[estimator] if isinstance(estimator, str) else estimator
     pending: Moves = []
     groups = [slice(first, first + directions) for first in range(0, len(seeds), directions)]
-    with _in_place(model, pool, pattern) if in_place else _in_seed_space(model, pool, pattern, start) as apply:
+    with _in_place(model, pool, pattern) if in_place else _in_seed_space(model, pool, pattern, start, base) as apply:
         for group, batch in zip(groups, batches, strict=False):
             ks = [int(k) for k in seeds[group]]
             point = _point(model, pool, loss, batch, pattern, apply)
@@ -159,7 +162,11 @@ def local_steps(
 
 
 def trajectory(
-    model: nn.Module, pool: Pool, pattern: str | None = None
+    model: nn.Module,
+    pool: Pool,
+    pattern: str | None = None,
+    start: Tensor | None = None,
+    base: Mapping[str, Tensor] | None = None,
 ) -> AbstractContextManager[Callable[[Moves], None]]:
     """Let a model be moved along directions, in the way that suits its weights; see `local_steps`.
 
@@ -171,15 +178,17 @@ def trajectory(
         The seed pool.
     pattern : str, optional
         Which parameters are tuned, as in `tuned_parameters`.
+    start, base
+        See `local_steps`; with them the model ends as it began.
 
     Returns
     -------
     context manager
         Of a function that moves the model by (seed, factor) pairs.
     """
-    if _moves_in_place(model, pattern):
+    if start is None and _moves_in_place(model, pattern):
         return _in_place(model, pool, pattern)
-    return _in_seed_space(model, pool, pattern, None)
+    return _in_seed_space(model, pool, pattern, start, base)
 
 
 def _moves_in_place(model: nn.Module, pattern: str | None) -> bool:
@@ -219,11 +228,11 @@ def _in_place(model: nn.Module, pool: Pool, pattern: str | None) -> Iterator[Cal
 
 @contextmanager
 def _in_seed_space(
-    model: nn.Module, pool: Pool, pattern: str | None, start: Tensor | None
+    model: nn.Module, pool: Pool, pattern: str | None, start: Tensor | None, base: Mapping[str, Tensor] | None
 ) -> Iterator[Callable[[Moves], None]]:
     """Moves change a point in seed space; layers are rebuilt at it as they run."""
     exact = np.zeros(pool.size) if start is None else start.double().cpu().numpy()
-    point = torch.empty(pool.size)
+    point = torch.empty(pool.size, dtype=torch.float32)
 
     def apply(moves: Moves) -> None:
         for k, c in moves:
@@ -231,7 +240,7 @@ def _in_seed_space(
         point.copy_(torch.from_numpy(exact))
 
     apply([])
-    with at_point(model, pool, point, pattern):
+    with at_point(model, pool, point, pattern, base):
         yield apply
     if start is None:
         for name, parameter in tuned_parameters(model, pattern).items():

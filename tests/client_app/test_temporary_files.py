@@ -1,4 +1,4 @@
-"""Where a worker keeps what is as large as a model and has no name."""
+"""Where a worker and a server keep what is as large as a model and has no name."""
 
 import tempfile
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from client_app.worker import keep_temporary_files_in
+from fedtune_strategies.folders import temporary_files_in
 from fedtune_strategies.seed_space import make_pool
 from fedtune_strategies.seed_space.moved import MovedWeights
 from fedtune_strategies.seed_space.scaled import scaled
@@ -48,3 +49,9 @@ def test_a_cache_that_cannot_be_made_is_no_error(tmp_path):
     (tmp_path / "file").write_text("")
     keep_temporary_files_in(tmp_path / "file" / "cache")
     assert file_of(moved()).startswith(tempfile.gettempdir())
+
+
+def test_a_server_keeps_them_in_its_run_s_folder_while_it_runs(tmp_path):
+    with temporary_files_in(tmp_path):
+        assert file_of(moved()).startswith(str(tmp_path))
+    assert not file_of(moved()).startswith(str(tmp_path))

@@ -125,7 +125,7 @@ def test_a_restarted_worker_gets_blocks_again(settings, data_files, tmp_path):
     assert versioned(forgetful) == versioned(settings)
 
 
-@pytest.mark.parametrize("change", [{"checkpoint": True}, {"prefix-cache-mb": 1.0}])
+@pytest.mark.parametrize("change", [{"checkpoint": "always"}, {"prefix-cache-mb": 1.0}])
 def test_cheaper_steps_have_the_same_bits(settings, data_files, change, tmp_path):
     settings |= {"train.local-steps": 8, "fedcybgd.order": "descending"}
     run(settings, data_files)

@@ -8,6 +8,7 @@ import torch
 
 from fedtune_strategies.config.node import NodeConfig
 from fedtune_strategies.errors import ConfigError, DivergenceError, FingerprintError, ProtocolError
+from fedtune_strategies.fedkseed import moved
 from fedtune_strategies.fedkseed.gradient_client import SeedGradientClient
 from fedtune_strategies.fedkseed.gradient_strategy import SeedGradient
 from fedtune_strategies.fedkseed.messages import GradientReply, GradientTask
@@ -93,6 +94,49 @@ def test_a_late_joiner_gets_what_it_lacks_once(settings, data_files):
     assert [one for one in sent if one[0] == 1] == [(1, 1, 0), (1, 2, 1), (1, 3, 1), (1, 4, 1), (1, 5, 1)]
 
 
+def late_joiner_gets(settings, data_files, monkeypatch, dtype="float32", lose=False):
+    """Run where points are thought to take long; returns what the node that comes after two rounds was sent."""
+    monkeypatch.setattr(moved, "WALSH_S", 2e-7)  # two points, not one
+    monkeypatch.setattr(moved, "PART", 1_000)
+    settings |= {"num-server-rounds": 5, "strategy.min-nodes": 2, "eval.data": "", "model.dtype": dtype}
+    nodes, sent = make_nodes(settings, data_files), []
+
+    def handle(kind, payload):
+        message = protocol.decode(kind, payload)
+        sent.append((kind, message.round, len(getattr(message, "levels", ()))) if "gradient" in kind else (kind, 0, 0))
+        if lose and len(sent) == 3:
+            raise RuntimeError("the worker died in the middle of the weights")
+        return nodes[3].handle(kind, payload)
+
+    def first(kind, payload):
+        if kind == GradientTask.kind and protocol.decode(kind, payload).round == 2:
+            grid.nodes.setdefault(3, handle)
+        return nodes[1].handle(kind, payload)
+
+    grid = InMemoryGrid({1: first, 2: nodes[2].handle})
+    execute(grid, settings, run_id=1)
+    replies = [(one.round, one.node) for one in Ledger.read(Path(settings["run.dir"])).records("reply")]
+    return sent, [round for round, name in replies if name == "node-2"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_node_gets_the_weights_whole_where_that_is_less_to_the_same_bits(settings, data_files, monkeypatch, dtype):
+    """Its replies count: they bear the fingerprint of the server's weights."""
+    sent, counted = late_joiner_gets(settings, data_files, monkeypatch, dtype)
+    kinds = [(kind, round) for kind, round, _ in sent]
+    assert kinds.count(("gradient-weights", 3)) > 2 and sent[-3:] == [
+        ("gradient-task", r, n) for r, n in ((3, 0), (4, 1), (5, 1))
+    ]
+    assert counted == [3, 4, 5]
+
+
+def test_a_node_to_which_the_weights_did_not_come_gets_points(settings, data_files, monkeypatch):
+    sent, counted = late_joiner_gets(settings, data_files, monkeypatch, lose=True)
+    tasks = [one for one in sent if one[0] == "gradient-task"]
+    assert tasks == [("gradient-task", round, points) for round, points in ((3, 0), (3, 2), (4, 1), (5, 1))]
+    assert counted == [3, 4, 5]
+
+
 def make_client():
     model = tiny_model()
     base = {name: parameter.detach().clone() for name, parameter in tuned_parameters(model).items()}
@@ -105,16 +149,18 @@ def test_a_node_adds_only_the_points_that_it_lacks():
     coded = [encode(np.float32(point), 4) for point in points]
 
     def task(round, since):
-        levels = torch.stack([levels for levels, _ in coded[since : round - 1]])
-        return GradientTask(round, since, levels, torch.tensor([unit for _, unit in coded[since : round - 1]]), 0.01)
+        new = coded[max(0, since) : round - 1]
+        levels, units = torch.stack([levels for levels, _ in new]), torch.tensor([unit for _, unit in new])
+        return GradientTask(round, since, levels, units, 0.01)
 
     assert node.take(task(3, 0)) and node._moved.rounds == 2
     before = {name: value.clone() for name, value in node._moved.weights.items()}
     assert node.take(task(3, 1)) and node._moved.rounds == 2
+    assert node.take(task(3, 0)) and node._moved.rounds == 2, "a long replay that missed its round is not lost"
     assert all(torch.equal(before[name], value) for name, value in node._moved.weights.items())
     assert node.take(task(4, 1)) and node._moved.rounds == 3
     again = make_client()
-    assert not again.take(task(4, 1)) and again.take(task(4, 0))
+    assert not again.take(task(4, 1)) and again.take(task(4, -1))
     assert all(torch.equal(again._moved.weights[name], value) for name, value in node._moved.weights.items())
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.fedavg.messages import ArraysReply, ArraysTask
 from fedtune_strategies.fedcybgd.messages import BlockReply, BlockTask
-from fedtune_strategies.fedkseed.messages import GradientReply, GradientTask, SeedReply, SeedTask
+from fedtune_strategies.fedkseed.messages import GradientReply, GradientTask, GradientWeights, SeedReply, SeedTask
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.records import INLINE_BYTES, for_flower, from_record, to_record
 
@@ -22,6 +22,7 @@ EXAMPLES = [
     SeedTask(3, 0, BYTES, 2.0**-20, BYTES[:0], torch.empty(0, dtype=torch.int16), 1e-4, 1e-3, math.inf),
     SeedReply("node_0.a-b", 3, 2.5, "abcd", 5, 1.5, 10, torch.tensor([1.0, math.nan]), 1.0, 1e-4, 0.5),
     GradientTask(3, 1, torch.ones(1, 8, dtype=torch.uint8), torch.ones(1), 1e-2),
+    GradientWeights(3, 128, torch.ones(4), "ab"),
     GradientReply("n", 3, 2.0, "f", 5, 1.0, 10, torch.ones(2, dtype=torch.uint8), 0.5, 1),
     BlockTask(
         round=2,
@@ -45,7 +46,9 @@ EXAMPLES = [
 ]
 
 
-protocol.register(SeedTask, SeedReply, GradientTask, GradientReply, BlockTask, BlockReply, ArraysTask, ArraysReply)
+protocol.register(
+    SeedTask, SeedReply, GradientTask, GradientWeights, GradientReply, BlockTask, BlockReply, ArraysTask, ArraysReply
+)
 
 
 def same(left, right):

@@ -1,6 +1,7 @@
 """A node's local steps."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -29,7 +30,8 @@ def walk(answers, pool=None, base=None, **options):
         return Slopes(*answer)
 
     options = {"step": 0.01} | options
-    return local_walk(parameters, base, pool or make_pool("walsh", 3, K), find, answers, **options), seen
+    pool = pool or make_pool("walsh", 3, K)
+    return local_walk(partial(pool.rebuild_model, parameters, base), pool, find, answers, **options), seen
 
 
 def random_slopes(count, size=1.0):
@@ -91,6 +93,10 @@ def test_a_model_learns():
     parameters, pool = tuned_parameters(model), scaled(make_pool("walsh", 3, 1024), rms_scales(base))
     batch = tiny_batches(1)[0]
     found = local_walk(
-        parameters, base, pool, lambda batch: slopes(model, parameters, lm_loss, batch, pool), [batch] * 30, step=0.02
+        partial(pool.rebuild_model, parameters, base),
+        pool,
+        lambda batch: slopes(model, parameters, lm_loss, batch, pool),
+        [batch] * 30,
+        step=0.02,
     )
     assert found.loss[-1] < found.loss[0] - 1.0
