@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-LARGE = 2**20
+LARGE = 2**17  # the hidden states of a few hundred tokens are larger
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 

@@ -17,7 +17,7 @@ from fedtune_strategies.fedkseed.moved import Moved
 from fedtune_strategies.language.coded import Only
 from fedtune_strategies.language.examples import Batch, collate
 from fedtune_strategies.language.loss import finite_mean, micro_batches, response_loss, response_tokens
-from fedtune_strategies.memory import peak_memory
+from fedtune_strategies.memory import peak_memory, prefer_memory
 from fedtune_strategies.method import NodeContext
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.seed_gradient import LocalWalk, decode, encode, local_walk, packed_bytes, slopes
@@ -45,6 +45,8 @@ class SeedGradientClient:
         self._micro_batch, self._batches = context.node.micro_batch, context.batches
         self._checkpoint = context.node.checkpoint != "never" or context.node.frozen != "decoded"
         self._parameters = tuned_parameters(self._model, self._config.train.parameters or None)
+        if self._checkpoint:
+            prefer_memory()
         self._base, self._by_layers = context.base, context.node.frozen != "decoded"
         self._moved = Moved(self._config, Only(self._base, self._parameters))
 
