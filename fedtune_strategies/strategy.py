@@ -6,7 +6,7 @@ import logging
 import math
 import statistics
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -87,6 +87,21 @@ class TuningStrategy(Strategy):
         str
             Fingerprint of the written weights.
         """
+
+    def settled(self, answered: Collection[str]) -> bool:
+        """Say whether no reply that is still missing can change the round: nobody waits long for those.
+
+        Parameters
+        ----------
+        answered : collection of str
+            The nodes whose reply counts.
+
+        Returns
+        -------
+        bool
+            False by default: every reply counts.
+        """
+        return False
 
     @abstractmethod
     def accept(self, round: int, reply: protocol.Message) -> bool:

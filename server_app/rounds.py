@@ -35,6 +35,8 @@ from server_app.progress import Progress, round_records
 
 log = logging.getLogger("fedtune")
 
+AHEAD = 60.0  # least seconds for a node that only fetches ahead, once all that counts in a round is there
+
 
 @dataclass(frozen=True)
 class Run:
@@ -232,6 +234,7 @@ class _Round:
         missing_state: set[str] = set()
         limits = self.config.round
         patience = limits.deadline if self.strategy.takes_late else 0.0
+        start = time.monotonic()
         for replies in self.fleet.exchange(tasks, limits.deadline, patience, self.meanwhile):
             with self.ledger.together():
                 for received in replies:
@@ -239,6 +242,9 @@ class _Round:
             missing_state |= {one.node.name for one in replies if isinstance(one.message, protocol.StateMissing)}
             if limits.grace and not self._lacks_replies():
                 self.fleet.shorten_deadline(limits.grace)
+            if self.strategy.settled(self.progress.answered):
+                # Who only fetches ahead has as long again as the round took so far, and a while.
+                self.fleet.shorten_deadline(time.monotonic() - start + AHEAD)
         return missing_state
 
     def _take(self, received: NodeReply) -> None:

@@ -7,7 +7,7 @@ does not hold yet; it sends back the block's change, and the block's version gro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -149,6 +149,10 @@ class FedCyBGD(TuningStrategy):
                 if name not in self.plan:
                     for message in self._ahead(server_round, name, block):
                         yield task(grid.nodes[name].id, message, server_round)
+
+    def settled(self, answered: Collection[str]) -> bool:
+        """Say whether all turns are there: who is still busy fetches ahead."""
+        return bool(self.plan) and self.plan.keys() <= set(answered)
 
     def accept(self, round: int, reply: protocol.Message) -> bool:
         """Check round, block, version, shapes, starting weights and size of a reply."""

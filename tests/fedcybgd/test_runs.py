@@ -15,7 +15,8 @@ from fedtune_strategies.blocks.uploads import Residuals
 from fedtune_strategies.errors import ConfigError
 from fedtune_strategies.fedcybgd.messages import BlockTask
 from fedtune_strategies.protocol import messages as protocol
-from fedtune_strategies.testing import InMemoryGrid
+from fedtune_strategies.testing import InMemoryGrid, Lost
+from server_app import rounds
 from server_app.ledger import Ledger
 from server_app.run import execute
 from tests.conftest import write_rows
@@ -158,6 +159,28 @@ def test_prefetching_changes_what_waits_and_not_a_bit(settings, data_files, tmp_
             names = {key.partition(":")[0] for key in task.frozen}
             block = find_blocks(AutoModelForCausalLM.from_pretrained(settings["model.name"]))[training.block]
             assert not names & set(block.parameters)
+
+
+def test_a_node_that_hangs_while_it_is_sent_something_ahead_does_not_hold_the_round(settings, data_files, monkeypatch):
+    """The deadline is an hour: with the turns there the round ends, and the model is the same."""
+    monkeypatch.setattr(rounds, "AHEAD", 0.0)
+    settings |= {"num-server-rounds": 3, "eval.every": 3, "round.deadline": 3600.0}
+    plain = settings | {"run.dir": settings["run.dir"] + "-plain", "fedcybgd.prefetch": False}
+    nodes, hung = make_nodes(settings, data_files), []
+
+    def hanging(node):
+        def handle(kind, payload):
+            task = protocol.decode(kind, payload)
+            if isinstance(task, BlockTask) and task.block < 0:
+                hung.append(task.round)
+                raise Lost
+            return node.handle(kind, payload)
+
+        return handle
+
+    execute(InMemoryGrid({number: hanging(node) for number, node in nodes.items()}), settings, run_id=1)
+    run(plain, data_files)
+    assert hung and versioned(settings) == versioned(plain)
 
 
 def test_bytes_of_parts_sent_ahead_are_in_the_ledger(settings, data_files):
