@@ -30,10 +30,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fedtune_strategies.blocks.layers import checkpointed
+from fedtune_strategies.language.base import base_tensors
 from fedtune_strategies.language.coded import Only
 from fedtune_strategies.language.examples import Batch
 from fedtune_strategies.language.loss import response_loss
-from fedtune_strategies.language.model import LanguageModel, base_tensors, load_model
+from fedtune_strategies.language.model import LanguageModel, load_model
 from fedtune_strategies.language.model_files import model_folder
 from fedtune_strategies.memory import prefer_memory
 from fedtune_strategies.seed_gradient import local_walk, slopes

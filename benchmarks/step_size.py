@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from comparison.protocols import STORIES, dolly, tiny
 
+from fedtune_strategies.language.base import base_tensors
 from fedtune_strategies.language.data import read_rows
 from fedtune_strategies.language.evaluation import evaluate_loss
 from fedtune_strategies.language.examples import Examples, batches, tokenise
 from fedtune_strategies.language.loss import response_loss
-from fedtune_strategies.language.model import LanguageModel, base_tensors, load_model
+from fedtune_strategies.language.model import LanguageModel, load_model
 from fedtune_strategies.seed_gradient import decode, default_step, encode, local_walk, slopes
 from fedtune_strategies.seed_space import make_pool, tuned_parameters
 from fedtune_strategies.seed_space.moved import MovedWeights

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,19 @@ from fedtune_strategies.blocks.uploads import Residuals
 from fedtune_strategies.config.node import FIRST, PUBLIC, Terms, parse_node
 from fedtune_strategies.errors import FedTuneError, ModelError, ResourceError, TermsError
 from fedtune_strategies.folders import is_ours, remove_folder
+from fedtune_strategies.language.base import base_tensors, stored_fingerprint
 from fedtune_strategies.language.data import read_rows
 from fedtune_strategies.language.examples import tokenise
-from fedtune_strategies.language.model import base_tensors, check_context, load_model
+from fedtune_strategies.language.model import (
+    LanguageModel,
+    check_context,
+    check_model,
+    load_model,
+    model_settings,
+)
 from fedtune_strategies.language.model_files import is_here
 from fedtune_strategies.logs import about
-from fedtune_strategies.memory import peak_memory, release_memory
+from fedtune_strategies.memory import private_peak, release_memory
 from fedtune_strategies.method import NodeContext, register_messages
 from fedtune_strategies.model_transfer import ModelCache, as_bytes
 from fedtune_strategies.protocol import messages as protocol
@@ -41,7 +49,7 @@ _SHARED = (protocol.HelloReply, protocol.ModelRequest, protocol.Ack, protocol.St
 
 
 class Node:
-    """A node with its model and data in memory.
+    """A node with its data in memory, and from its first task on its model.
 
     Parameters
     ----------
@@ -62,7 +70,6 @@ class Node:
         A configuration, the data or the model is not usable.
     """
 
-    answer: Callable[[protocol.Message], protocol.Message] | None = None
     base_fingerprint = ""
 
     def __init__(
@@ -88,25 +95,49 @@ class Node:
         name: str | Path | None = own.model or self.config.model.name
         if self._from_server or not (own.model or is_here(self.config.model.name)):
             self._from_server, name = True, self._cache.find(self.config.model.name)
+        self._model = ""
         if name is not None:
-            self._load(str(name))
+            self._take_up(str(name))
 
-    def _load(self, model: str) -> None:
-        settings, empty = self.config.model, self._method.by_layers and self._node.frozen != "decoded"
-        self.language = load_model(model, settings.dtype, self._node.device, settings.base, empty=empty)
-        check_context(self.language, self.config.train.seq_length)
-        self.base = base_tensors(self.language)
-        self.base_fingerprint = fingerprint(self.base)
+    def _take_up(self, model: str) -> None:
+        """Find out all that a greeting says; the weights are loaded with the first task, which may never come."""
+        for loaded in ("language", "base", "answer"):
+            self.__dict__.pop(loaded, None)
+        self._model = model
+        folder, tokenizer = check_model(model)
+        train, dtype = self.config.train, self.config.model.dtype
+        exact = self.config.model.base == "exact"
+        check_context(model, model_settings(model, folder), train.seq_length)
+        self.base_fingerprint = (stored_fingerprint(folder, dtype) if exact else "") or fingerprint(self.base)
         self._check_model(self.base_fingerprint)
-        self.examples = tokenise(self._rows, self.language.tokenizer, self.config.train.seq_length)
-        context = NodeContext(
-            self.config, self.name, self.language.model, self.base, self.examples, self._node, self._on_step,
-            self._residuals(),
-        )  # fmt: skip
-        self.answer = self._method.client(context)
+        self.examples = tokenise(self._rows, tokenizer, train.seq_length)
         terms = self.history.agreement(self._terms).terms
         bound = "its owner has set no terms: any run is answered" if terms == Terms() else f"terms: {terms}"
-        log.info("%s: %d examples, model %s; %s", self.name, len(self.examples), self.language.folder, bound)
+        log.info("%s: %d examples, model %s; %s", self.name, len(self.examples), folder, bound)
+
+    @cached_property
+    def language(self) -> LanguageModel:
+        """The model, loaded when it is first asked for."""
+        if not self._model:
+            raise ModelError(f"{self.name} has not got the base model from the server yet.")
+        settings, empty = self.config.model, self._method.by_layers and self._node.frozen != "decoded"
+        return load_model(self._model, settings.dtype, self._node.device, settings.base, empty=empty)
+
+    @cached_property
+    def base(self) -> Mapping[str, Tensor]:
+        """W_0."""
+        return base_tensors(self.language)
+
+    @cached_property
+    def answer(self) -> Callable[[protocol.Message], protocol.Message]:
+        """What the method does with a task."""
+        base = self.base  # before anything is tuned
+        return self._method.client(
+            NodeContext(
+                self.config, self.name, self.language.model, base, self.examples, self._node, self._on_step,
+                self._residuals(),
+            )
+        )  # fmt: skip
 
     def _residuals(self) -> MutableMapping[int, Mapping[str, Tensor]]:
         """Return what coding held back in this run; that of the runs before last is removed."""
@@ -163,6 +194,8 @@ class Node:
         match message:
             case protocol.Hello():
                 # A server that is still loading its own model does not name it.
+                if self._model and message.fingerprint not in ("", self.base_fingerprint):
+                    self.base_fingerprint = fingerprint(self.base)  # as loaded, in case the files tell it otherwise
                 if self._from_server and message.fingerprint not in ("", self.base_fingerprint):
                     self._check_model(message.fingerprint)
                     return protocol.ModelRequest(self.name, -1)
@@ -171,15 +204,13 @@ class Node:
                 return self._received(self._cache.start(self.name, self.config.model.name, message.chunks))
             case protocol.ModelChunk():
                 return self._received(self._cache.take(self.name, message.chunk, as_bytes(message.data)))
-        if self.answer is None:
-            raise ModelError(f"{self.name} has not got the base model from the server yet.")
         return self.answer(message)
 
     def _received(self, result: Path | protocol.ModelRequest) -> protocol.Message:
-        """Ask for the next chunk, or load the model that is complete."""
+        """Ask for the next chunk, or take up the model that is complete."""
         if isinstance(result, protocol.ModelRequest):
             return result
-        self._load(str(result))
+        self._take_up(str(result))
         return self._hello()
 
     def _let_out(self, reply: protocol.Message, round: int) -> tuple[str, bytes]:
@@ -221,8 +252,8 @@ class Node:
         raise TermsError(_beyond(reasons))
 
     def _hello(self) -> protocol.HelloReply:
-        count = len(self.examples if self.answer else self._rows)
-        return protocol.HelloReply(self.name, protocol.PROTOCOL_VERSION, count, self.base_fingerprint, peak_memory())
+        count = len(self.examples if self._model else self._rows)
+        return protocol.HelloReply(self.name, protocol.PROTOCOL_VERSION, count, self.base_fingerprint, private_peak())
 
 
 def _beyond(reasons: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fedtune_strategies.memory import peak_memory
+from fedtune_strategies.memory import private_peak
 
 # Names the file; where it is not set, nothing is written.
 VARIABLE = "FEDTUNE_FACTS"
@@ -47,7 +47,7 @@ class Stats:
         counts["seconds"] += seconds
         counts["bytes_down"] += down
         counts["bytes_up"] += up
-        counts |= {"last_kind": kind, "last_seconds": seconds, "last_time": time.time(), "peak_memory": peak_memory()}
+        counts |= {"last_kind": kind, "last_seconds": seconds, "last_time": time.time(), "peak_memory": private_peak()}
         self.now = 0, 0
         self._write({})
 

@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedtune_strategies.config import Config
 from fedtune_strategies.cost import Cost, Fleet, Shape
 from fedtune_strategies.errors import ConfigError
-from fedtune_strategies.language.model import freeze_other_modalities
+from fedtune_strategies.language.base import structure
 from fedtune_strategies.language.model_files import weight_files, weights_dtype
 from fedtune_strategies.method import load_method
-
-
-def structure(folder: Path) -> Any:
-    """Build a model on the meta device: all its modules, no weights."""
-    settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings)
-    freeze_other_modalities(model)
-    return model
 
 
 def shape_of(folder: Path, config: Config) -> Shape:

@@ -100,6 +100,8 @@ class Admission:
         only: Collection[str] = (),
     ) -> None:
         self.nodes = {node.id: node for node in nodes}
+        self._taken = {node.name for node in self.nodes.values()}
+        self._listed: Mapping[int, str] | None = None  # the operator's list, read once for each look
         self._members, self._only = members, frozenset(only)
         self.asked = 0.0
         self._grid = grid
@@ -138,7 +140,7 @@ class Admission:
             self._event("lost", label(gone), "went while it was sent the base model", self._untold.pop(gone))
         self._claims = {i: node for i, node in self._claims.items() if i in present}
         for claim in list(self._claims.values()):
-            if not self._is_taken(claim.name):
+            if claim.name not in self._taken:
                 self._join(self._claims.pop(claim.id))
         now = time.monotonic()
         self._refused = {i: r for i, r in self._refused.items() if i in present and now - r[0] < _patience(r[1])}
@@ -160,6 +162,8 @@ class Admission:
 
     def hear(self) -> None:
         """Take what greeted nodes answered."""
+        if self._hellos:
+            self._listed = self._names()
         while self._hellos and (replies := list(self._grid.pull_messages(list(self._hellos)))):
             for reply in replies:
                 key = reply.metadata.reply_to_message_id
@@ -169,6 +173,7 @@ class Admission:
         """Give up a node, with so many bytes of a task; returns it, or None where it is given up already."""
         node = self.nodes.pop(node_id, None)
         if node is not None:
+            self._taken.discard(node.name)
             self._event("lost", node.name, line, unanswered)
         return node
 
@@ -233,11 +238,11 @@ class Admission:
             elif self._asking.get(node_id) != str(error):  # told of once while its owner thinks it over
                 self.asked = self.asked if node_id in self._asking else time.monotonic()
                 self._asking[node_id] = str(error)
-                known = (self._names() or {}).get(_unsigned(node_id), "")
+                known = (self._listed or {}).get(_unsigned(node_id), "")
                 self._event("refused", known, str(error) if known else f"{label(node_id)}: {error}")
             return
         node = Node(name, node_id, hello.num_examples)
-        if self._is_taken(node.name):
+        if node.name in self._taken:
             # It may be the same node under a new connection: it takes over when the old one is given up.
             self._claims[node_id] = node
             self._event("refused", label(node_id), f"{_taken(node)} or wait until that one is gone.")
@@ -256,7 +261,7 @@ class Admission:
 
     def _name(self, node_id: int, claimed: str) -> str:
         """The name of a node: the list knows it by its key. What the node says must be the same."""
-        names = self._names()
+        names = self._listed
         known = claimed if names is None else names.get(_unsigned(node_id))
         if known is None:
             raise ProtocolError("is not on the operator's list of members.")
@@ -285,11 +290,9 @@ class Admission:
 
     def _join(self, node: Node) -> None:
         self.nodes[node.id] = node
+        self._taken.add(node.name)
         line = f"joined with {counted(node.num_examples, 'example')}"
         self._event("joined", node.name, line, self._untold.pop(node.id, 0))
-
-    def _is_taken(self, name: str) -> bool:
-        return any(node.name == name for node in self.nodes.values())
 
     def _event(self, kind: str, node: str, line: str, bytes_down: int = 0) -> None:
         log.info("%s %s", node, line, extra={"node": node})

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fedtune_strategies.config import Config
 from fedtune_strategies.errors import FedTuneError, FingerprintError
-from fedtune_strategies.language.model import LanguageModel, base_tensors, load_model
+from fedtune_strategies.language.base import base_tensors
+from fedtune_strategies.language.model import LanguageModel, load_model
 from fedtune_strategies.seed_space import fingerprint
 from server_app.ledger import Ledger
 

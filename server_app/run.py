@@ -103,7 +103,7 @@ def _execute(fleet: Fleet, config: Config, ledger: Ledger, report: Callable[[], 
     language, base, base_fingerprint = load_base(config, ledger)
     if ledger.last(KIND) is None:
         ledger.append(KIND, body={"fingerprint": base_fingerprint})
-    check_context(language, config.train.seq_length)
+    check_context(language.name, language.model.config, config.train.seq_length)
     held_out = load_held_out(config, language)
     parameters = tuned_parameters(language.model)
     strategy = register_messages(config.method.name).strategy(config, language.model, base)

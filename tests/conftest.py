@@ -60,6 +60,8 @@ def tiny_llama(tmp_path_factory):
 OWN = {
     "fedkseed": {"fedkseed.seeds": 64, "train.local-steps": 6, "train.lr": 3e-4},
     "fedkseed-pro": {"fedkseed.seeds": 64, "train.local-steps": 6, "train.lr": 3e-4},
+    # Exact changes can be compared.
+    **{key: {"train.local-steps": 3, "train.upload": "float32"} for key in ("fedcybgd", "fedavg", "fedit")},
 }
 
 

@@ -145,6 +145,8 @@ def methods(protocol: Protocol) -> list[Entrant]:
 
     def entrant(name: str, method: str, start: float, own: dict[str, Any], **more: Any) -> Entrant:
         kind = {"fedkseed-pro": "fedkseed", "fedzo": "fedavg"}.get(method, method)
+        if method in ("fedavg", "fedit", "fedcybgd"):
+            own = {"train.upload": "float32"} | own  # as published
         return Entrant(name, {"method.name": method} | own, protocol.starts.get(kind, start), **more)
 
     def gradient(seeds: int) -> Entrant:

@@ -20,8 +20,8 @@ def parts(
 
     For example `fedtune parts MODEL --method fedcybgd --set fedcybgd.layers-per-block=2`.
     """
-    from deploy.plan import structure
     from fedtune_strategies.errors import ConfigError
+    from fedtune_strategies.language.base import structure
     from fedtune_strategies.language.model_files import model_folder
     from fedtune_strategies.method import load_method
     from fedtune_strategies.run_config import parse

@@ -17,7 +17,7 @@ from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.fedavg.messages import ArraysReply, ArraysTask
 from fedtune_strategies.fedavg.strategy import ArraysStrategy
 from fedtune_strategies.language.loss import response_loss
-from fedtune_strategies.memory import peak_memory
+from fedtune_strategies.memory import private_peak
 from fedtune_strategies.method import Method
 from fedtune_strategies.protocol.flower import decoded
 from fedtune_strategies.seed_space import fingerprint
@@ -94,7 +94,7 @@ class Voter:
             fingerprint=fingerprint(task.arrays),
             num_examples=len(node.examples),
             seconds=time.monotonic() - start,
-            peak_memory=peak_memory(),
+            peak_memory=private_peak(),
         )
 
 

@@ -70,8 +70,9 @@ class AdamWTrainConfig(LocalTrainConfig):
     beta1: float = option(0.9, "Momentum: decay of AdamW's first moment.", low=0.0, high=0.999)
     weight_decay: float = option(0.0, "Weight decay of AdamW.", low=0.0)
     upload: str = option(
-        "float32",
-        "Coding of a node's change on its way up; 'sign' is one bit a value. What is lost, the node adds to its next.",
+        "bf16",
+        "Coding of a node's change on its way up; 'sign' is one bit a value. What int8 and sign lose, the node adds to "
+        "its next.",
         choices=tuple(UPLOADS),
     )
 

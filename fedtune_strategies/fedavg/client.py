@@ -14,15 +14,16 @@ from fedtune_strategies.blocks.find import Block
 from fedtune_strategies.blocks.train import train_block
 from fedtune_strategies.blocks.uploads import encode_with_feedback
 from fedtune_strategies.errors import ProtocolError
-from fedtune_strategies.fedavg.messages import ArraysReply, ArraysTask
+from fedtune_strategies.fedavg.messages import ArraysReply, ArraysTask, ZerothReply
 from fedtune_strategies.language.adapters import add_adapters
 from fedtune_strategies.language.loss import finite_mean, response_loss
-from fedtune_strategies.memory import peak_memory
+from fedtune_strategies.memory import private_peak
 from fedtune_strategies.method import NodeContext
 from fedtune_strategies.protocol import messages as protocol
-from fedtune_strategies.seed_space import fingerprint, make_pool, tuned_parameters
+from fedtune_strategies.seed_space import Pool, fingerprint, make_pool, tuned_parameters
 from fedtune_strategies.shared_random import stream
 from fedtune_strategies.zeroth_order import check_steps, local_steps
+from fedtune_strategies.zeroth_order.calibrate import DIRECTIONS, calibrate, default_distance
 
 
 class FedAvgClient:
@@ -64,7 +65,7 @@ class FedAvgClient:
             fingerprint=fingerprint(task.arrays),
             num_examples=len(self._examples),
             seconds=time.monotonic() - start,
-            peak_memory=peak_memory(),
+            peak_memory=private_peak(),
         )
 
     def _trained(self) -> Mapping[str, nn.Parameter]:
@@ -119,9 +120,16 @@ class AdapterClient(FedAvgClient):
 class FedZOClient(FedAvgClient):
     """Trains all parameters by zeroth-order steps."""
 
+    _lr = 0.0  # of the last task
+
     def __init__(self, context: NodeContext) -> None:
         super().__init__(context)
         check_steps(self._model)
+
+    def __call__(self, task: protocol.Message) -> protocol.Message:
+        """Answer an `ArraysTask`, with the step size that was taken."""
+        reply = super().__call__(task)
+        return ZerothReply(**vars(reply), lr=self._lr)
 
     @property
     def _upload(self) -> Codec:
@@ -129,6 +137,7 @@ class FedZOClient(FedAvgClient):
 
     def _train(self, task: ArraysTask) -> tuple[dict[str, Tensor], list[float]]:
         """MeZO's steps (arXiv 2305.17333), each along a Gaussian direction that no other step or node has."""
+        eps = self._config.fedzo.eps or default_distance(self._parameters.values())
         steps, key = self._config.train.local_steps, (self._config.train.seed, task.round, self._name)
         # A fresh direction for each step, from round and name: nobody else ever walks along it, so moves cannot be told
         # as scalars and all parameters travel. That is the difference to FedKSeed.
@@ -136,16 +145,23 @@ class FedZOClient(FedAvgClient):
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(task.arrays[name])
+        self._lr = task.lr or self._found(pool, eps)
         taken = local_steps(
             self._model,
             pool,
             response_loss,
             self._batches(task.round, steps),
             range(steps),
-            eps=self._config.fedzo.eps,
-            lr=task.lr,
+            eps=eps,
+            lr=self._lr,
         )
         # In float32, also where the weights are not: 16 bits would lose most of it.
-        moved = -task.lr * torch.from_numpy(taken.g).nan_to_num(0.0)
+        moved = -self._lr * torch.from_numpy(taken.g).nan_to_num(0.0)
         still = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in self._parameters.items()}
         return {name: pool.rebuild(name, zero, moved) for name, zero in still.items()}, taken.loss.tolist()
+
+    def _found(self, pool: Pool, eps: float) -> float:
+        """Find the step size on a batch of its own, along the first of the round's directions."""
+        probed, steps = range(min(DIRECTIONS, pool.size)), self._config.train.local_steps
+        batch = next(self._batches(0, 1))
+        return calibrate(self._model, pool, response_loss, batch, probed, eps=eps, steps=steps).lr

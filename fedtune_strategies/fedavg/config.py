@@ -11,7 +11,21 @@ from fedtune_strategies.config import AdamWTrainConfig, Config, LocalTrainConfig
 class FedZOConfig:
     """FedZO (arXiv 2201.09531)."""
 
-    eps: float = option(1e-3, "Distance of the two loss evaluations from the weights.", above=0.0)
+    eps: float = option(
+        "auto",
+        "Distance of the two loss evaluations from the weights; 'auto': by their type, as 'fedkseed.eps'.",
+        above=0.0,
+        auto=True,
+    )
+
+
+@dataclass(frozen=True)
+class FedZOTrainConfig(LocalTrainConfig):
+    """Zeroth-order steps."""
+
+    lr: float = option(
+        "auto", "Step size along one direction; 'auto': the nodes find it in the first round.", above=0.0, auto=True
+    )
 
 
 @dataclass(frozen=True)
@@ -33,6 +47,6 @@ class FedITRunConfig(FedAvgRunConfig):
 class FedZORunConfig(Config):
     """FedAvg of all parameters after zeroth-order steps."""
 
-    train: LocalTrainConfig = field(default_factory=LocalTrainConfig)
+    train: FedZOTrainConfig = field(default_factory=FedZOTrainConfig)
     strategy: RobustConfig = field(default_factory=RobustConfig)
     fedzo: FedZOConfig = field(default_factory=FedZOConfig)

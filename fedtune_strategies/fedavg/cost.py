@@ -55,7 +55,7 @@ def seconds(config: Any, language: LanguageModel, clock: Callable[[], float]) ->
     if isinstance(config, FedZORunConfig):
         pool = make_pool("gaussian", key=0, size=1)
         return train.local_steps * median_seconds(
-            lambda: local_steps(model, pool, response_loss, [batch], [0], eps=config.fedzo.eps, lr=1e-6), clock
+            lambda: local_steps(model, pool, response_loss, [batch], [0], eps=1e-3, lr=1e-6), clock
         )
     if isinstance(config, FedITRunConfig):
         lora = config.lora

@@ -45,3 +45,17 @@ class ArraysReply(TrainReply):
     kind: ClassVar[str] = "arrays-reply"
     arrays: dict[str, Tensor]
     skipped: int
+
+
+@dataclass(frozen=True)
+class ZerothReply(ArraysReply):
+    """What a node answers after zeroth-order steps.
+
+    Attributes
+    ----------
+    lr : float
+        Step size that it took: the task's, or the one that it found.
+    """
+
+    kind: ClassVar[str] = "zeroth-reply"
+    lr: float

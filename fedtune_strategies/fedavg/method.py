@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 
 def _strategy(config: Any, model: nn.Module, base: Mapping[str, Tensor]) -> TuningStrategy:
     from fedtune_strategies.fedavg.fedit import FedIT
+    from fedtune_strategies.fedavg.fedzo import FedZO
     from fedtune_strategies.fedavg.strategy import ArraysStrategy
     from fedtune_strategies.seed_space import tuned_parameters
 
     if isinstance(config, FedITRunConfig):
         return FedIT(config, model, base)
-    return ArraysStrategy(config, {name: base[name] for name in tuned_parameters(model)})
+    average = FedZO if isinstance(config, FedZORunConfig) else ArraysStrategy
+    return average(config, {name: base[name] for name in tuned_parameters(model)})
 
 
 def _client(context: NodeContext) -> Callable[[Message], Message]:
@@ -39,9 +41,9 @@ def _client(context: NodeContext) -> Callable[[Message], Message]:
 
 
 def _messages() -> Sequence[type]:
-    from fedtune_strategies.fedavg.messages import ArraysReply, ArraysTask
+    from fedtune_strategies.fedavg.messages import ArraysReply, ArraysTask, ZerothReply
 
-    return ArraysTask, ArraysReply
+    return ArraysTask, ArraysReply, ZerothReply
 
 
 def _cost(config: Any, shape: Shape, fleet: Fleet) -> Cost:

@@ -81,11 +81,12 @@ class ArraysStrategy(TuningStrategy):
         """Send the tensors to the sampled nodes."""
         assert isinstance(grid, Fleet)
         self.fingerprint = fingerprint(self.current)
+        nodes = grid.nodes
         # One encoding for all nodes: the tensors are the same for everybody, and may be the whole model.
         payload = protocol.encode(ArraysTask(server_round, self.current, self.step_size(config)))
         return [
-            address(grid.nodes[name].id, ArraysTask.kind, payload, server_round)
-            for name in sampled(self.config, list(grid.nodes), server_round)
+            address(nodes[name].id, ArraysTask.kind, payload, server_round)
+            for name in sampled(self.config, list(nodes), server_round)
         ]
 
     def step_size(self, settings: ConfigRecord) -> float:

@@ -24,7 +24,7 @@ from fedtune_strategies.fedcybgd.messages import BlockReply, BlockTask
 from fedtune_strategies.fedcybgd.partition import cut_model
 from fedtune_strategies.fedcybgd.schedule import local_steps_rule
 from fedtune_strategies.language.loss import finite_mean, response_loss
-from fedtune_strategies.memory import peak_memory, prefer_memory
+from fedtune_strategies.memory import prefer_memory, private_peak
 from fedtune_strategies.method import NodeContext
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.seed_space import fingerprint
@@ -107,7 +107,7 @@ class FedCyBGDClient:
             fingerprint=starting_print,
             num_examples=len(self._examples),
             seconds=time.monotonic() - start,
-            peak_memory=peak_memory(),
+            peak_memory=private_peak(),
         )
 
     def take(self, task: BlockTask) -> bool:

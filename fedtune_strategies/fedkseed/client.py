@@ -20,7 +20,7 @@ from fedtune_strategies.fedkseed.seed_draws import compared, draw_seeds, seed_ke
 from fedtune_strategies.language.coded import Only
 from fedtune_strategies.language.examples import Batch, collate
 from fedtune_strategies.language.loss import example_losses, finite_mean, loss_in_parts
-from fedtune_strategies.memory import peak_memory
+from fedtune_strategies.memory import private_peak
 from fedtune_strategies.method import NodeContext
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.seed_space import Pool, fingerprint, tuned_parameters
@@ -81,7 +81,7 @@ class FedKSeedClient:
             fingerprint=starting_print,
             num_examples=len(self._examples),
             seconds=time.monotonic() - start,
-            peak_memory=peak_memory(),
+            peak_memory=private_peak(),
             lr=found.lr,
             noise=found.noise,
             key=self._key(task.round),

@@ -10,8 +10,9 @@ import torch
 from fedtune_strategies.cost import HEADER, PROCESS, Cost, Fleet, Shape
 from fedtune_strategies.fedkseed.config import FedKSeedProRunConfig, FedKSeedRunConfig, GradientRunConfig
 from fedtune_strategies.fedkseed.packing import pack
+from fedtune_strategies.language.base import base_tensors
 from fedtune_strategies.language.loss import response_loss
-from fedtune_strategies.language.model import LanguageModel, base_tensors
+from fedtune_strategies.language.model import LanguageModel
 from fedtune_strategies.seed_gradient import slopes
 from fedtune_strategies.seed_space import make_pool, tuned_parameters
 from fedtune_strategies.speed import median_seconds, random_batch

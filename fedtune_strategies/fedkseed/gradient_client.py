@@ -17,7 +17,7 @@ from fedtune_strategies.fedkseed.moved import Moved
 from fedtune_strategies.language.coded import Only
 from fedtune_strategies.language.examples import Batch, collate
 from fedtune_strategies.language.loss import finite_mean, micro_batches, response_loss, response_tokens
-from fedtune_strategies.memory import peak_memory, prefer_memory
+from fedtune_strategies.memory import prefer_memory, private_peak
 from fedtune_strategies.method import NodeContext
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.seed_gradient import LocalWalk, decode, encode, local_walk, packed_bytes, slopes
@@ -76,7 +76,7 @@ class SeedGradientClient:
             fingerprint=starting_print,
             num_examples=len(self._examples),
             seconds=time.monotonic() - start,
-            peak_memory=peak_memory(),
+            peak_memory=private_peak(),
         )
 
     def take(self, task: GradientTask) -> bool:

@@ -202,7 +202,7 @@ class _ScriptTokenizer:
 
 def _prompt_room(model: PreTrainedModel, max_new_tokens: int) -> int:
     """Return how many tokens of a prompt fit in the model's context beside an answer."""
-    return max((context_length(model) or 1 << 30) - max_new_tokens, 1)
+    return max((context_length(model.config) or 1 << 30) - max_new_tokens, 1)
 
 
 def _by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -30,7 +30,6 @@ from fedtune_strategies.language.coded import CodedWeights, code_loaded, read_em
 from fedtune_strategies.language.model_files import (
     ADAPTER_CONFIG,
     count_parameters,
-    map_tensors,
     model_config,
     model_folder,
     tensor_dtypes,
@@ -139,7 +138,7 @@ def check_model(name: str) -> tuple[Path, PreTrainedTokenizerBase]:
     _check_architecture(name, config)
     _check_weights(name, folder, config)
     tokenizer = load_tokenizer(name)
-    settings = _settings(name, folder)
+    settings = model_settings(name, folder)
     _check_modalities(name, settings)
     _check_vocabulary(name, settings, tokenizer)
     return folder, tokenizer
@@ -198,12 +197,15 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_context(language: LanguageModel, seq_length: int) -> None:
+def check_context(name: str, settings: PretrainedConfig, seq_length: int) -> None:
     """Check that a model reads sequences of a length.
 
     Parameters
     ----------
-    language : LanguageModel
+    name : str
+        Of the model, for the error.
+    settings : PretrainedConfig
+        The model's.
     seq_length : int
         Tokens.
 
@@ -212,47 +214,14 @@ def check_context(language: LanguageModel, seq_length: int) -> None:
     ConfigError
         Its context is shorter.
     """
-    limit = context_length(language.model)
+    limit = context_length(settings)
     if limit is not None and seq_length > limit:
-        raise ConfigError(
-            f"run config: 'train.seq-length' is {seq_length}, but {language.name} reads at most {limit}; lower it"
-        )
+        raise ConfigError(f"run config: 'train.seq-length' is {seq_length}, but {name} reads at most {limit}; lower it")
 
 
-def context_length(model: PreTrainedModel) -> int | None:
+def context_length(settings: PretrainedConfig) -> int | None:
     """Return how many tokens a model reads at most; None where its configuration does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def base_tensors(language: LanguageModel) -> Mapping[str, torch.Tensor]:
-    """Return the base weights of a model that has just been loaded, to be kept unchanged while it is tuned.
-
-    A parameter that is in the weight files exactly as it was loaded is mapped from there, which costs no memory of
-    its own. Another one (converted to a different dtype, or renamed or merged on loading) is copied.
-
-    Parameters
-    ----------
-    language : LanguageModel
-        Not yet tuned.
-
-    Returns
-    -------
-    Mapping of str to torch.Tensor
-        By canonical name (the first in ``model.named_parameters()`` of tied ones), in the dtype of the model; mapped
-        ones are on the CPU, copies on the model's device. Never write to them.
-    """
-    if language.coded is not None:
-        return language.coded
-    stored = map_tensors(weight_files(language.folder))
-    prefix = language.model.base_model_prefix + "."
-    tensors = {}
-    for name, parameter in language.model.named_parameters():
-        weights = parameter.detach()
-        # Files written from a model without its head lack the prefix (the original GPT-2, for one).
-        mapped = stored.get(name, stored.get(name.removeprefix(prefix)))
-        same = mapped is not None and mapped.dtype == weights.dtype and torch.equal(mapped, weights.cpu())
-        tensors[name] = mapped if mapped is not None and same else weights.clone()
-    return tensors
+    return getattr(settings.get_text_config(), "max_position_embeddings", None)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
@@ -330,7 +299,8 @@ def _check_weights(name: str, folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _settings(name: str, folder: Path) -> PretrainedConfig:
+def model_settings(name: str, folder: Path) -> PretrainedConfig:
+    """Read a model's settings as transformers knows them; `ModelError` where it knows no such model."""
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:

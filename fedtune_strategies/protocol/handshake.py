@@ -12,7 +12,7 @@ PROTOCOL_VERSION = 5
 
 @dataclass(frozen=True)
 class Hello:
-    """Asks a node who it is; the node loads its model and data to answer.
+    """Asks a node who it is; the node reads its data and its model's files to answer, and loads no weights.
 
     Attributes
     ----------
@@ -42,7 +42,7 @@ class HelloReply:
     fingerprint : str
         Fingerprint of the node's base model W_0.
     peak_memory : int
-        Peak resident memory of the worker so far, in bytes.
+        Peak memory of the worker so far in bytes, without mapped files.
     """
 
     kind: ClassVar[str] = "hello-reply"

@@ -24,7 +24,7 @@ class TrainReply:
     seconds : float
         Wall-clock time of the task on the node.
     peak_memory : int
-        Peak resident memory of the worker so far, in bytes.
+        Peak memory of the worker so far in bytes, without mapped files.
     """
 
     node: str

@@ -13,6 +13,7 @@ from fedtune_strategies.fedkseed.packing import pack
 from fedtune_strategies.language.examples import batches
 from fedtune_strategies.language.loss import response_loss
 from fedtune_strategies.protocol import messages as protocol
+from fedtune_strategies.seed_space import fingerprint
 
 
 @pytest.fixture
@@ -67,6 +68,14 @@ def test_an_empty_data_file(settings, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DataError, match=r"empty\.jsonl"):
         Node(settings, {"data": str(tmp_path / "empty.jsonl")}, 1)
+
+
+def test_a_node_that_is_greeted_alone_loads_no_weights(settings, data_files, node):
+    reply = ask(node, protocol.Hello(protocol.PROTOCOL_VERSION, node.base_fingerprint))
+    assert (reply.num_examples, reply.fingerprint) == (len(node.examples), node.base_fingerprint)
+    assert "language" not in vars(node)
+    assert isinstance(ask(node, seed_task()), SeedReply) and "language" in vars(node)
+    assert fingerprint(node.base) == reply.fingerprint
 
 
 def test_one_task_twice_has_one_answer(node):

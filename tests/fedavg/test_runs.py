@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from deploy.testing import Killed, killed_after
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.testing import InMemoryGrid
 from server_app.ledger import Ledger
 from server_app.run import execute
-from tests.federations import assert_resumes_exactly, make_nodes, run
+from tests.federations import assert_resumes_exactly, final_state, make_grid, make_nodes, run
 
 
 @pytest.fixture
@@ -48,3 +50,18 @@ def test_a_change_of_another_shape_or_not_finite_is_refused(settings, data_files
     ledger = Ledger.read(Path(settings["run.dir"]))
     reasons = {record.round: record.body["reason"] for record in ledger.records("refused") if record.round}
     assert "other tensors" in reasons[1] and "not finite" in reasons[2]
+
+
+def test_nodes_of_fedzo_find_a_step_size_that_a_stopped_run_keeps(settings, data_files, tmp_path):
+    settings |= {"method.name": "fedzo", "train.lr": "auto", "num-server-rounds": 2}
+    run(settings, data_files)
+    replies = list(Ledger.read(Path(settings["run.dir"])).records("reply"))
+    found = [record.body["lr"] for record in replies if record.round == 1]
+    assert len(set(found)) > 1 and all(0 < lr < 1 for lr in found)
+    assert {record.body["lr"] for record in replies if record.round == 2} == {np.median(found)}
+    resumed = settings | {"run.dir": str(tmp_path / "killed")}
+    nodes = make_nodes(resumed, data_files)
+    with pytest.raises(Killed), killed_after(max(record.seq for record in replies if record.round == 1) + 1):
+        execute(make_grid(nodes), resumed, run_id=1)
+    execute(make_grid(nodes), resumed, run_id=2)
+    assert final_state(resumed) == final_state(settings)

@@ -9,7 +9,8 @@ import torch
 
 from fedtune_strategies.fedkseed.packing import read_scalars
 from fedtune_strategies.fedkseed.pools import rebuild
-from fedtune_strategies.language.model import base_tensors, load_model
+from fedtune_strategies.language.base import base_tensors
+from fedtune_strategies.language.model import load_model
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.run_config import parse
 from tests.federations import run

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 from client_app.node import Node
 from fedtune_strategies.blocks.codecs import decode, encode
 from fedtune_strategies.fedkseed.pools import nth_pool
+from fedtune_strategies.language.base import base_tensors
 from fedtune_strategies.language.coded import CODECS
-from fedtune_strategies.language.model import base_tensors, load_model
+from fedtune_strategies.language.model import load_model
 from fedtune_strategies.run_config import defaults, parse
 from fedtune_strategies.seed_gradient import decode as decode_point
 from fedtune_strategies.seed_space import fingerprint

@@ -14,20 +14,21 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    MixtralConfig,
     SiglipVisionConfig,
 )
 
 from client_app.node import Node
-from deploy.plan import structure
 from fedtune_strategies.errors import ConfigError, ModelError, ResourceError
 from fedtune_strategies.language import model as model_module
+from fedtune_strategies.language.base import base_tensors, stored_fingerprint, structure
 from fedtune_strategies.language.evaluation import generate_answers
-from fedtune_strategies.language.model import base_tensors, check_context, check_model, load_model, save_model
-from fedtune_strategies.seed_space import tuned_parameters
+from fedtune_strategies.language.model import check_context, check_model, load_model, save_model
+from fedtune_strategies.seed_space import fingerprint, tuned_parameters
 from fedtune_strategies.testing import InMemoryGrid
 from fedtune_strategies.tiny import MODEL_FOLDER
 from server_app.run import execute
-from tests.models import CONFIGS, CONTEXT, make_model, make_tokenizer
+from tests.models import CONFIGS, CONTEXT, SIZES, make_model, make_tokenizer
 
 
 @pytest.fixture
@@ -283,6 +284,29 @@ def test_every_known_family_is_admitted(folders):
         assert found == folder and tokenizer.pad_token_id is not None
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize("name", sorted(CONFIGS.keys() - {"gpt-neox"}))
+def test_the_files_tell_the_fingerprint_of_the_loaded_model(folders, name, dtype):
+    loaded = fingerprint(base_tensors(load_model(str(folders[name]), dtype)))
+    assert stored_fingerprint(folders[name], dtype) == loaded
+
+
+def test_files_that_are_renamed_or_merged_on_loading_do_not_tell_the_fingerprint(folders, tmp_path):
+    assert stored_fingerprint(folders["gpt-neox"], "auto") == ""
+    AutoModelForCausalLM.from_config(MixtralConfig(**SIZES, intermediate_size=24, num_local_experts=2)).save_pretrained(
+        tmp_path
+    )
+    assert stored_fingerprint(tmp_path, "auto") == ""
+
+
+def test_weights_that_are_tied_on_loading_do_not_tell_the_fingerprint(folders, tmp_path):
+    folder = shutil.copytree(folders["llama-tied"], tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors", {"format": "pt"})
+    assert stored_fingerprint(folder, "auto") == ""
+
+
 @pytest.fixture(scope="module")
 def seeing_folder(tmp_path_factory):
     """A model with a vision tower and a projector, of the architecture of Gemma 3 from 4B on."""
@@ -332,7 +356,7 @@ def test_averaging_tunes_the_language_model_alone_of_a_model_that_also_sees(meth
 
 def test_context_of_a_model_that_also_sees(seeing_folder):
     with pytest.raises(ConfigError, match=f"reads at most {CONTEXT}; lower it"):
-        check_context(load_model(str(seeing_folder)), CONTEXT + 1)
+        check_context("seeing", load_model(str(seeing_folder)).model.config, CONTEXT + 1)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -405,9 +429,9 @@ def test_no_such_device(folders, device):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_context(folders, name):
     language = load_model(str(folders[name]))
-    check_context(language, CONTEXT)
+    check_context(language.name, language.model.config, CONTEXT)
     with pytest.raises(ConfigError, match=f"'train.seq-length' is 129, but .* reads at most {CONTEXT}; lower it"):
-        check_context(language, CONTEXT + 1)
+        check_context(language.name, language.model.config, CONTEXT + 1)
 
 
 def test_full_disk(folders, tmp_path, monkeypatch):

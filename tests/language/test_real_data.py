@@ -2,11 +2,12 @@
 
 import pytest
 
+from fedtune_strategies.language.base import base_tensors
 from fedtune_strategies.language.data import read_rows
 from fedtune_strategies.language.evaluation import evaluate_generation, evaluate_loss
 from fedtune_strategies.language.examples import batches, tokenise, tokenise_prompts
 from fedtune_strategies.language.loss import response_loss
-from fedtune_strategies.language.model import base_tensors, load_model
+from fedtune_strategies.language.model import load_model
 
 
 @pytest.fixture(scope="module")

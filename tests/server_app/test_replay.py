@@ -140,7 +140,8 @@ def _odds(config, state):
 
 def _theta(settings, folder):
     """Project an exported model back onto the seeds: they are orthogonal to each other."""
-    from fedtune_strategies.language.model import base_tensors, load_model
+    from fedtune_strategies.language.base import base_tensors
+    from fedtune_strategies.language.model import load_model
     from fedtune_strategies.seed_space import make_pool, tuned_parameters
 
     base = base_tensors(load_model(settings["model.name"], "float32"))
