@@ -111,8 +111,8 @@ def test_dropped_layers_are_not_sent(settings, data_files, deep_llama):
 def test_what_coding_kept_back_outlives_the_worker(settings, data_files, tmp_path, method):
     settings |= {"method.name": method, "train.upload": "sign", "num-server-rounds": 8 if method == "fedcybgd" else 3}
     undisturbed = settings | {"run.dir": str(tmp_path / "undisturbed")}
-    run(undisturbed, data_files, folder=str(tmp_path / "a"), **{"batch-key": "public"})
-    run_with_restarts(settings, data_files, folder=str(tmp_path / "b"), **{"batch-key": "public"})
+    run(undisturbed, data_files, folder=str(tmp_path / "a"), **{"draw-key": "public"})
+    run_with_restarts(settings, data_files, folder=str(tmp_path / "b"), **{"draw-key": "public"})
     ours, theirs = (Path(one["run.dir"], "model", "model.safetensors").read_bytes() for one in (settings, undisturbed))
     assert ours == theirs
     assert list((tmp_path / "b" / "node-1" / "residuals").glob("*/*.safetensors"))
