@@ -266,9 +266,10 @@ def test_a_coded_upload_is_smaller(settings, data_files, tmp_path):
 def test_a_coded_upload_carries_what_it_lost_into_the_next(settings, data_files, tmp_path, monkeypatch, upload):
     settings |= {"num-server-rounds": 5, "train.upload": upload, "strategy.min-nodes": 1}
     one, without = {"node-0": data_files["node-0"]}, settings | {"run.dir": str(tmp_path / "without")}
-    run(settings, one)
+    own = {"draw-key": "public", "folder": str(tmp_path / "node")}  # only a node with a folder keeps them in files
+    run(settings, one, **own)
     monkeypatch.setattr(Residuals, "get", lambda self, block, default: {})
-    run(without, one)
+    run(without, one, **own)
     # Four blocks: the fifth round is the first that comes back to one.
     assert versioned(settings)[:4] == versioned(without)[:4]
     assert versioned(settings)[4] != versioned(without)[4]
