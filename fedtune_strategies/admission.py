@@ -224,7 +224,8 @@ class Admission:
                     "install the same FedTune version on both."
                 )
             if early and hello.fingerprint != self._fingerprint:
-                return  # it did not know which model: it is greeted again
+                self._greet({node_id}, self._fingerprint)  # it did not know which model: now it does
+                return
             if hello.fingerprint != self._fingerprint:
                 raise FingerprintError(
                     f"holds another base model (fingerprint {hello.fingerprint}, the server's is {self._fingerprint}): "
