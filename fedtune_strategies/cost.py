@@ -82,8 +82,8 @@ class Cost:
         Bytes: of the worker; of the base model.
     up, down : int
         Bytes of payload a node and round, on average over nodes and rounds, Flower's envelope not included.
-    record : int
-        Bytes that a round adds to the server's record of the run.
+    record, replies : int
+        Bytes that a round adds to the server's record of the run: for good; of replies, which `run.prune` removes.
     tasks : float
         Messages a node and round.
     largest : int
@@ -95,6 +95,7 @@ class Cost:
     up: int
     down: int
     record: int
+    replies: int = 0
     tasks: float = 1.0
     largest: int = 0
 

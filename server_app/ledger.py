@@ -272,25 +272,43 @@ class Ledger:
         if found != name:
             raise LedgerError(f"{self._file(name)} is damaged: restore it from a backup.")
 
-    def prune(self) -> int:
-        """Remove what nodes sent in the rounds that are committed, and return how many bytes that were.
+    def forget_replies(self) -> None:
+        """Forget what nodes sent in the rounds that were committed since this was called last.
 
         The records stay, and with them the chain of hashes, in which a payload counts by its own hash. What was sent
-        cannot be folded again; models after any round, reports and a resumption need none of it.
+        cannot be folded again; models after any round, reports and a resumption need none of it. The room is used for
+        what comes.
 
         Raises
         ------
         ResourceError
             The disk is full or read-only; nothing was removed.
         """
-        committed, before = self.last("round"), self._bytes_on_disk()
-        through = committed.round if committed else 0
-        kept = {name for record, name in self.files() if record.kind not in _SENT or record.round > through}
+        # What came before that commit was forgotten then: a round costs as much in a long run as in a short one.
+        before = self.last("pruned")
+        self._forget_replies(int(before.body["after"]) if before else 0)
+
+    def _forget_replies(self, after: int) -> None:
+        committed = self.last("round")
+        if committed is None:
+            return
         with self.together():
-            names = ledger_file.forget_payloads(self._db, _SENT, through)
-            self.append("pruned", round=through)
+            names = ledger_file.forget_payloads(self._db, _SENT, committed.round, after)
+            self.append("pruned", round=committed.round, body={"after": committed.seq})
+        kept = {name for _, name in self.files(after)}
         for name in names - kept:
             self._file(name).unlink(missing_ok=True)
+
+    def prune(self) -> int:
+        """Remove what nodes sent in the rounds that are committed, and return how many bytes that were.
+
+        Raises
+        ------
+        ResourceError
+            The disk is full or read-only.
+        """
+        before = self._bytes_on_disk()
+        self._forget_replies(0)
         try:
             self._db.execute("VACUUM")
             return before - self._bytes_on_disk()
@@ -301,10 +319,10 @@ class Ledger:
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return sum(path.stat().st_size for path in [self._path, *self.folder.glob("files/*")])
 
-    def files(self) -> Iterator[tuple[Record, str]]:
-        """Yield every file that a record names and that was not pruned, with the record."""
+    def files(self, after: int = 0) -> Iterator[tuple[Record, str]]:
+        """Yield every file that a record behind this position names and that was not pruned, with the record."""
         pruned = self.last("pruned")
-        for record in self.records():
+        for record in self.records(after=after):
             if pruned and record.kind in _SENT and record.round <= pruned.round:
                 continue
             named = record.body.get("files")

@@ -175,13 +175,14 @@ def check_format(db: sqlite3.Connection, path: Path) -> None:
         raise LedgerError(f"{path} has format {found}, this FedTune reads {FORMAT}: use the matching release.")
 
 
-def forget_payloads(db: sqlite3.Connection, kinds: tuple[str, ...], through: int) -> set[str]:
-    """Leave of the payloads of these kinds, up to a round, their hashes alone; returns the names that they now have."""
-    places = f"kind IN ({', '.join('?' * len(kinds))}) AND round <= ?"
-    inline = db.execute(f"SELECT seq, blob FROM records WHERE {places} AND file = ''", (*kinds, through))
+def forget_payloads(db: sqlite3.Connection, kinds: tuple[str, ...], through: int, after: int) -> set[str]:
+    """Leave of the payloads of these kinds, up to a round and behind a position, their hashes; returns their names."""
+    marks = ", ".join("?" * len(kinds))
+    places, values = f"NOT INDEXED WHERE seq > ? AND kind IN ({marks}) AND round <= ?", (after, *kinds, through)
+    inline = db.execute(f"SELECT seq, blob FROM records {places} AND file = ''", values)
     hashes = [(hashlib.sha256(blob).hexdigest(), seq) for seq, blob in inline]
     db.executemany("UPDATE records SET file = ?, blob = x'' WHERE seq = ?", hashes)
-    return {name for (name,) in db.execute(f"SELECT file FROM records WHERE {places}", (*kinds, through))}
+    return {name for (name,) in db.execute(f"SELECT file FROM records {places}", values)}
 
 
 def read_head(path: Path) -> int:

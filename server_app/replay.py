@@ -58,8 +58,8 @@ def replay(
         raise LedgerError(f"the run in {run} has not started: there is nothing to replay.")
     if (pruned := ledger.last("pruned")) is not None:
         raise LedgerError(
-            f"what nodes sent in rounds 1 to {pruned.round} of {run} was removed by `fedtune ledger prune`: it can be "
-            "resumed and exported, but not replayed."
+            f"what nodes sent in rounds 1 to {pruned.round} of {run} was removed by `fedtune ledger prune` or "
+            "'run.prune': it can be resumed and exported, but not replayed."
         )
     _check_names(without, ledger, run)
     config = parse(started.body["config"])

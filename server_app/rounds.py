@@ -306,6 +306,8 @@ class _Round:
             "replies": [record.node for record in replies],
         }
         self.ledger.append("round", round=self.number, body=facts, blob=safetensors.torch.save(state.tensors))
+        if self.config.run.prune:
+            self.ledger.forget_replies()
         log.info("round %d: %d replies, %s", self.number, len(replies), _brief(facts["metrics"]))
         return arrays
 

@@ -24,7 +24,7 @@ from comparison.protocols import Entrant, Files, Protocol
 from fedtune_strategies.errors import NodesError
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.testing import InMemoryGrid
-from server_app import evaluation
+from server_app.evaluation import evaluate
 from server_app.run import execute
 
 SEARCH_SEED, SEEDS = 1000, (0, 1, 2)
@@ -76,7 +76,7 @@ class Watch:
         begin = time.process_time()
         # The next round may be under way: a round is evaluated meanwhile.
         round = len(self.curve) * config.eval.every
-        facts = evaluation.evaluate(language, held_out, config, **options)
+        facts = evaluate(language, held_out, config, **options)
         worked = sum(sum(meter.cpu.values()) for meter in self.meters)
         row = {
             "loss": min(facts["eval/loss"], DIVERGED),
@@ -94,7 +94,7 @@ class Watch:
 def watched(meters: list[Meter]) -> Iterator[Watch]:
     """Note the course of the run inside."""
     watch = Watch(meters)
-    with mock.patch("server_app.run.evaluate", watch.evaluate):
+    with mock.patch("server_app.evaluation.evaluate", watch.evaluate):
         yield watch
 
 

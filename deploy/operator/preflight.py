@@ -62,7 +62,8 @@ def room(settings: Mapping[str, Scalar]) -> str:
     needed = weights_dtype(base, config.model.dtype).itemsize * count_parameters(weight_files(base))  # the export
     if load_method(config.method.name).cost is not None:
         nodes = max(config.strategy.min_nodes, config.round.first_nodes)
-        needed += config.num_server_rounds * plan(config, base, nodes, EXAMPLES).record
+        cost = plan(config, base, nodes, EXAMPLES)
+        needed += config.num_server_rounds * (cost.record + (0 if config.run.prune else cost.replies))
     folder = Path(config.run.dir).expanduser()
     there = next(parent for parent in [folder, *folder.parents] if parent.exists())
     free = shutil.disk_usage(there).free

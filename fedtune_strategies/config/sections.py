@@ -195,6 +195,11 @@ class RunConfig:
     )
     keep: str = option("last", "The round that is exported: the last, or the best by held-out loss.",
                        choices=("last", "best"))  # fmt: skip
+    prune: bool = option(
+        False,
+        "Remove what nodes sent in a round once it is committed, for room: the run can be resumed and exported, but "
+        "not replayed.",
+    )
     report_to: str = option(
         "none",
         "Experiment tracker on the server, by accelerate's name for it.",

@@ -41,10 +41,11 @@ def cost(config: Any, shape: Shape, fleet: Fleet) -> Cost:
     asked = max(1, round(fleet.nodes * config.strategy.fraction_train))
     return Cost(
         memory=PROCESS + shape.width * shape.parameters + own,
-        disk=shape.stored + (0 if upload == "float32" else 4 * trained),  # what coding kept back
+        disk=shape.stored + (4 * trained if upload in ("int8", "sign") else 0),  # what coding kept back
         up=up,
         down=down,
-        record=asked * up + down,
+        record=down,
+        replies=asked * up,
     )
 
 

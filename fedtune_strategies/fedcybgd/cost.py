@@ -44,7 +44,8 @@ def cost(config: FedCyBGDRunConfig, shape: Shape, fleet: Fleet) -> Cost:
         disk=shape.stored,
         up=round(turns * up),
         down=round(turns * (moved * rest + 4 * block * _trained_before(config, count, at_once, fleet.nodes) + HEADER)),
-        record=round(at_once * (up + 4 * block)),
+        record=round(4 * at_once * block),
+        replies=round(at_once * up),
         tasks=turns,
         largest=round(UPLOAD_WIDTHS[train.upload] * max(sizes)) + HEADER,
     )

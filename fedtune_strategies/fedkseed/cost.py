@@ -41,7 +41,8 @@ def cost(config: FedKSeedRunConfig | GradientRunConfig, shape: Shape, fleet: Fle
         disk=shape.stored,
         up=up,
         down=change_bytes(own.seeds, draws, own.theta_bits) + odds + TASK_HEADER,
-        record=up * max(1, round(fleet.nodes * config.strategy.fraction_train)) + 8 * own.seeds,
+        record=8 * own.seeds,
+        replies=up * max(1, round(fleet.nodes * config.strategy.fraction_train)),
     )
 
 
@@ -59,7 +60,8 @@ def _gradient_cost(config: GradientRunConfig, shape: Shape, fleet: Fleet) -> Cos
         disk=shape.stored + 4 * shape.parameters,
         up=up,
         down=down,
-        record=up * max(1, round(fleet.nodes * config.strategy.fraction_train)) + down,
+        record=down,
+        replies=up * max(1, round(fleet.nodes * config.strategy.fraction_train)),
     )
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import server_app.evaluation
+import server_app.export
 import server_app.rounds
-import server_app.run
 from deploy.testing import Killed
 from fedtune_strategies.errors import DataError, LinkError, NodesError, ResourceError
 from fedtune_strategies.protocol import messages as protocol
@@ -260,12 +261,12 @@ SERVER_FAULTS = {
     "disk, commit, full": (Ledger, "append", disk_full, "round"),
     "disk, commit of a file, full": (Ledger, "put_file", disk_full, ""),
     "disk, upload, full": (Ledger, "append", disk_full, "reply"),
-    "disk, export, full": (server_app.run, "export_model", disk_full, ""),
+    "disk, export, full": (server_app.export, "export_model", disk_full, ""),
     "ServerApp, download, killed": (Ledger, "append", killed, "asked"),
     "ServerApp, commit, killed": (Ledger, "append", killed, "round"),
     "ServerApp, commit of a file, killed": (Ledger, "put_file", killed, ""),
-    "ServerApp, evaluation, killed": (server_app.run, "evaluate", killed, ""),
-    "ServerApp, export, killed": (server_app.run, "export_model", killed, ""),
+    "ServerApp, evaluation, killed": (server_app.evaluation, "evaluate", killed, ""),
+    "ServerApp, export, killed": (server_app.export, "export_model", killed, ""),
     "SuperLink, upload, gone": (FaultyGrid, "pull_messages", superlink_gone, ""),
 }
 

@@ -209,3 +209,22 @@ def test_a_pruned_run_is_resumed_and_exported_but_not_replayed(settings, data_fi
         assert done.exit_code == 0, done.output
     ours, theirs = weights(tmp_path / "3"), weights(tmp_path / "whole" / "model")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_that_keeps_no_replies_ends_in_the_same_model(settings, data_files, tmp_path, monkeypatch):
+    monkeypatch.setattr("server_app.ledger.INLINE_BYTES", 1000)
+    settings |= {"method.name": "fedavg", "num-server-rounds": 3}
+    whole = settings | {"run.dir": str(tmp_path / "whole")}
+    run(whole, data_files)
+    pruned = settings | {"run.prune": True}
+    for rounds in (2, 3):  # it is resumed, too
+        run(pruned | {"num-server-rounds": rounds}, data_files)
+        ledger = Ledger.read(Path(settings["run.dir"]))
+        assert ledger.damage() is None
+        files = {path.stem for path in ledger.folder.glob("files/*")}
+        assert files == {name for _, name in ledger.files()}
+        assert not files & {record.file for record in ledger.records("reply")}
+        assert ledger.last("pruned").round == rounds
+    assert all(record.file for record in ledger.records("reply"))
+    ours, theirs = (weights(Path(one["run.dir"]) / "model") for one in (pruned, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

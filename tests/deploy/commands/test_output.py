@@ -1,6 +1,7 @@
 """Every command speaks to programs: one JSON document on stdout, and everything for people on stderr."""
 
 import json
+from importlib.metadata import version
 
 import click
 import pytest
@@ -105,7 +106,7 @@ def test_an_owner_s_words_and_questions(tmp_path, monkeypatch):
     data = tmp_path / "notes.jsonl"
     data.write_text('{"text": "fine"}\n')
     word = JoinToken("server.example:9092", "alice", bytes(32), bytes(16), 2_000_000_000).encode()
-    monkeypatch.setattr(owner_join, "fetch_server_info", lambda token: ("", {"offer": {}}))
+    monkeypatch.setattr(owner_join, "fetch_server_info", lambda token: ("", {"flwr": version("flwr"), "offer": {}}))
     monkeypatch.setattr(owner_join, "register", lambda token, authority, mine, waits: mine.save() or mine)
     monkeypatch.setattr(owner_node, "run_node", lambda membership, log, asked: None)
     monkeypatch.setattr(service, "_systemctl", lambda *_: False)
