@@ -50,3 +50,9 @@ def test_where_all_nodes_draw_alike_no_secret_is_sent(settings, data_files):
 def test_a_secret_of_another_form_is_refused(secret):
     with pytest.raises(ProtocolError, match="32 hexadecimal"):
         check_secret(secret)
+
+
+def test_pro_runs_with_fewer_seeds_than_a_node_draws(settings, data_files):
+    settings |= {"method.name": "fedkseed-pro", "fedkseed.seeds": 2, "num-server-rounds": 3}
+    ledger = run(settings, data_files)
+    assert [record.round for record in ledger.records("round")] == [1, 2, 3] and ledger.last("finished")
