@@ -33,6 +33,9 @@ class Codec:
 UPLOADS = {"float32": Codec(), "bf16": Codec("bf16"), "int8": Codec("int8"), "sign": Codec("sign")}
 """Coding of a node's change on its way up, by the value of ``train.upload``."""
 
+FEEDBACK = ("int8", "sign")
+"""Those of which a node adds what they lose to its next change."""
+
 UPLOAD_WIDTHS = {"float32": 4.0, "bf16": 2.0, "int8": 1.0, "sign": 0.125}
 """Bytes of a value in it, the scales of the rows apart."""
 

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fedtune_strategies.blocks.codec_config import UPLOADS, Codec
+from fedtune_strategies.blocks.codec_config import FEEDBACK, Codec
 from fedtune_strategies.blocks.codecs import SIGN_ROW, decode, encode
 from fedtune_strategies.errors import ResourceError
 from fedtune_strategies.folders import make_folder
@@ -41,7 +41,7 @@ def encode_with_feedback(
     """
     if codec == Codec():
         return dict(change), {}
-    if codec == UPLOADS["bf16"]:
+    if codec.quantisation not in FEEDBACK:
         return encode(change, codec), {}
     wanted = {name: value + residual[name] if name in residual else value for name, value in change.items()}
     parts = encode(wanted, codec)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from fedtune_strategies.language.model import LanguageModel, freeze_other_modalities
-from fedtune_strategies.language.model_files import map_tensors, weight_files, weights_dtype
+from fedtune_strategies.language.model_files import map_tensors, stored_names, weight_files, weights_dtype
 from fedtune_strategies.seed_space import fingerprint
 
 
@@ -35,12 +35,11 @@ def base_tensors(language: LanguageModel) -> Mapping[str, torch.Tensor]:
     if language.coded is not None:
         return language.coded
     stored = map_tensors(weight_files(language.folder))
-    prefix = language.model.base_model_prefix + "."
+    keys = stored_names(language.model, stored)
     tensors = {}
     for name, parameter in language.model.named_parameters():
         weights = parameter.detach()
-        # Files written from a model without its head lack the prefix (the original GPT-2, for one).
-        mapped = stored.get(name, stored.get(name.removeprefix(prefix)))
+        mapped = stored.get(keys[name])
         same = mapped is not None and mapped.dtype == weights.dtype and torch.equal(mapped, weights.cpu())
         tensors[name] = mapped if mapped is not None and same else weights.clone()
     return tensors
@@ -74,8 +73,8 @@ def stored_fingerprint(folder: Path, dtype: str) -> str:
     model, files, loaded = structure(folder), weight_files(folder), weights_dtype(folder, dtype)
     if get_checkpoint_conversion_mapping(model.config.model_type) or model._keep_in_fp32_modules:
         return ""
-    stored, prefix = map_tensors(files), model.base_model_prefix + "."
-    keys = {name: name if name in stored else name.removeprefix(prefix) for name, _ in model.named_parameters()}
+    stored = map_tensors(files)
+    keys = stored_names(model, stored)
     buffers = {name for name, _ in model.named_buffers()}
     if set(keys.values()) != stored.keys() - buffers or any(
         stored[key].shape != model.get_parameter(name).shape for name, key in keys.items()

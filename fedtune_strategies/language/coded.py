@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from fedtune_strategies.blocks.codec_config import Codec
 from fedtune_strategies.blocks.codecs import decode, encode, encoded_size
 from fedtune_strategies.blocks.offload import empty_model, empty_parameters
-from fedtune_strategies.language.model_files import map_tensors, weight_files
+from fedtune_strategies.language.model_files import map_tensors, stored_names, weight_files
 
 CODECS = {"exact": Codec(), "int8": Codec("int8"), "nf4": Codec("nf4")}
 """What is kept of the base model's matrices, by the value of ``model.base``."""
@@ -76,10 +76,11 @@ def read_empty(folder: Path, dtype: torch.dtype, base: str) -> tuple[PreTrainedM
     """Build a model without weights and code these straight from its files; None where they have other names there."""
     settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     model = empty_model(lambda: AutoModelForCausalLM.from_config(settings, dtype=dtype))
-    stored, prefix = map_tensors(weight_files(folder)), model.base_model_prefix + "."
-    found = {name: stored.get(name, stored.get(name.removeprefix(prefix))) for name, _ in model.named_parameters()}
-    tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
-    return (model, CodedWeights(tensors, base, dtype)) if len(tensors) == len(found) else None
+    stored = map_tensors(weight_files(folder))
+    keys = stored_names(model, stored)
+    if not stored.keys() >= set(keys.values()):
+        return None
+    return model, CodedWeights({name: stored[key] for name, key in keys.items()}, base, dtype)
 
 
 @torch.no_grad()

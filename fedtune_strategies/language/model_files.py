@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -15,6 +16,9 @@ from safetensors import SafetensorError, safe_open
 
 from fedtune_strategies.errors import ModelError
 from fedtune_strategies.tiny import MODEL_FOLDER
+
+if TYPE_CHECKING:  # who looks at files alone needs no transformers
+    from transformers import PreTrainedModel
 
 EMBEDDED_NAME = "fedtune-tiny"
 """Name of the model that comes with the package."""
@@ -164,6 +168,15 @@ def map_tensors(files: list[Path]) -> dict[str, torch.Tensor]:
         with safe_open(path, framework="pt") as file:
             tensors.update({key: file.get_tensor(key) for key in file.offset_keys()})
     return tensors
+
+
+def stored_names(model: PreTrainedModel, stored: Collection[str]) -> dict[str, str]:
+    """Return the name in its weight files of each parameter: of those that are not there, a name that is not either.
+
+    Files written from a model without its head lack the prefix (the original GPT-2, for one).
+    """
+    prefix = model.base_model_prefix + "."
+    return {name: name if name in stored else name.removeprefix(prefix) for name, _ in model.named_parameters()}
 
 
 def _is_gguf(path: Path) -> bool:
