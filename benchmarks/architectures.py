@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import sys
 import tempfile
+import textwrap
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -269,34 +270,33 @@ def _same(first: BlockUpdate, second: BlockUpdate) -> bool:
     )
 
 
-def page(chosen: list[str]) -> str:
-    """Write docs/architectures.md."""
-    rows = {kind: results(kind) for kind in chosen}
+def page(rows: dict[str, list[str]]) -> str:
+    """docs/architectures.md, from each kind's results."""
     built = {kind: row for kind, row in rows.items() if len(row) == len(PATHS)}
+    right = [kind for kind, row in built.items() if set(row) == {"ok"}]
     notes = list(dict.fromkeys(cell for row in built.values() for cell in row if cell != "ok"))
     marks = {"ok": "ok"} | {note: f"({number})" for number, note in enumerate(notes, start=1)}
-    clean = sum(set(row) == {"ok"} for row in built.values())
-    table = [f"| {kind} | {' | '.join(marks[cell] for cell in row)} |" for kind, row in built.items()]
-    paths = [f"- **{path}**: {function.__doc__}" for path, function in PATHS.items()]
     lines = [
         "# Architectures",
         "",
         f"Each of the {len(rows)} causal language models of transformers {transformers.__version__} on every path of",
         f"ours: {len(built)} can be built tiny (three layers, at most {LARGEST // 10**6} million random parameters);",
-        f"{clean} of them are right on all paths. Made by",
+        f"{len(right)} of them are right on all paths. Made by",
         "`python benchmarks/architectures.py > docs/architectures.md`;",
         "`tests/test_architectures.py` fails where a new release of transformers changes it.",
         "",
-        *paths,
+        *[f"- **{path}**: {function.__doc__}" for path, function in PATHS.items()],
         "",
-        f"| architecture | {' | '.join(PATHS)} |",
+        f"Right on every path: {textwrap.fill(', '.join(right), 120, break_on_hyphens=False)}.",
+        "",
+        f"| the others | {' | '.join(PATHS)} |",
         "|---" * (len(PATHS) + 1) + "|",
-        *table,
+        *[f"| {kind} | {' | '.join(marks[cell] for cell in built[kind])} |" for kind in built if kind not in right],
         "",
         *[f"({number}) {note}" + "\n" for number, note in enumerate(notes, start=1)],
         "## Not built",
         "",
-        "Larger ones hold a vision or audio tower; the language model alone is in the table where it has a name.",
+        "Larger ones hold a vision or audio tower; the language model alone is above where it has a name.",
         "",
         "| architecture | why |",
         "|---|---|",
@@ -309,4 +309,4 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
-    print(page(sys.argv[1:] or kinds()))
+    print(page({kind: results(kind) for kind in sys.argv[1:] or kinds()}))

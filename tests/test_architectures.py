@@ -26,6 +26,8 @@ def quiet():
 
 def recorded(kind):
     """Results of a kind as the page has them, with its notes in place."""
+    if kind in re.search(r"^Right on every path: (.*?)\.$", PAGE, re.M | re.S)[1].replace(",", "").split():
+        return ["ok"] * len(architectures.PATHS)
     (row,) = re.findall(rf"^\| {re.escape(kind)} \| (.*) \|$", PAGE, re.MULTILINE)
     notes = dict(re.findall(r"^(\(\d+\)) (.*)$", PAGE, re.MULTILINE))
     return [notes.get(cell, cell) for cell in row.split(" | ")]
