@@ -30,22 +30,7 @@ def shape_of(folder: Path, config: Config) -> Shape:
 
 
 def plan(config: Config, folder: Path, nodes: int, examples: int) -> Cost:
-    """Plan a run.
-
-    Parameters
-    ----------
-    config : Config
-        The run configuration.
-    folder : Path
-        Folder of the base model.
-    nodes, examples : int
-        Size of the fleet, and examples that a node holds.
-
-    Raises
-    ------
-    ConfigError
-        The method does not say what it costs.
-    """
+    """Plan a run of a base model on so many nodes, each with so many examples."""
     method = load_method(config.method.name)
     if method.cost is None:
         raise ConfigError(f"the method '{method.name}' does not say what it costs: ask its author.")

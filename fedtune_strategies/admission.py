@@ -43,21 +43,11 @@ Members = Callable[[], Mapping[int, str]]
 
 @dataclass(frozen=True)
 class Node:
-    """An admitted node.
+    """An admitted node."""
 
-    Attributes
-    ----------
-    name : str
-        The name from its node configuration, unique in the run.
-    id : int
-        Flower's id of the node.
-    num_examples : int
-        Training examples that it holds.
-    """
-
-    name: str
-    id: int
-    num_examples: int
+    name: str  # the name from its node configuration, unique in the run
+    id: int  # Flower's id of the node
+    num_examples: int  # training examples that it holds
 
 
 class Admission:
@@ -126,13 +116,7 @@ class Admission:
         self._fingerprint, self._supply = fingerprint, supply
 
     def greet(self) -> set[int]:
-        """Give up nodes that are gone, ask strangers who they are, and take what was answered.
-
-        Returns
-        -------
-        set of int
-            Ids of all that are connected.
-        """
+        """Give up nodes that are gone, greet strangers, take what was answered; returns the ids of all connected."""
         present = self._present()
         for lost in set(self.nodes) - present:
             self.lose(lost, "is no longer connected, or no longer a member")

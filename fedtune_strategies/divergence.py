@@ -15,17 +15,10 @@ MARGIN = 2.0
 
 
 def check_losses(losses: Sequence[float] | np.ndarray) -> None:
-    """Compare the newest losses of local steps with the first.
+    """Compare the newest losses of local steps with the first; what is not finite is left out.
 
-    Parameters
-    ----------
-    losses : sequence of float
-        Of the steps so far, in their order; what is not finite is left out.
-
-    Raises
-    ------
-    DivergenceError
-        The mean of the last eight is two nats above that of the first eight, or four above the very first.
+    They diverge where the mean of the last eight is two nats above that of the first eight, or four above the very
+    first.
     """
     known = np.asarray(losses)[np.isfinite(losses)]
     if len(known) < 2 * WINDOW:

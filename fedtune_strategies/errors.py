@@ -130,19 +130,6 @@ class TermsError(FedTuneError):
 
 
 def error_from_code(exit_code: int, message: str) -> FedTuneError:
-    """Rebuild an error that travelled as (exit code, message).
-
-    Parameters
-    ----------
-    exit_code : int
-        An ``exit_code`` of one of the classes above; an unknown one gives a plain `FedTuneError`.
-    message : str
-        The line to show.
-
-    Returns
-    -------
-    FedTuneError
-        An instance of the matching class.
-    """
+    """Rebuild an error that travelled as (exit code, message)."""
     classes = {cls.exit_code: cls for cls in FedTuneError.__subclasses__()}
     return classes.get(exit_code, FedTuneError)(message)

@@ -28,29 +28,16 @@ from fedtune_strategies.stream.grid import StreamedReply
 
 @dataclass(frozen=True)
 class NodeReply:
-    """One reply, or the error that came instead.
+    """One reply, or the error that came instead."""
 
-    Attributes
-    ----------
-    node : Node
-        Who was asked.
-    message : protocol.Message or FedTuneError
-        The decoded reply; an error where there is none to use.
-    content : RecordDict or None
-        The reply as Flower carried it.
-    bytes_down, bytes_up : int
-        Payload of task and reply, in bytes, without Flower's envelope; of a reply that came after its deadline the
-        task was told of when the node was lost.
-    streamed : bool
-        Whether the reply came over the node's stream.
-    """
-
-    node: Node
-    message: protocol.Message | FedTuneError
-    content: RecordDict | None
+    node: Node  # who was asked
+    message: protocol.Message | FedTuneError  # the decoded reply; an error where there is none to use
+    content: RecordDict | None  # the reply as Flower carried it
+    # payload of task and reply, in bytes, without Flower's envelope; of a reply that came after its deadline the task
+    # was told of when the node was lost
     bytes_down: int
     bytes_up: int
-    streamed: bool = False
+    streamed: bool = False  # whether the reply came over the node's stream
 
 
 def _nothing_to_supply(wanted: protocol.ModelRequest) -> protocol.Message:
@@ -58,25 +45,7 @@ def _nothing_to_supply(wanted: protocol.ModelRequest) -> protocol.Message:
 
 
 class Fleet(WrappedGrid):
-    """A Grid that knows its nodes.
-
-    Parameters
-    ----------
-    grid : Grid
-        Flower's grid, or an in-memory one.
-    fingerprint : str
-        Fingerprint of the base model; nodes with another one are not admitted.
-    poll_interval : float
-        Seconds between two looks for replies.
-    on_event : callable
-        See `Admission`.
-    nodes : iterable of Node
-        Nodes that are admitted already.
-    supply : callable
-        Answers a node that wants the base model.
-    members, only
-        See `Admission`.
-    """
+    """A Grid that knows its nodes; `on_event`, `supply`, `members` and `only` are as in `Admission`."""
 
     def __init__(
         self,
@@ -114,21 +83,10 @@ class Fleet(WrappedGrid):
         self._admission.know_base(fingerprint, supply)
 
     def wait_for_nodes(self, count: int, wait: float, hoped: int = 0) -> None:
-        """Admit whoever is there, until enough nodes are present.
+        """Admit whoever is there, until `count` nodes are present, or fail after `wait` seconds.
 
-        Parameters
-        ----------
-        count : int
-            Fewest nodes needed.
-        wait : float
-            Seconds after which to give up.
-        hoped : int
-            Nodes to wait for, refused ones included, as long; with fewer it returns all the same.
-
-        Raises
-        ------
-        NodesError
-            Fewer nodes came. Where every refused node had the same kind of error, that kind is raised.
+        It waits as long for `hoped` nodes, refused ones included; with fewer it returns all the same. Where every
+        refused node had the same kind of error, that kind is raised.
         """
         limit = time.monotonic() + wait
         while True:
@@ -149,24 +107,11 @@ class Fleet(WrappedGrid):
         patience: float = 0.0,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> Iterator[list[NodeReply]]:
-        """Send tasks and yield the replies as they arrive.
+        """Send tasks and yield the replies as they arrive, until the deadline, in lists of what one look brought.
 
-        Parameters
-        ----------
-        tasks : iterable of Message
-            From `protocol.mail`.
-        deadline : float
-            Seconds after which to stop waiting.
-        patience : float
-            Seconds for which a reply still has a use after that; the messages live until then.
-        meanwhile : callable
-            Called once, when the nodes have their first tasks.
-
-        Yields
-        ------
-        list of NodeReply
-            What one look brought: one for every task that was answered, failed or lost. Nodes still missing at the
-            deadline are lost.
+        There is one for every task that was answered, failed or lost; nodes still missing at the deadline are lost.
+        Messages live for `patience` seconds more, in which a reply still has a use. `meanwhile` is called once the
+        nodes have work.
         """
         queues: dict[int, deque[Message]] = {}
         for message in tasks:

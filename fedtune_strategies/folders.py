@@ -23,13 +23,7 @@ def keep_private() -> None:
 
 
 def make_folder(folder: Path) -> Path:
-    """Make a folder with our mark, or take one that has it or is empty.
-
-    Raises
-    ------
-    ResourceError
-        There is something else in its place.
-    """
+    """Make a folder with our mark, or take one that has it or is empty; anything else in its place is an error."""
     check_ours(folder)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     (folder / MARK).touch(0o600)
@@ -37,13 +31,7 @@ def make_folder(folder: Path) -> Path:
 
 
 def private_runtime_folder(name: str) -> Path:
-    """Return a folder for sockets, which this user alone can enter; its path is short, as a socket's must be.
-
-    Raises
-    ------
-    ResourceError
-        It cannot be made, or belongs to somebody else.
-    """
+    """Return a folder for sockets, which this user alone can enter; its path is short, as a socket's must be."""
     # Where the path really leads: a link in it could be pointed elsewhere after we have looked.
     base = Path(os.path.realpath(_given_runtime_folder() or tempfile.gettempdir()))
     root = base / f"fedtune-{os.getuid()}"
@@ -104,13 +92,7 @@ def check_ours(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder of ours, with all that is in it; links in it are removed, not followed.
-
-    Raises
-    ------
-    ResourceError
-        It does not carry our mark.
-    """
+    """Remove a folder that carries our mark, with all that is in it; links in it are removed, not followed."""
     if not os.path.lexists(folder):
         return
     check_ours(folder)
@@ -121,13 +103,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def publish_folder(draft: Path, folder: Path) -> None:
-    """Put a finished draft in its place; what was there is moved aside first and removed last, so a kill loses neither.
-
-    Raises
-    ------
-    ResourceError
-        What is in its place does not carry our mark.
-    """
+    """Put a finished draft in its place; what was there is removed last, so a kill loses neither."""
     check_ours(folder)
     old = folder.with_name(f"{folder.name}.{os.getpid()}{_OLD}")
     if folder.exists():

@@ -35,22 +35,10 @@ _Slots = dict[tuple[nn.Module, str], str]
 def layer_weights(model: nn.Module, names: Collection[str], values: Values) -> Iterator[None]:
     """Let a model compute with other weights, which exist for one layer at a time.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Any model whose weights are read by its decoder layers, or by the modules outside of them that own them: see
-        `reads_within_layers`. It may be spread out by `accelerate.dispatch_model`.
-    names : collection of str
-        Canonical names of the parameters to exchange.
-    values : callable
-        Called with a layer's stored tensors; gives a context manager of the tensors to use, by the same names, of the
-        same shapes, dtypes and devices.
-
-    Yields
-    ------
-    None
-        Within the context forward passes use these weights. Enter contexts that skip, cache or checkpoint layers
-        inside of it, so that a skipped layer costs nothing and a repeated one has its weights again.
+    The model's weights are read by its decoder layers, or by the modules outside of them that own them (see
+    `reads_within_layers`); it may be spread out by `accelerate.dispatch_model`. `values` gives those of the named
+    parameters, of the same shapes, dtypes and devices as the stored ones. Enter contexts that skip, cache or checkpoint
+    layers inside of this one, so that a skipped layer costs nothing and a repeated one has its weights again.
     """
     in_use: dict[nn.Parameter, Tensor] = {}
     with ExitStack() as stack:
@@ -78,24 +66,10 @@ def forward_as(module: nn.Module, function: Callable[..., Any], attribute: str =
 
 @torch.no_grad()
 def reads_within_layers(model: nn.Module, names: Collection[str], loss: Callable[[], Tensor]) -> bool:
-    """Whether a model reads its weights only where `layer_weights` exchanges them.
+    """Whether a model reads its weights only where `layer_weights` exchanges them, those aside that are not in memory.
 
-    Compares two losses: of the model as it is, and of the model with NaN for stored weights and its true weights given
-    just before each layer. No weight is copied.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The model; as it was afterwards.
-    names : collection of str
-        Canonical names of the parameters to exchange; those that are not in memory are not looked at.
-    loss : callable
-        The loss or the logits of a small batch, the same at every call.
-
-    Returns
-    -------
-    bool
-        True where both losses are equal up to rounding.
+    Compares two losses of one batch: of the model as it is, and of the model with NaN for stored weights and its true
+    weights given just before each layer. No weight is copied.
     """
     parameters = {name: p for name in names if not (p := model.get_parameter(name)).is_meta}
     true = {name: parameter.data for name, parameter in parameters.items()}
@@ -113,13 +87,7 @@ def reads_within_layers(model: nn.Module, names: Collection[str], loss: Callable
 
 
 def require_reads_within_layers(model: nn.Module, names: Collection[str]) -> None:
-    """Refuse a model of transformers for which `layer_weights` would be wrong, by two forward passes of eight tokens.
-
-    Raises
-    ------
-    ModelError
-        If it reads one of these weights outside of its layer.
-    """
+    """Refuse a model of transformers for which `layer_weights` would be wrong, by two short forward passes."""
     config = getattr(model, "config", None)
     devices = [parameter.device for name in names if not (parameter := model.get_parameter(name)).is_meta]
     if config is None or not devices:

@@ -21,18 +21,7 @@ _NAMES = ("run", "round", "node")
 
 @contextlib.contextmanager
 def about(**facts: str | int) -> Iterator[dict[str, str | int]]:
-    """Say what the lines logged within are about.
-
-    Parameters
-    ----------
-    **facts : str or int
-        ``run``, ``round`` or ``node``; they add to those of the surrounding block.
-
-    Yields
-    ------
-    dict
-        The facts; what is written into it counts from then on.
-    """
+    """Say what the lines logged within are about: ``run``, ``round`` or ``node``, beside what is said around."""
     token = _facts.set((_facts.get() or {}) | facts)
     try:
         yield _facts.get() or {}
@@ -42,13 +31,7 @@ def about(**facts: str | int) -> Iterator[dict[str, str | int]]:
 
 @contextlib.contextmanager
 def script() -> Iterator[None]:
-    """Say on standard error what happens within, a line a round; an error of FedTune is a line and the exit code.
-
-    Raises
-    ------
-    SystemExit
-        Instead of a `FedTuneError`.
-    """
+    """Say on standard error what happens within, a line a round; an error of FedTune is a line and the exit code."""
     log, handler = logging.getLogger("fedtune"), json_handler(sys.stderr) or logging.StreamHandler(sys.stderr)
     level = log.level
     log.addHandler(handler)

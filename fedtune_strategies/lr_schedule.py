@@ -8,19 +8,7 @@ import math
 def scheduled_share(round: int, rounds: int, kind: str = "constant", warmup: float = 0.0) -> float:
     """Return the share of the highest step size that a round uses: the schedule at the middle of the round.
 
-    Parameters
-    ----------
-    round, rounds : int
-        The round, from 1, and the rounds of the run.
-    kind : {"constant", "linear", "cosine"}
-        Shape after the warm-up; the latter two end at zero with the run.
-    warmup : float
-        Share of the run, in [0, 1), over which the step size rises in a line from zero.
-
-    Returns
-    -------
-    float
-        Above 0, at most 1.
+    It rises in a line over the share `warmup` of the run; then "constant" stays, "linear" and "cosine" end at zero.
     """
     progress = (round - 0.5) / rounds
     if progress < warmup:

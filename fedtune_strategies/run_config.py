@@ -24,30 +24,14 @@ BY_METHOD = "default"
 
 @dataclass(frozen=True)
 class Key:
-    """One key of the run config.
+    """One key of the run config."""
 
-    Attributes
-    ----------
-    name : str
-        Kebab-case name with its group, such as ``train.seq-length``.
-    type : type
-        str, int, float or bool.
-    default : str, int, float or bool
-        Default value.
-    help : str
-        One sentence.
-    accepted : str
-        The accepted values in words.
-    path : bool
-        Whether the value is a path on the server.
-    """
-
-    name: str
-    type: type
-    default: Scalar
-    help: str
-    accepted: str
-    path: bool = False
+    name: str  # kebab-case name with its group, such as ``train.seq-length``
+    type: type  # str, int, float or bool
+    default: Scalar  # default value
+    help: str  # one sentence
+    accepted: str  # the accepted values in words
+    path: bool = False  # whether the value is a path on the server
 
 
 def keys(method: str = "", given: Mapping[str, Any] | None = None) -> list[Key]:

@@ -18,28 +18,9 @@ KIND = "base"
 
 
 def load_base(config: Config, ledger: Ledger, place: str = "") -> tuple[LanguageModel, Mapping[str, Tensor], str]:
-    """Load a run's base model.
+    """Load a run's base model: it, its weights and their fingerprint, which must be those that the run started with.
 
-    Parameters
-    ----------
-    config : Config
-        The run configuration.
-    ledger : Ledger
-        The run's ledger.
-    place : str
-        Folder or id of the model where it is not, or not any more, at ``model.name``.
-
-    Returns
-    -------
-    tuple of LanguageModel, Mapping of str to Tensor, str
-        The model, its base weights and their fingerprint.
-
-    Raises
-    ------
-    FingerprintError
-        It is another model than the one that the run started with.
-    ModelError
-        There is no model.
+    `place` is where the model is if not, or not any more, at ``model.name``.
     """
     name = place or config.model.name
     try:

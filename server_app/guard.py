@@ -15,23 +15,11 @@ ROUNDS = 3
 
 
 class Guard:
-    """Follow a run's losses in its ledger.
+    """Follow a run's losses in its ledger; `best` is the round of the lowest loss, 0 for the base model.
 
     With held-out data the held-out loss counts, otherwise the nodes' training loss: the median over a round's nodes of
     how far each is above its own lowest, since nodes have unlike data. A loss that came with a round's reply was
     measured on the model of the round before.
-
-    Parameters
-    ----------
-    config : Config
-        The run configuration; its ``run`` says what to do.
-    ledger : Ledger
-        The run's ledger. A resumed run is judged by all that it holds.
-
-    Attributes
-    ----------
-    best : int
-        The round of the lowest loss, 0 for the base model.
     """
 
     def __init__(self, config: Config, ledger: Ledger) -> None:
@@ -44,13 +32,7 @@ class Guard:
         self._rises: deque[float] = deque(maxlen=ROUNDS)
 
     def look(self) -> str:
-        """Take up what is new; return why the run is finished early, empty where it is not.
-
-        Raises
-        ------
-        DivergenceError
-            The run makes the model worse: the line says by how much.
-        """
+        """Take up what is new; return why the run is finished early, empty where it is not."""
         kinds = ("evaluation",) if self._held_out else ("reply", "round")
         after, self._seen = self._seen, self._ledger.end()
         for record in self._ledger.records(*kinds, after=after):

@@ -38,57 +38,25 @@ _COLUMNS = "seq, time, kind, round, node, body, file"
 
 @dataclass(frozen=True)
 class Record:
-    """One row.
+    """One row."""
 
-    Attributes
-    ----------
-    seq : int
-        Position in the ledger, from 1.
-    time : float
-        Seconds since the epoch, UTC.
-    kind : str
-        ``submitted``, ``start``, ``cut``, ``joined``, ``refused``, ``lost``, ``late``, ``asked``, ``reply``,
-        ``acknowledged``, ``round``, ``evaluation``, ``pruned``, ``failed``, ``stopped`` or ``finished``.
-    round : int
-        Round, 0 outside one.
-    node : str
-        Name of the node, empty where none is concerned.
-    body : dict
-        The event's facts, as JSON.
-    file : str
-        Name of the file that holds a long payload, otherwise empty. `Ledger.payload` reads it from there or the row.
-    """
-
-    seq: int
-    time: float
+    seq: int  # position in the ledger, from 1
+    time: float  # seconds since the epoch, UTC
+    # ``submitted``, ``start``, ``cut``, ``joined``, ``refused``, ``lost``, ``late``, ``asked``, ``reply``,
+    # ``acknowledged``, ``round``, ``evaluation``, ``pruned``, ``failed``, ``stopped`` or ``finished``
     kind: str
-    round: int
-    node: str
-    body: dict[str, Any]
+    round: int  # round, 0 outside one
+    node: str  # name of the node, empty where none is concerned
+    body: dict[str, Any]  # the event's facts, as JSON
+    # name of the file that holds a long payload, otherwise empty. `Ledger.payload` reads it from there or the row
     file: str = ""
 
 
 class Ledger:
-    """Open a run's ledger.
+    """Open a run's ledger: one writer, any number of readers.
 
     A damaged tail is cut back to the last good record with a warning and a record of kind ``cut``; the damaged file is
-    kept beside it.
-
-    Parameters
-    ----------
-    folder : Path
-        Folder of the run; made where absent.
-    writable : bool
-        Take the writer's lock. A reader may follow while another process writes.
-    cut_anywhere : bool
-        Go back to the last good record even if good ones follow the damage.
-
-    Raises
-    ------
-    LedgerError
-        Another process writes this ledger, it is no ledger, it is damaged before its tail, or of another format.
-    ResourceError
-        The disk is full or read-only.
+    kept beside it. With `cut_anywhere`, that is so even if good records follow the damage; else it is an error.
     """
 
     def __init__(self, folder: Path, *, writable: bool = True, cut_anywhere: bool = False) -> None:
@@ -134,13 +102,7 @@ class Ledger:
     def append(
         self, kind: str, *, round: int = 0, node: str = "", body: dict[str, Any] | None = None, blob: bytes = b""
     ) -> Record:
-        """Append one record; it is on disk when this returns.
-
-        Raises
-        ------
-        ResourceError
-            The disk is full or read-only; the ledger is as before.
-        """
+        """Append one record; it is on disk when this returns, or the ledger is as before."""
         text = json.dumps(body or {}, sort_keys=True, separators=(",", ":"))
         now = time.time()
         file = self._put(blob) if len(blob) > INLINE_BYTES else ""
@@ -162,13 +124,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Append the records within in one transaction: all are on disk when it is left, or none where it fails.
-
-        Raises
-        ------
-        ResourceError
-            The disk is full or read-only.
-        """
+        """Append the records within in one transaction: all are on disk when it is left, or none where it fails."""
         before = self._hash
         try:
             self._db.execute("BEGIN")
@@ -185,22 +141,7 @@ class Ledger:
             ledger_file.note_head(self._head, self.end())
 
     def records(self, *kinds: str, round: int | None = None, after: int = 0) -> Iterator[Record]:
-        """Yield records in order.
-
-        Parameters
-        ----------
-        kinds : str
-            Only these kinds; all by default.
-        round : int, optional
-            Only this round.
-        after : int
-            Only records behind this position.
-
-        Raises
-        ------
-        LedgerError
-            A record cannot be read.
-        """
+        """Yield records in order: of these kinds, of this round, behind this position."""
         # Who follows a ledger reads what is new alone, not the index of all that there ever was of a kind.
         query = f"SELECT {_COLUMNS} FROM records {'NOT INDEXED' if after else ''} WHERE seq > ?"
         values: list[Any] = [after, *kinds]
@@ -221,13 +162,7 @@ class Ledger:
         return next(self._select(query, [kind]), None)
 
     def payload(self, record: Record) -> bytes:
-        """Return a record's payload, wherever it is.
-
-        Raises
-        ------
-        LedgerError
-            Its file is missing or damaged.
-        """
+        """Return a record's payload, wherever it is."""
         if record.file:
             return self._get(record.file)
         try:
@@ -239,25 +174,13 @@ class Ledger:
         return row[0]
 
     def put_file(self, tensors: dict[str, Tensor]) -> str:
-        """Store tensors as an immutable safetensors file; returns the SHA-256 of its bytes, which is its name.
-
-        Raises
-        ------
-        ResourceError
-            The disk is full or read-only; nothing is left behind.
-        """
+        """Store tensors as an immutable safetensors file; returns the SHA-256 of its bytes, which is its name."""
         import safetensors.torch
 
         return self._put(safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
     def get_file(self, name: str) -> dict[str, Tensor]:
-        """Load a stored file.
-
-        Raises
-        ------
-        LedgerError
-            The file is missing or its bytes are not those that were stored.
-        """
+        """Load a stored file whose bytes are those that were stored."""
         import safetensors.torch
 
         return safetensors.torch.load(self._get(name))
@@ -278,11 +201,6 @@ class Ledger:
         The records stay, and with them the chain of hashes, in which a payload counts by its own hash. What was sent
         cannot be folded again; models after any round, reports and a resumption need none of it. The room is used for
         what comes.
-
-        Raises
-        ------
-        ResourceError
-            The disk is full or read-only; nothing was removed.
         """
         # What came before that commit was forgotten then: a round costs as much in a long run as in a short one.
         before = self.last("pruned")
@@ -300,13 +218,7 @@ class Ledger:
             self._file(name).unlink(missing_ok=True)
 
     def prune(self) -> int:
-        """Remove what nodes sent in the rounds that are committed, and return how many bytes that were.
-
-        Raises
-        ------
-        ResourceError
-            The disk is full or read-only.
-        """
+        """Remove what nodes sent in the rounds that are committed, and return how many bytes that were."""
         before = self._bytes_on_disk()
         self._forget_replies(0)
         try:
@@ -331,13 +243,7 @@ class Ledger:
                     yield record, str(name)
 
     def damage(self) -> Damage | None:
-        """Look for the first record that is not as it was written; None where all are.
-
-        Raises
-        ------
-        LedgerError
-            The file is no ledger of this format.
-        """
+        """Look for the first record that is not as it was written; None where all are."""
         try:
             return ledger_file.find_corruption(self._path, ledger_file.read_head(self._head))
         except ledger_file.UNREADABLE as error:

@@ -35,24 +35,13 @@ _MOST_UNREADABLE = 1000
 
 @dataclass(frozen=True)
 class Damage:
-    """Where a ledger stops being what was written.
+    """Where a ledger stops being what was written."""
 
-    Attributes
-    ----------
-    good : int
-        Records before the damage.
-    good_after : int
-        Records behind it that are as they were written.
-    lost : int
-        Records that are not.
-    ends_early : bool
-        All that is there is as it was written: only later records are missing. An end that was lost and an older copy
-        that was put back look alike.
-    """
-
-    good: int
-    good_after: int
-    lost: int
+    good: int  # records before the damage
+    good_after: int  # records behind it that are as they were written
+    lost: int  # records that are not
+    # All that is there is as it was written: only later records are missing. An end that was lost and an older copy
+    # that was put back look alike.
     ends_early: bool = False
 
     def __str__(self) -> str:
@@ -67,19 +56,9 @@ class Damage:
 
 
 def digest(previous: bytes, at: float, kind: str, round: int, node: str, body: str, blob: bytes, file: str) -> bytes:
-    """Return a record's link in the chain of hashes.
+    """Return a record's link in the chain of hashes, SHA-256; `previous` is that of the record before, if any.
 
-    Parameters
-    ----------
-    previous : bytes
-        The link before; empty for the first record.
-    at, kind, round, node, body, blob, file
-        The columns of the record. It makes no difference whether a payload is in the row or in a file.
-
-    Returns
-    -------
-    bytes
-        SHA-256, 32 bytes.
+    It makes no difference whether a payload is in the row or in a file.
     """
     head = json.dumps([at, kind, round, node, body]).encode()
     payload = bytes.fromhex(file) if file else hashlib.sha256(blob).digest()
@@ -87,27 +66,7 @@ def digest(previous: bytes, at: float, kind: str, round: int, node: str, body: s
 
 
 def find_corruption(path: Path, head: int) -> Damage | None:
-    """Check every record of a ledger.
-
-    Parameters
-    ----------
-    path : Path
-        The SQLite file; it is only read.
-    head : int
-        The last record that is known to have been written.
-
-    Returns
-    -------
-    Damage or None
-        None where nothing is amiss.
-
-    Raises
-    ------
-    sqlite3.DatabaseError, UnicodeDecodeError
-        It is no SQLite file.
-    LedgerError
-        It is of another format.
-    """
+    """Check every record of a ledger; `head` is the last record that is known to have been written."""
     with contextlib.closing(_tolerant(path)) as db:
         if path.stat().st_size:  # an empty file has no format
             check_format(db, path)
@@ -124,13 +83,7 @@ def find_corruption(path: Path, head: int) -> Damage | None:
 
 
 def make(path: Path) -> None:
-    """Make a new ledger without records; nobody ever sees a part of it.
-
-    Parameters
-    ----------
-    path : Path
-        The SQLite file, which must not be there.
-    """
+    """Make a new ledger without records; nobody ever sees a part of it."""
     with contextlib.closing(_unfinished(path)):
         pass
     _partial(path).replace(path)
@@ -138,20 +91,7 @@ def make(path: Path) -> None:
 
 
 def truncate_to(path: Path, count: int) -> Path:
-    """Write the first records of a damaged ledger to a new file, and put the new file in its place.
-
-    Parameters
-    ----------
-    path : Path
-        The SQLite file.
-    count : int
-        How many records to keep.
-
-    Returns
-    -------
-    Path
-        Where the damaged file is kept.
-    """
+    """Write the first records of a damaged ledger to a new file in its place; returns where the damaged one is kept."""
     kept = next(p for n in range(1, 10**6) if not (p := path.with_name(f"ledger.damaged-{n}.sqlite")).exists())
     log = path.with_name(path.name + "-wal")
     with contextlib.closing(_tolerant(path)) as old, contextlib.closing(_unfinished(path)) as new:

@@ -9,21 +9,11 @@ from server_app.ledger import Ledger
 
 @dataclass(frozen=True)
 class NodeStatus:
-    """What was last heard of a node.
+    """What was last heard of a node."""
 
-    Attributes
-    ----------
-    present : bool
-        Whether it takes part.
-    since : float
-        When it joined, or since when it is missing; seconds since the epoch, UTC.
-    reason : str
-        The line that the ledger holds.
-    """
-
-    present: bool
-    since: float
-    reason: str
+    present: bool  # whether it takes part
+    since: float  # when it joined, or since when it is missing; seconds since the epoch, UTC
+    reason: str  # the line that the ledger holds
 
 
 class NodeStatuses:

@@ -39,26 +39,9 @@ _FREE_KEYS = ("num-server-rounds", "run.", "round.", "eval.", "stream.", "strate
 
 
 def execute(grid: Grid, flat: Mapping[str, Any], run_id: int) -> Path:
-    """Run a configuration to its end, or resume it.
+    """Run a configuration to its end, or resume it; returns the folder of the exported model.
 
-    Parameters
-    ----------
-    grid : Grid
-        Flower's grid, or an in-memory one.
-    flat : mapping of str to str, int, float or bool
-        The run config.
-    run_id : int
-        Flower's id of the run; names the run's folder where ``run.dir`` is empty.
-
-    Returns
-    -------
-    Path
-        Folder of the exported model.
-
-    Raises
-    ------
-    FedTuneError
-        The run cannot start or continue. The ledger, where there is one, records the line and the exit code.
+    `run_id` is Flower's id of the run; it names the run's folder where ``run.dir`` is empty.
     """
     flat = from_flower(flat)
     config = parse(flat)

@@ -34,16 +34,8 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Start a process in its own session, so that a Ctrl-C at the terminal reaches its launcher alone.
 
-    Parameters
-    ----------
-    command : sequence of str
-        Program and arguments; the program is looked up on ``environment``'s PATH.
-    environment : mapping
-        The whole environment.
-    log : Path
-        Gets stdout and stderr; what it held before is kept once, beside it as ``.previous``.
-    follow : bool
-        Write behind what another process writes there.
+    `log` gets stdout and stderr; what it held before is kept once, beside it as ``.previous``. With `follow`, it is
+    written behind what another process writes there.
     """
     if log.exists() and not follow:
         log.replace(log.with_suffix(".previous"))
@@ -151,11 +143,6 @@ def free_port() -> int:
 
     It is taken below the ranges from which systems number outgoing connections, so that none of those takes it before
     our process does.
-
-    Raises
-    ------
-    PortError
-        None was free.
     """
     for port in random.sample(range(20_000, 32_000), 500):
         with contextlib.suppress(PortError):
@@ -186,13 +173,7 @@ def answers(port: int) -> bool:
 
 
 def wait_until(ready: Callable[[], bool], timeout: float, failure: Callable[[], str], pause: float = 0.1) -> None:
-    """Wait for a condition.
-
-    Raises
-    ------
-    LinkError
-        With the line that ``failure`` makes, when ``timeout`` seconds were not enough.
-    """
+    """Wait for a condition; ``failure`` makes the line of the error when ``timeout`` seconds were not enough."""
     deadline = time.monotonic() + timeout
     while not ready():
         if time.monotonic() > deadline:

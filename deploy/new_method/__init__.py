@@ -16,27 +16,7 @@ FILES = {"pyproject.txt": "pyproject.toml", "method.txt": "{name}.py", "test_met
 
 
 def write_method(name: str, folder: Path) -> list[Path]:
-    """Write the package of a method that takes local SGD steps, to be changed.
-
-    Parameters
-    ----------
-    name : str
-        Name of the method, of its module and of its section of the run configuration.
-    folder : Path
-        A new folder.
-
-    Returns
-    -------
-    list of Path
-        What was written.
-
-    Raises
-    ------
-    ConfigError
-        The name is no module's name, or that of a method that is installed here.
-    ResourceError
-        The folder is there already.
-    """
+    """Write the package of a method that takes local SGD steps, to be changed, into a new folder."""
     if not re.fullmatch("[a-z][a-z0-9]*", name) or keyword.iskeyword(name):
         raise ConfigError(f"{name!r} names no method: choose small letters and digits, a letter first")
     if name in installed_methods():

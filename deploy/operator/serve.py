@@ -41,21 +41,11 @@ START_TIMEOUT = 180.0  # seconds; a SuperLink needs about 5, on a busy machine m
 
 @dataclass
 class Service:
-    """One program that is kept running.
+    """One program that is kept running."""
 
-    Attributes
-    ----------
-    name : str
-        For people, and of the log file.
-    command : list of str
-        The program.
-    port : int
-        Port of 127.0.0.1 on which it answers; 0 for none.
-    """
-
-    name: str
-    command: list[str]
-    port: int = 0
+    name: str  # for people, and of the log file
+    command: list[str]  # the program
+    port: int = 0  # port of 127.0.0.1 on which it answers; 0 for none
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     pause: float = 0.0
@@ -63,24 +53,12 @@ class Service:
 
 @dataclass
 class Server:
-    """A running server; made by `serving`.
+    """A running server; made by `serving`."""
 
-    Attributes
-    ----------
-    address : str
-        ``host:port`` at which nodes find it.
-    control : Control
-        The SuperLink.
-    members : Members
-        Who may take part.
-    authority : Path
-        The certificate that nodes trust.
-    """
-
-    address: str
-    control: Control
-    members: Members
-    authority: Path
+    address: str  # ``host:port`` at which nodes find it
+    control: Control  # the SuperLink
+    members: Members  # who may take part
+    authority: Path  # the certificate that nodes trust
     services: list[Service]
     front: Front
     on_event: Callable[[str], None]
@@ -120,32 +98,9 @@ def serving(
 ) -> Iterator[Server]:
     """Run a server until the block is left; then stop all that was started, also after kill -9.
 
-    Parameters
-    ----------
-    folder : Path
-        The server's state; what is there is used again: keys, members, runs that Flower knows.
-    address : str
-        ``host:port`` at which nodes reach the published port; it goes into the certificate and into tokens.
-    listen : str
-        Address of this machine to listen on.
-    approval : bool
-        Let joining nodes wait for the operator.
-    connections : int
-        Most connections to the published port; a node has one, and one more while it works over a stream.
-    on_event : callable
-        Called with a line about everything that changed.
-
-    Yields
-    ------
-    Server
-        The SuperLink answers, and the port is open.
-
-    Raises
-    ------
-    PortError
-        The published port is in use.
-    LinkError
-        Another server runs on this folder, or the SuperLink does not start.
+    What is in the folder is used again: keys, members, runs that Flower knows. `address` is where nodes reach the
+    published port; it goes into the certificate and into tokens. A node has one connection, and one more while it works
+    over a stream.
     """
     host, port = split_address(address)
     folder = private_folder(folder.resolve())
@@ -185,18 +140,7 @@ def serving(
 
 
 def running(folder: Path) -> tuple[Control, str]:
-    """Find the server that runs on a folder.
-
-    Returns
-    -------
-    tuple of Control and str
-        Its SuperLink, and the address at which nodes reach it.
-
-    Raises
-    ------
-    LinkError
-        None runs.
-    """
+    """Find the server that runs on a folder, and the address at which nodes reach it."""
     try:
         facts = json.loads((folder / "serve.json").read_text())
         alive = psutil.pid_exists(facts["pid"]) and processes.answers(facts["control"])

@@ -28,21 +28,9 @@ LEAST_DISK, LEAST_MEMORY = 2 * 10**9, 10**9
 
 
 def examine(address: str, authority: str | None, own: NodeConfig) -> Iterator[Check]:
-    """Look at everything, the cheapest first.
+    """Look at everything, in the order in which it is best to fix; what is not given is not looked at.
 
-    Parameters
-    ----------
-    address : str
-        ``host:port`` of the server; empty for none.
-    authority : str or None
-        PEM certificate that the server's must descend from; None where it is not known yet.
-    own : NodeConfig
-        The node's configuration; without data or model, these are not looked at.
-
-    Yields
-    ------
-    Check
-        In the order in which it is best to fix them.
+    `authority` is the PEM certificate that the server's must descend from; None where it is not known yet.
     """
     yield check("python", _python)
     yield check("packages", _packages)

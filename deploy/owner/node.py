@@ -44,19 +44,8 @@ def run_node(
 ) -> None:
     """Run a node until it leaves or the caller is interrupted; what ends is started again, with pauses that grow.
 
-    Parameters
-    ----------
-    membership : Membership
-        The federation.
-    on_event : callable
-        Called with a line when something changed.
-    on_waiting : callable
-        Called with a run that was refused as wider than its owner agreed to; see `client_app.history`.
-
-    Raises
-    ------
-    LinkError
-        This node runs already.
+    `on_event` gets a line when something changed, `on_waiting` a run that was refused as wider than its owner agreed
+    to.
     """
     folder = membership.folder
     token = secrets.token_hex(16)

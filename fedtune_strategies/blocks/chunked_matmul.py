@@ -25,15 +25,7 @@ Rows = Callable[[str, slice | Tensor], Tensor]
 
 
 def large_modules(model: nn.Module, names: Collection[str]) -> dict[nn.Module, str]:
-    """Find the linear and embedding modules with a large weight; returns them with the weight's canonical name.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The model.
-    names : collection of str
-        Canonical names of frozen parameters.
-    """
+    """Find the linear and embedding modules with a large frozen weight, each with the weight's canonical name."""
     known = {model.get_parameter(name): name for name in names}
     found = {}
     for module in model.modules():
@@ -47,15 +39,7 @@ def large_modules(model: nn.Module, names: Collection[str]) -> dict[nn.Module, s
 
 @contextlib.contextmanager
 def chunked(modules: dict[nn.Module, str], rows: Rows) -> Iterator[None]:
-    """Let modules use their weight some rows at a time.
-
-    Parameters
-    ----------
-    modules : dict of nn.Module to str
-        From `large_modules`.
-    rows : callable
-        Gives rows of a parameter.
-    """
+    """Let the modules of `large_modules` use their weight some rows at a time."""
     with contextlib.ExitStack() as stack:
         for module, name in modules.items():
             fetch = partial(rows, name)

@@ -12,21 +12,13 @@ QUANTISATIONS = ("none", "bf16", "int8", "nf4")
 
 @dataclass(frozen=True)
 class Codec:
-    """How tensors are coded.
+    """How tensors are coded."""
 
-    Attributes
-    ----------
-    quantisation : {"none", "bf16", "int8", "nf4", "sign"}
-        What is kept of each value. ``"none"`` keeps the tensor's own dtype and bits; ``"sign"`` is for changes alone.
-    prune : float
-        Share of each row's elements, those with the lowest scores, that is set to zero and not sent.
-    drop : int
-        Decoder layers that are left out altogether. `encode` does not act on it: whoever chooses the layers
-        (`rest.dropped_layers`) leaves their tensors out.
-    """
-
+    # what is kept of each value. ``"none"`` keeps the tensor's own dtype and bits; ``"sign"`` is for changes alone
     quantisation: str = "none"
-    prune: float = 0.0
+    prune: float = 0.0  # share of each row's elements, those with the lowest scores, that is set to zero and not sent
+    # decoder layers that are left out altogether. `encode` does not act on it: whoever chooses the layers
+    # (`rest.dropped_layers`) leaves their tensors out
     drop: int = 0
 
 
@@ -41,24 +33,7 @@ UPLOAD_WIDTHS = {"float32": 4.0, "bf16": 2.0, "int8": 1.0, "sign": 0.125}
 
 
 def parse_codec(text: str) -> Codec:
-    """Read a codec as written in a configuration.
-
-    Parameters
-    ----------
-    text : str
-        Parts joined by ``+``: at most one of ``none``, ``bf16``, ``int8``, ``nf4``; ``prune:s`` with
-        0 < s < 1; ``drop:n`` with n ≥ 1.
-
-    Returns
-    -------
-    Codec
-        The codec.
-
-    Raises
-    ------
-    ConfigError
-        If a part is unknown, repeated or out of range.
-    """
+    """Read a codec as written in a configuration: parts joined by ``+``, each kind of part at most once."""
     fields: dict[str, Any] = {}
     for part in text.split("+"):
         found = _parse_part(text, part.strip())

@@ -59,25 +59,7 @@ NF4_ZERO = NF4_VALUES.index(0.0)
 
 
 def encode(tensors: Mapping[str, Tensor], codec: Codec) -> dict[str, Tensor]:
-    """Code tensors into parts that safetensors can store.
-
-    Parameters
-    ----------
-    tensors : mapping of str to Tensor
-        By canonical name; any float dtype and device. A name holds no colon.
-    codec : Codec
-        See `codec_config.parse_codec`.
-
-    Returns
-    -------
-    dict of str to Tensor
-        The parts, contiguous, on the CPU.
-
-    Raises
-    ------
-    ModelError
-        If a tensor that is to be quantised holds a value that is not finite.
-    """
+    """Code tensors into parts that safetensors can store: contiguous, on the CPU. A name holds no colon."""
     parts: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         coded = _encode_tensor(tensor.detach().cpu(), codec)
@@ -88,23 +70,7 @@ def encode(tensors: Mapping[str, Tensor], codec: Codec) -> dict[str, Tensor]:
 
 
 def decode(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Undo `encode`, as far as its codec can be undone.
-
-    Parameters
-    ----------
-    parts : mapping of str to Tensor
-        As `encode` made them.
-
-    Returns
-    -------
-    dict of str to Tensor
-        float32 tensors by canonical name, in the order of the parts.
-
-    Raises
-    ------
-    ProtocolError
-        If the parts of a tensor do not fit together.
-    """
+    """Undo `encode`, as far as its codec can be undone: float32 tensors in the order of the parts."""
     coded: dict[str, dict[str, Tensor]] = {}
     for part_name, part in parts.items():
         name, _, kind = part_name.partition(":")
@@ -121,22 +87,7 @@ def decode(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def decode_rows(parts: Mapping[str, Tensor], name: str, rows: slice | Tensor) -> Tensor:
-    """Decode some rows of one matrix; where a codec has rows of their own, no other row is decoded.
-
-    Parameters
-    ----------
-    parts : mapping of str to Tensor
-        The parts of the matrix.
-    name : str
-        Its canonical name.
-    rows : slice or Tensor
-        A stretch, or int64 indices.
-
-    Returns
-    -------
-    Tensor
-        float32, the very bits of these rows in `decode`.
-    """
+    """Decode some rows of one matrix, the very bits of `decode`; where a codec has rows of their own, no others."""
     if f"{name}:kept" in parts:
         return decode(parts)[name][rows]
     if name in parts:

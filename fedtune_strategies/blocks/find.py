@@ -21,57 +21,23 @@ Kind = Literal["embedding", "layer", "norm", "head"]
 
 @dataclass(frozen=True)
 class Block:
-    """A set of parameters that is trained, versioned and sent as one.
+    """A set of parameters that is trained, versioned and sent as one."""
 
-    Attributes
-    ----------
-    index : int
-        Position in the tuple that `find_blocks` returns; ordered from the input to the output of the model.
-    name : str
-        For people: ``"layer 3"``, ``"layers 2-3"``, ``"embedding"``, ``"layer 3 and norm"``.
-    kind : {"embedding", "layer", "norm", "head"}
-        What the block is, or most of it.
-    parameters : tuple of str
-        Canonical parameter names: as in ``model.named_parameters()``, where tied weights appear once, under the
-        first name.
-    layer : int or None
-        The first decoder layer of the block; None outside the layers.
-    depth : int
-        Number of decoder layers in the block; 0 outside the layers.
-    with_norm : bool
-        Whether a block of layers holds the final norm too.
-    frozen : bool
-        True for a block that is never trained. It is still a block: a node that holds nothing receives it.
-    """
-
-    index: int
-    name: str
-    kind: Kind
+    index: int  # position in the tuple that `find_blocks` returns; ordered from the input to the output of the model
+    name: str  # for people: ``"layer 3"``, ``"layers 2-3"``, ``"embedding"``, ``"layer 3 and norm"``
+    kind: Kind  # what the block is, or most of it
+    # canonical parameter names: as in ``model.named_parameters()``, where tied weights appear once, under the first
+    # name
     parameters: tuple[str, ...]
-    layer: int | None = None
-    depth: int = 0
-    with_norm: bool = False
+    layer: int | None = None  # the first decoder layer of the block; None outside the layers
+    depth: int = 0  # number of decoder layers in the block; 0 outside the layers
+    with_norm: bool = False  # whether a block of layers holds the final norm too
+    # True for a block that is never trained. It is still a block: a node that holds nothing receives it.
     frozen: bool = False
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Find the list of repeated decoder layers.
-
-    Parameters
-    ----------
-    model : nn.Module
-        A causal language model.
-
-    Returns
-    -------
-    tuple of (str, nn.ModuleList)
-        Its qualified name and the list itself: the outermost ``ModuleList`` with the most parameters.
-
-    Raises
-    ------
-    ModelError
-        If the model has no ``ModuleList``.
-    """
+    """Find the list of repeated decoder layers and its name: the outermost ``ModuleList`` with the most parameters."""
     found: list[tuple[str, nn.ModuleList]] = []
     for name, module in model.named_modules():
         inside_another = any(name.startswith(f"{outer}.") for outer, _ in found)
@@ -91,34 +57,12 @@ def find_blocks(
     train_embeddings: bool = True,
     only: Callable[[str], bool] | None = None,
 ) -> tuple[Block, ...]:
-    """Partition the parameters of a model into blocks.
+    """Partition the parameters of a causal language model, also in a PEFT model, into blocks from input to output.
 
-    Parameters
-    ----------
-    model : nn.Module
-        A causal language model of transformers, or a PEFT model around one.
-    layers_per_block : int
-        Consecutive decoder layers in one block.
-    train_embeddings : bool
-        False freezes embedding, final norm and head: what the published code does.
-    only : callable, optional
-        Keeps the parameters whose name it accepts, such as ``lambda name: "lora_" in name`` for the adapters of a
-        PEFT model. By default all.
-
-    Returns
-    -------
-    tuple of Block
-        From input to output: embedding, layers, norm, head. Every (accepted) parameter that a gradient can train is
-        in exactly one block; a head tied to the embedding is part of the embedding. The final norm is part of the last
-        layer's block: its own turn would train a few vectors. Frozen or with matrices among its parameters (OPT's
-        projections) it is its own block. Blocks without parameters do not exist.
-
-    Raises
-    ------
-    ConfigError
-        If `layers_per_block` is below 1.
-    ModelError
-        If the model has no list of decoder layers.
+    Every parameter that `only` accepts and a gradient can train is in exactly one block; a head tied to the embedding
+    is part of the embedding. The final norm is part of the last layer's block: its own turn would train a few vectors.
+    Frozen or with matrices among its parameters (OPT's projections) it is its own block. Blocks without parameters do
+    not exist. Without `train_embeddings`, embedding, final norm and head are frozen: what the published code does.
     """
     if layers_per_block < 1:
         raise ConfigError(f"layers per block must be 1 or more, not {layers_per_block}")
@@ -151,20 +95,7 @@ def find_blocks(
 
 
 def block_sizes(model: nn.Module, blocks: Sequence[Block]) -> list[tuple[int, int]]:
-    """Parameters in each block.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The model that the blocks were found in.
-    blocks : sequence of Block
-        As `find_blocks` gives them.
-
-    Returns
-    -------
-    list of (int, int)
-        Block index and number of scalar parameters.
-    """
+    """Return index and number of parameters of each block."""
     numel = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return [(block.index, sum(numel[name] for name in block.parameters)) for block in blocks]
 

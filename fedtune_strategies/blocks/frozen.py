@@ -21,19 +21,8 @@ from fedtune_strategies.layer_weights import require_reads_within_layers
 class FrozenBlocks:
     """The frozen form of every block, for one model.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The node's model. Unless blocks are held decoded, its matrices are emptied: they are decoded when used.
-    names : collection of str
-        Canonical names of the parameters of all blocks.
-    hold : {"decoded", "coded", "disk"}
-        How matrices are held. On disk they are mapped files without a name, which go with the process.
-
-    Raises
-    ------
-    ModelError
-        If the model reads a matrix that is not held decoded outside of its layer.
+    Unless matrices are held "decoded", the model's are emptied: they are decoded when used. On disk they are mapped
+    files without a name, which go with the process.
     """
 
     def __init__(self, model: nn.Module, names: Collection[str], hold: str) -> None:

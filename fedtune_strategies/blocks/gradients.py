@@ -20,21 +20,11 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 class BlockGradient(NamedTuple):
-    """Mean gradient of a block over some batches.
+    """Mean gradient of a block over some batches."""
 
-    Attributes
-    ----------
-    loss : float
-        Mean loss; not finite if the loss of any batch was not, and then `tensors` means nothing.
-    tensors : list of Tensor
-        float32, in the order of the block's parameters.
-    norm : float
-        2-norm of all of them; not finite if the loss or any element is not.
-    """
-
-    loss: float
-    tensors: list[Tensor]
-    norm: float
+    loss: float  # mean loss; not finite if the loss of any batch was not, and then `tensors` means nothing
+    tensors: list[Tensor]  # float32, in the order of the block's parameters
+    norm: float  # 2-norm of all of them; not finite if the loss or any element is not
 
 
 @contextlib.contextmanager
@@ -48,31 +38,14 @@ def block_gradients(
     checkpoint: bool = False,
     cache_bytes: int = 0,
 ) -> Iterator[Callable[[Iterable[int]], BlockGradient]]:
-    """Prepare a model for gradients of one block: evaluation mode, everything else frozen; restored at the end.
+    """Yield ``gradient(indices)``: the mean gradient of one block over the batches at these indices.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The model; any float dtype.
-    block : Block
-        The block that gets gradients.
-    loss_fn : callable
-        ``loss_fn(model, batch)`` gives the scalar loss of one batch.
-    batches : sequence
-        The batches; one index is always the same batch.
-    autocast : torch.dtype, optional
-        16-bit type in which matrix products are computed; by default the model's own. Where float16 is computed in,
-        losses are scaled; while the scale is too large, it is halved and the gradient computed again.
-    checkpoint : bool
-        Compute the activations from the block upwards again in backward instead of keeping them: same bits.
-    cache_bytes : int
-        Most memory for hidden states of the frozen layers below the block, computed once for each batch: same bits.
-        Two more losses of the first batch show beforehand that it is so; else nothing is kept.
-
-    Yields
-    ------
-    callable
-        ``gradient(indices)``: the mean gradient over the batches at these indices.
+    The model is in evaluation mode, everything else frozen; restored at the end. `autocast` is the 16-bit type of
+    matrix products, the model's own by default. Where float16 is computed in, losses are scaled; while the scale is too
+    large, it is halved and the gradient computed again. With `checkpoint`, activations from the block upwards are
+    computed again in backward: same bits. `cache_bytes` bounds the memory for hidden states of the frozen layers below
+    the block, computed once for each batch: same bits. Two more losses of the first batch show beforehand that it is
+    so; else nothing is kept.
     """
     parameters = [model.get_parameter(name) for name in block.parameters]
     below = _layers_below(model, block)

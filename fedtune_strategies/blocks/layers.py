@@ -24,20 +24,7 @@ _Form = tuple[type, int] | None
 
 @contextlib.contextmanager
 def without_layers(model: nn.Module, layers: Iterable[int]) -> Iterator[None]:
-    """Leave decoder layers out: their input is their output.
-
-    Parameters
-    ----------
-    model : nn.Module
-        A causal language model.
-    layers : iterable of int
-        Indices of the layers to skip.
-
-    Raises
-    ------
-    ModelError
-        If the model runs one layer in several places.
-    """
+    """Leave decoder layers out: their input is their output."""
     _, modules = decoder_layers(model)
     left_out = set(layers)
     if left_out and len(set(modules)) < len(modules):
@@ -68,15 +55,7 @@ def without_layers(model: nn.Module, layers: Iterable[int]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def checkpointed(model: nn.Module, first: int) -> Iterator[None]:
-    """Keep only the inputs of decoder layers for backward and compute the rest again: same bits, less memory.
-
-    Parameters
-    ----------
-    model : nn.Module
-        A causal language model in evaluation mode.
-    first : int
-        First layer to checkpoint; all above it follow.
-    """
+    """Keep only the inputs of decoder layers from `first` on for backward, and compute the rest again: same bits."""
     _, modules = decoder_layers(model)
     with contextlib.ExitStack() as stack:
         for module in list(modules)[first:]:
@@ -86,15 +65,10 @@ def checkpointed(model: nn.Module, first: int) -> Iterator[None]:
 
 
 class PrefixCache:
-    """Hidden states above the frozen layers below a block, computed once for every batch.
+    """Hidden states above the frozen layers below a block, computed once for every batch, in at most `budget` bytes.
 
     Local epochs run the same batches through the same frozen layers: only the first pass needs to. The remembered
     states are the very tensors that the layers returned, so the result is the same bit for bit.
-
-    Parameters
-    ----------
-    budget : int
-        Most bytes to remember; batches beyond it are computed again each time.
     """
 
     def __init__(self, budget: int) -> None:

@@ -26,15 +26,7 @@ Load = Callable[[str], Tensor]
 def offloaded(model: nn.Module, names: Collection[str], load: Load) -> Iterator[None]:
     """Take frozen parameters from `load` while their layer runs, instead of from the model.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The model. Only what its parameters hold on entry stays in memory (see `empty_parameters`), and is there again
-        on exit.
-    names : collection of str
-        Canonical names of frozen parameters; see `layer_weights` about which models it suits.
-    load : callable
-        Gives a parameter by name, of its shape, any float dtype; see `coded_loader`.
+    Only what the model's parameters hold on entry stays in memory (see `empty_parameters`), and is there again on exit.
     """
     contents = [(parameter, parameter.data) for parameter in map(model.get_parameter, names)]
     present: dict[int, str] = {}
@@ -72,33 +64,14 @@ def offloaded(model: nn.Module, names: Collection[str], load: Load) -> Iterator[
 
 
 def empty_parameters(model: nn.Module, names: Collection[str]) -> None:
-    """Free the memory of parameters; they keep their shape, and NaN shows every use of one that nobody loaded.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The model, changed in place.
-    names : collection of str
-        Canonical names of the parameters.
-    """
+    """Free the memory of parameters; they keep their shape, and NaN shows every use of one that nobody loaded."""
     for name in names:
         parameter = model.get_parameter(name)
         parameter.data = placeholder(parameter, parameter.device)
 
 
 def empty_model(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """Build a model whose parameters never take memory: all are as `empty_parameters` leaves them.
-
-    Parameters
-    ----------
-    build : callable
-        Makes the model, e.g. ``lambda: AutoModelForCausalLM.from_config(config)``.
-
-    Returns
-    -------
-    PreTrainedModel
-        The model; its buffers are real. Give the parameters that are not held outside their values (``.data = …``).
-    """
+    """Build a model whose parameters never take memory: see `empty_parameters`; its buffers are real."""
     with init_empty_weights(include_buffers=False):
         model = build()
     for module in model.modules():
@@ -109,18 +82,7 @@ def empty_model(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
 
 
 def coded_loader(parts: Mapping[str, Tensor]) -> Load:
-    """Decode single tensors out of coded parts.
-
-    Parameters
-    ----------
-    parts : mapping of str to Tensor
-        As `codecs.encode` made them: in memory, or a mapping that reads them from a file.
-
-    Returns
-    -------
-    callable
-        Gives a float32 tensor by canonical name.
-    """
+    """Decode single tensors out of coded parts, which may be a mapping that reads them from a file."""
     kinds: dict[str, list[str]] = {}
     for part in parts:
         kinds.setdefault(part.partition(":")[0], []).append(part)

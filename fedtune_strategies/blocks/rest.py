@@ -26,15 +26,9 @@ Run = Callable[[nn.Module, Any], Any]
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is measured once, on the base model and the server's own text, to choose what is left out.
+    """What is measured once, on the base model and the server's own text, to choose what is left out."""
 
-    Attributes
-    ----------
-    influence : sequence of float
-        As `layer_influence` gives it.
-    """
-
-    influence: Sequence[float] = ()
+    influence: Sequence[float] = ()  # as `layer_influence` gives it
 
 
 def calibrate(model: nn.Module, batches: Sequence[Any], run: Run) -> Calibration:
@@ -44,27 +38,7 @@ def calibrate(model: nn.Module, batches: Sequence[Any], run: Run) -> Calibration
 
 @torch.no_grad()
 def layer_influence(model: nn.Module, batches: Sequence[Any], run: Run) -> list[float]:
-    """Measure how much every decoder layer changes the hidden states: 1 − cos(in, out), the mean over all tokens.
-
-    Parameters
-    ----------
-    model : nn.Module
-        A causal language model in evaluation mode.
-    batches : sequence
-        Text to measure on: the server's own, or public.
-    run : callable
-        ``run(model, batch)`` makes one forward pass; its result is ignored.
-
-    Returns
-    -------
-    list of float
-        One number in [0, 2] for each layer.
-
-    Raises
-    ------
-    ModelError
-        If the model cannot run without one of its layers.
-    """
+    """Measure how much every decoder layer changes the hidden states: 1 − cos(in, out), the mean over all tokens."""
     _, layers = decoder_layers(model)
     totals, tokens = [0.0] * len(layers), [0] * len(layers)
 
@@ -101,27 +75,7 @@ def _require_droppable(model: nn.Module, layer: int, batch: Any, run: Run) -> No
 
 
 def dropped_layers(influence: Sequence[float], count: int, block: Block) -> tuple[int, ...]:
-    """Choose the layers to leave out in a turn: those of least influence, never the block or its neighbours.
-
-    Parameters
-    ----------
-    influence : sequence of float
-        As `layer_influence` gives it.
-    count : int
-        Layers to leave out.
-    block : Block
-        The responsible block.
-
-    Returns
-    -------
-    tuple of int
-        Indices of the layers, ascending.
-
-    Raises
-    ------
-    ConfigError
-        If the model has too few layers for that.
-    """
+    """Choose the layers to leave out in a turn: those of least influence, never the block or its neighbours."""
     if block.layer is not None:
         near = range(block.layer - 1, block.layer + block.depth + 1)
     else:
@@ -153,19 +107,7 @@ def compressed_rest(
     codec: Codec,
     influence: Sequence[float] = (),
 ) -> Iterator[None]:
-    """See the model as the node responsible for a block sees it: that block exact, the rest coded and decoded.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The exact model; exact again afterwards.
-    block : Block
-        The responsible block.
-    codec : Codec
-        Coding of the rest.
-    influence : sequence of float
-        As `layer_influence` gives it; needed where the codec drops layers.
-    """
+    """See the model as the node responsible for a block sees it: that block exact, the rest coded and decoded."""
     exact = {
         name: (parameter, parameter.data)
         for name, parameter in model.named_parameters()
@@ -183,18 +125,7 @@ def compressed_rest(
 
 
 def gradient_cosine(exact: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Cosine between two gradients of a block, as `train.block_gradient` gives them.
-
-    Parameters
-    ----------
-    exact, other : mapping of str to Tensor
-        The gradients, by the same names.
-
-    Returns
-    -------
-    float
-        In [-1, 1]; NaN where one is zero.
-    """
+    """Cosine between two gradients of a block; NaN where one is zero."""
     product = sum(float((exact[name].double() * other[name].double()).sum()) for name in exact)
     square = [sum(float(value.double().square().sum()) for value in gradient.values()) for gradient in (exact, other)]
     return product / (square[0] * square[1]) ** 0.5 if square[0] * square[1] else float("nan")

@@ -21,27 +21,13 @@ from fedtune_strategies.blocks.gradients import LossFn, block_gradients
 
 @dataclass(frozen=True)
 class BlockUpdate:
-    """What a turn of local training produced.
+    """What a turn of local training produced."""
 
-    Attributes
-    ----------
-    delta : dict of str to Tensor
-        new − old for every tensor of the block, float32, on the CPU: it travels.
-    losses : list of float
-        Loss of every step taken, in order, before that step.
-    steps : int
-        Steps taken.
-    skipped : int
-        Steps left out because their loss or gradient was not finite.
-    grad_norm : float
-        Mean over the steps taken of the 2-norm of the block's gradient; NaN if none was taken.
-    """
-
-    delta: dict[str, Tensor]
-    losses: list[float]
-    steps: int
-    skipped: int
-    grad_norm: float
+    delta: dict[str, Tensor]  # new − old for every tensor of the block, float32, on the CPU: it travels
+    losses: list[float]  # loss of every step taken, in order, before that step
+    steps: int  # steps taken
+    skipped: int  # steps left out because their loss or gradient was not finite
+    grad_norm: float  # mean over the steps taken of the 2-norm of the block's gradient; NaN if none was taken
 
 
 def train_block(
@@ -62,41 +48,16 @@ def train_block(
 ) -> BlockUpdate:
     """Take AdamW steps on one block, leaving the model as it was.
 
-    The model is in evaluation mode during training (no dropout), everything outside the block has
-    ``requires_grad = False``, and the block itself is trained in float32 for any dtype of the model. On return, or on
-    an error, every weight and flag of the model is what it was before: to commit the result, whoever holds the weights
-    calls `apply_delta` with the delta *as it travelled*, and so all holders have the same bits.
+    The model is in evaluation mode during training (no dropout), everything outside the block has ``requires_grad =
+    False``, and the block itself is trained in float32 for any dtype of the model. On return, or on an error, every
+    weight and flag of the model is what it was before: to commit the result, whoever holds the weights calls
+    `apply_delta` with the delta *as it travelled*, and so all holders have the same bits.
+
+    Step s takes `accumulate` consecutive batches, starting over at the end. `lr` may be a function of the step, from 0.
+    `start` is the exact float32 block where the model holds it in 16 bits. The others are as in `block_gradients`; the
+    cache pays when steps · accumulate > len(batches).
 
     Memory of the block itself: its start, a float32 copy, one gradient and two moments, 20 bytes a parameter in all.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The model; any float dtype.
-    block : Block
-        The block to train.
-    loss_fn : callable
-        ``loss_fn(model, batch)`` gives the scalar loss of one batch.
-    batches : sequence
-        Batches of the node's data; step s takes ``accumulate`` consecutive ones, starting over at the end.
-    steps : int
-        Steps K, the skipped ones included.
-    lr : float or callable
-        Learning rate, or a function of the local step (from 0), by which a schedule over all turns is given.
-    weight_decay, beta1 : float
-        Of AdamW (decoupled decay).
-    start : mapping of str to Tensor, optional
-        The exact float32 block to start from where the model holds it in 16 bits; by default the model's own.
-    accumulate : int
-        Batches whose mean gradient makes one step.
-    autocast, checkpoint, cache_bytes
-        How gradients are computed; see `gradients.block_gradients`. The cache pays when steps · accumulate >
-        len(batches).
-
-    Returns
-    -------
-    BlockUpdate
-        The change of the block and how it came about.
     """
     parameters = {name: model.get_parameter(name) for name in block.parameters}
     start = {name: (start or parameters)[name].detach().to(p.device, torch.float32) for name, p in parameters.items()}
@@ -124,39 +85,15 @@ def apply_delta(weights: Mapping[str, Tensor], delta: Mapping[str, Tensor], gamm
 
     The product and the sum are two operations, each rounded once (IEEE 754): a fused multiply-add, which some
     processors would use and others not, cannot come between them.
-
-    Parameters
-    ----------
-    weights : mapping of str to Tensor
-        The block at the version that the delta starts from.
-    delta : mapping of str to Tensor
-        As decoded from the wire, by name; on any device.
-    gamma : float
-        Server step size γ.
-
-    Returns
-    -------
-    dict of str to Tensor
-        The new block, float32, on the devices of `weights`.
     """
     changes = {name: delta[name].to(value.device, torch.float32) for name, value in weights.items()}
     return {name: value.float() + changes[name] * gamma for name, value in weights.items()}
 
 
 def weighted_mean(blocks: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Average the changes that several nodes made to one block (FedBAvg), or several states of a block.
+    """Average the changes that several nodes made to one block (FedBAvg), or several states of a block, in float32.
 
-    Parameters
-    ----------
-    blocks : sequence of mapping of str to Tensor
-        One for each node; the order of the sequence fixes the order of the sums, so give it sorted by node.
-    weights : sequence of float
-        Weight of each, such as the node's number of examples.
-
-    Returns
-    -------
-    dict of str to Tensor
-        The mean, float32.
+    Sums are in the order of the sequence, so give it sorted by node.
     """
     shares = [weight / sum(weights) for weight in weights]
     mean = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in blocks[0].items()}

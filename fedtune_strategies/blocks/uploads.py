@@ -23,21 +23,9 @@ def encode_with_feedback(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Code a change and keep what coding lost for the sender's next change of the same tensors (error feedback).
 
-    Parameters
-    ----------
-    change : mapping of str to Tensor
-        The change, float32.
-    residual : mapping of str to Tensor
-        What the last coding of these tensors lost; empty at first.
-    codec : Codec
-        One of `UPLOADS`.
-
-    Returns
-    -------
-    tuple of (dict of str to Tensor, dict of str to Tensor)
-        The parts to send, and the new residual: (change + residual) - what the receiver decodes. Empty where nothing
-        is lost, and with bf16, which rounds each value by at most 0.4 % and keeps no memory of it: so a node that was
-        restarted sends the same bits.
+    Returns the parts to send, and the new residual: (change + residual) - what the receiver decodes. It is empty where
+    nothing is lost, and with bf16, which rounds each value by at most 0.4 % and keeps no memory of it: so a node that
+    was restarted sends the same bits.
     """
     if codec == Codec():
         return dict(change), {}
@@ -49,17 +37,7 @@ def encode_with_feedback(
 
 
 def fits(parts: Mapping[str, Tensor], tensors: Mapping[str, Tensor], upload: str) -> bool:
-    """Say whether parts are what `encode` makes of a change of these tensors: to be asked before they are decoded.
-
-    Parameters
-    ----------
-    parts : mapping of str to Tensor
-        What arrived.
-    tensors : mapping of str to Tensor
-        The tensors that changed.
-    upload : str
-        ``train.upload``.
-    """
+    """Say whether parts are what `encode` makes of a change of these tensors: to be asked before they are decoded."""
     shapes = {f"{name}:shape": list(tensor.shape) for name, tensor in tensors.items()}
     return layout_of(parts) == expected_layout(tensors, upload) and all(
         part.tolist() == shapes[name] for name, part in parts.items() if name in shapes
@@ -91,12 +69,9 @@ def expected_layout(tensors: Mapping[str, Tensor], upload: str) -> Layout:
 
 
 class Residuals(MutableMapping[int, Mapping[str, Tensor]]):
-    """Named tensors by number, each in a file: they take no memory, and outlive the process.
+    """Named tensors by number, each in a file of a private folder: they take no memory, and outlive the process.
 
-    Parameters
-    ----------
-    folder : Path
-        Made with the first of them, for this user alone. A kill at any moment leaves each file as it was, or whole.
+    A kill at any moment leaves each file as it was, or whole.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -69,13 +69,7 @@ class Config:
         return cls
 
     def check(self) -> None:
-        """Check the keys that must go together; a subclass adds its own.
-
-        Raises
-        ------
-        ConfigError
-            They do not.
-        """
+        """Check the keys that must go together; a subclass adds its own."""
         self.stream.check()
         if self.strategy.min_replies > self.strategy.min_nodes:
             raise ConfigError(

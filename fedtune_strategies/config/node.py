@@ -83,23 +83,7 @@ class NodeConfig:
 
 
 def parse_node(given: Mapping[str, Any]) -> NodeConfig:
-    """Check a node's configuration; keys of Flower's own such as ``partition-id`` are left alone.
-
-    Parameters
-    ----------
-    given : mapping of str to str, int, float or bool
-        Flower's node config. Numbers and booleans may come as text.
-
-    Returns
-    -------
-    NodeConfig
-        The checked configuration.
-
-    Raises
-    ------
-    ConfigError
-        ``data`` is missing, a value is not accepted, or ``name`` is none that a server takes.
-    """
+    """Check a node's configuration; keys of Flower's own such as ``partition-id`` are left alone."""
     known = {name: kind for name, kind, _ in options(NodeConfig)}
     own = {name: _typed(given[name], kind) for name, kind in known.items() if name in given}
     config = section(NodeConfig, "", own, where="node config")

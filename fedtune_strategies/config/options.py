@@ -127,13 +127,7 @@ def section(cls: type[T], prefix: str, values: Mapping[str, Any], *, where: str 
 
 
 def checked(name: str, value: Any, kind: type[Any], spec: dataclasses.Field, where: str) -> Scalar:
-    """Return the value of a key as its type.
-
-    Raises
-    ------
-    ConfigError
-        It has another type or is out of range.
-    """
+    """Return the value of a key as its type."""
     limits = spec.metadata
     if limits["auto"] and value == "auto":
         return kind()

@@ -218,13 +218,7 @@ class StreamConfig:
     address: str = option("", "Where nodes find that, 'host:port'; empty for the same.")
 
     def check(self) -> None:
-        """Check that nodes can be told where to find what is listened on.
-
-        Raises
-        ------
-        ConfigError
-            They cannot.
-        """
+        """Check that nodes can be told where to find what is listened on."""
         if self.listen in ("", "off"):
             if self.address:
                 raise ConfigError("run config: 'stream.address' is where nodes find 'stream.listen': set that too.")

@@ -27,13 +27,7 @@ from fedtune_strategies.zeroth_order.calibrate import DIRECTIONS, calibrate, def
 
 
 class FedAvgClient:
-    """Trains all parameters by AdamW.
-
-    Parameters
-    ----------
-    context : NodeContext
-        The node.
-    """
+    """Trains all parameters by AdamW."""
 
     def __init__(self, context: NodeContext) -> None:
         self._config: Any = context.config

@@ -15,17 +15,7 @@ from fedtune_strategies.seed_space import fingerprint
 
 
 class FedIT(ArraysStrategy):
-    """Average adapters: their A and B each for itself, as published.
-
-    Parameters
-    ----------
-    config : FedITRunConfig
-        The run configuration.
-    model : nn.Module
-        The server's model; it stays as it is.
-    base : mapping of str to Tensor
-        W_0 by canonical parameter name.
-    """
+    """Average adapters: their A and B each for itself, as published."""
 
     def __init__(self, config: FedITRunConfig, model: nn.Module, base: Mapping[str, Tensor]) -> None:
         self.base = base

@@ -21,15 +21,7 @@ from fedtune_strategies.strategy import State, log, share_of_step
 
 
 class FedZO(ArraysStrategy):
-    """Average all parameters after zeroth-order steps.
-
-    Parameters
-    ----------
-    config : FedZORunConfig
-        The run configuration.
-    initial : mapping of str to Tensor
-        W_0 by canonical parameter name.
-    """
+    """Average all parameters after zeroth-order steps."""
 
     def __init__(self, config: FedZORunConfig, initial: Mapping[str, Tensor]) -> None:
         super().__init__(config, initial)

@@ -17,19 +17,7 @@ from fedtune_strategies.seed_space import fingerprint
 
 
 class AdapterBlocks(FedCyBGD):
-    """Cycle through the adapters of a model, layer by layer.
-
-    Parameters
-    ----------
-    config : FedCyBGDRunConfig
-        The run configuration.
-    model : nn.Module
-        The server's model; it stays as it is.
-    base : mapping of str to Tensor
-        W_0 by canonical parameter name.
-    measure : callable
-        See `FedCyBGD`.
-    """
+    """Cycle through the adapters of a model, layer by layer; the server's model stays as it is."""
 
     def __init__(
         self,

@@ -49,13 +49,7 @@ class _Sent:
 
 
 class FedCyBGDClient:
-    """The blocks as a node holds them: all in their frozen form, one also exactly.
-
-    Parameters
-    ----------
-    context : NodeContext
-        The node.
-    """
+    """The blocks as a node holds them: all in their frozen form, one also exactly."""
 
     def __init__(self, context: NodeContext) -> None:
         self._config: FedCyBGDRunConfig = context.config
@@ -111,23 +105,7 @@ class FedCyBGDClient:
         )
 
     def take(self, task: BlockTask) -> bool:
-        """Take up what a task brings.
-
-        Parameters
-        ----------
-        task : BlockTask
-            The task.
-
-        Returns
-        -------
-        bool
-            Whether the node now holds what the task counts on. If not, it holds the base model alone.
-
-        Raises
-        ------
-        ProtocolError
-            The task does not fit the model.
-        """
+        """Take up what a task brings; says whether all that it counts on is there. If not, only the base model is."""
         self._check(task)
         if self._versions is None:
             self._reset()
@@ -142,19 +120,7 @@ class FedCyBGDClient:
         return True
 
     def train(self, task: BlockTask) -> tuple[BlockUpdate, dict[str, Tensor], str]:
-        """Train the task's block; `take` said that all is there.
-
-        Parameters
-        ----------
-        task : BlockTask
-            The task.
-
-        Returns
-        -------
-        tuple of BlockUpdate, dict of str to Tensor, and str
-            The change of the block, its parts as they travel, and the fingerprint of the weights on which training
-            started.
-        """
+        """Train the block of a task that was taken up: its change, what travels, and the start's fingerprint."""
         settings, train, examples = self._config.fedcybgd, self._config.train, self._examples
         size = train.batch_size
         block = self._blocks[task.block]

@@ -12,60 +12,27 @@ from fedtune_strategies.protocol.reply import TrainReply
 
 @dataclass(frozen=True)
 class BlockTask:
-    """One turn of FedCyBGD for one node, or one part of what the turn needs.
-
-    Attributes
-    ----------
-    round : int
-        Turn, from 1.
-    block : int
-        Index of the block to train; -1 to only keep the parts.
-    versions : Tensor
-        int64 [D], version of every block after the parts are applied.
-    exact : dict of str to Tensor
-        float32 parameters of the block to train, where the node lacks it; in a part, of the one that it trains next.
-    frozen : dict of str to Tensor
-        Coded parameters of frozen blocks that the node lacks.
-    lr : float
-        Learning rate of this turn.
-    dropped : Tensor
-        int64, decoder layers that are left out in this turn.
-    committed : int
-        The last turn of this node that was committed, 0 for none.
-    """
+    """One turn of FedCyBGD for one node, or one part of what the turn needs."""
 
     kind: ClassVar[str] = "block-task"
-    round: int
-    block: int
-    versions: Tensor
+    round: int  # turn, from 1
+    block: int  # index of the block to train; -1 to only keep the parts
+    versions: Tensor  # int64 [D], version of every block after the parts are applied
+    # float32 parameters of the block to train, where the node lacks it; in a part, of the one that it trains next
     exact: dict[str, Tensor]
-    frozen: dict[str, Tensor]
-    lr: float
-    dropped: Tensor
-    committed: int
+    frozen: dict[str, Tensor]  # coded parameters of frozen blocks that the node lacks
+    lr: float  # learning rate of this turn
+    dropped: Tensor  # int64, decoder layers that are left out in this turn
+    committed: int  # the last turn of this node that was committed, 0 for none
 
 
 @dataclass(frozen=True)
 class BlockReply(TrainReply):
-    """What a node answers to a `BlockTask`: the change of one block.
-
-    Attributes
-    ----------
-    block : int
-        Index of the trained block.
-    base_version : int
-        Version of the block from which the node started.
-    delta : dict of str to Tensor
-        Change of each parameter of the block, coded as ``train.upload`` says.
-    steps : int
-        Optimiser steps that counted.
-    skipped : int
-        Steps left out because their loss was not finite.
-    """
+    """What a node answers to a `BlockTask`: the change of one block."""
 
     kind: ClassVar[str] = "block-reply"
-    block: int
-    base_version: int
-    delta: dict[str, Tensor]
-    steps: int
-    skipped: int
+    block: int  # index of the trained block
+    base_version: int  # version of the block from which the node started
+    delta: dict[str, Tensor]  # change of each parameter of the block, coded as ``train.upload`` says
+    steps: int  # optimiser steps that counted
+    skipped: int  # steps left out because their loss was not finite

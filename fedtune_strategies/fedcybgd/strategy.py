@@ -54,35 +54,16 @@ PART_BYTES = 64 * 2**20
 
 
 class Lease(NamedTuple):
-    """What a node was given to train in a round.
+    """What a node was given to train in a round."""
 
-    Attributes
-    ----------
-    block, version : int
-        The block, and the version on which the node was to start.
-    fingerprint : str
-        Fingerprint of all weights on which it was to start.
-    """
-
+    # the block, and the version on which the node was to start
     block: int
     version: int
-    fingerprint: str
+    fingerprint: str  # fingerprint of all weights on which it was to start
 
 
 class FedCyBGD(TuningStrategy):
-    """Cycle through the blocks of the model.
-
-    Parameters
-    ----------
-    config : FedCyBGDRunConfig
-        The run configuration.
-    base : mapping of str to Tensor
-        W_0 by canonical parameter name.
-    blocks : sequence of Block
-        The blocks of the model, see `fedtune_strategies.blocks.find_blocks`.
-    measure : callable
-        Makes the `Calibration` by which a codec with drop chooses layers.
-    """
+    """Cycle through the blocks of the model; `measure` says by what a codec with drop chooses layers."""
 
     def __init__(
         self,

@@ -13,18 +13,7 @@ from fedtune_strategies.fedkseed.config import SeedStrategyConfig
 
 
 def make_aggregator(settings: SeedStrategyConfig) -> Strategy:
-    """Make the Flower strategy that ``strategy.aggregation`` names.
-
-    Parameters
-    ----------
-    settings : SeedStrategyConfig
-        The run's ``strategy`` keys.
-
-    Returns
-    -------
-    flwr.serverapp.strategy.Strategy
-        A new one.
-    """
+    """Make the Flower strategy that ``strategy.aggregation`` names."""
     adaptive: dict[str, Any] = {"beta_1": settings.momentum, "beta_2": settings.second_momentum}
     match settings.aggregation:
         case "fedavgm":
@@ -45,33 +34,16 @@ def prepare(inner: Strategy) -> None:
 
 
 def set_step(inner: Strategy, lr: float, adaptivity: float) -> None:
-    """Tell an adaptive Flower strategy the step size of the round.
+    """Tell an adaptive Flower strategy the step size of the round: its own step is as long.
 
-    Parameters
-    ----------
-    inner : Strategy
-        From `make_aggregator`.
-    lr, adaptivity : float
-        Step size of the round. An adaptive strategy's own step is as long, and its tau `adaptivity` times as long:
-        without a unit, Adam's "1" would mean nothing in seed space.
+    Its tau is `adaptivity` times as long: without a unit, Adam's "1" would mean nothing in seed space.
     """
     if isinstance(inner, FedAdam | FedYogi):
         inner.eta, inner.tau = lr, adaptivity * lr
 
 
 def moments(inner: Strategy) -> dict[str, Tensor]:
-    """Return what a Flower strategy remembers from round to round, to be stored.
-
-    Parameters
-    ----------
-    inner : Strategy
-        From `make_aggregator`.
-
-    Returns
-    -------
-    dict of str to Tensor
-        Momenta, float64 [K]; empty before the first round and for strategies without.
-    """
+    """Return what a Flower strategy remembers from round to round, float64 [K] each, to be stored; often nothing."""
     if isinstance(inner, FedAvgM) and inner.momentum_vector is not None:
         return {"moment/1": torch.from_numpy(inner.momentum_vector[0])}
     if isinstance(inner, FedAdam | FedYogi) and inner.m_t and inner.v_t:

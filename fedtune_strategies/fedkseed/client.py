@@ -35,13 +35,7 @@ EMPTY: Batch = {"labels": torch.empty(0, 1, dtype=torch.int64)}
 
 
 class FedKSeedClient:
-    """Theta of the node's last task, and what it takes to work from it.
-
-    Parameters
-    ----------
-    context : NodeContext
-        The node.
-    """
+    """Theta of the node's last task, and what it takes to work from it."""
 
     def __init__(self, context: NodeContext) -> None:
         self._config: FedKSeedRunConfig = context.config
@@ -88,23 +82,7 @@ class FedKSeedClient:
         )
 
     def take(self, task: SeedTask) -> bool:
-        """Take up the theta of a task.
-
-        Parameters
-        ----------
-        task : SeedTask
-            The task.
-
-        Returns
-        -------
-        bool
-            Whether the node held the theta that the task counts on.
-
-        Raises
-        ------
-        ProtocolError
-            The change does not fit the run.
-        """
+        """Take up the theta of a task; says whether the node held the theta that the task counts on."""
         if task.since not in (0, self._version):
             # Either the last task came once more, or this worker was started again and lacks the theta on which the
             # change counts.
@@ -119,18 +97,7 @@ class FedKSeedClient:
         return True
 
     def calibrate(self, task: SeedTask) -> Calibration:
-        """Find the step size where a task leaves it open, and say then how noisy slopes are.
-
-        Parameters
-        ----------
-        task : SeedTask
-            The task; `take` said that theta is there.
-
-        Returns
-        -------
-        Calibration
-            Step size and noise; no noise where it was not measured.
-        """
+        """Find the step size where a task that was taken up leaves it open, and say then how noisy slopes are."""
         if task.lr:
             return Calibration(task.lr, math.nan)
         # Round 0 is no round: a node that is started again finds the same step size on the same batch.
@@ -153,25 +120,7 @@ class FedKSeedClient:
         return Calibration(found.lr, math.nan) if exact else found
 
     def train(self, task: SeedTask, found: Calibration) -> tuple[LocalSteps, str]:
-        """Take the round's local steps.
-
-        Parameters
-        ----------
-        task : SeedTask
-            The task; `take` said that theta is there.
-        found : Calibration
-            The step size.
-
-        Returns
-        -------
-        tuple of LocalSteps and str
-            Scalars and losses, and the fingerprint of the weights on which they began.
-
-        Raises
-        ------
-        ProtocolError
-            The odds of the seeds are unusable.
-        """
+        """Take the round's local steps; returns them with the fingerprint of the weights on which they began."""
         settings = self._config.fedkseed
         key = seed_key(self._config, task.round, self._name, self._key(task.round))
         odds = self._odds(task)

@@ -31,13 +31,7 @@ Find: TypeAlias = Callable[[Batch], Slopes]
 
 
 class SeedGradientClient:
-    """The weights after the rounds that the node knows of, and what it takes to walk from there.
-
-    Parameters
-    ----------
-    context : NodeContext
-        The node.
-    """
+    """The weights after the rounds that the node knows of, and what it takes to walk from there."""
 
     def __init__(self, context: NodeContext) -> None:
         self._config: GradientRunConfig = context.config
@@ -80,13 +74,7 @@ class SeedGradientClient:
         )
 
     def take(self, task: GradientTask) -> bool:
-        """Move the weights by the points of a task; says whether they are then those of its round.
-
-        Raises
-        ------
-        ProtocolError
-            The points do not fit the run.
-        """
+        """Move the weights by the points of a task; says whether they are then those of its round."""
         own, since = self._config.fedkseed, max(0, task.since)
         width = packed_bytes(own.seeds, own.down_bits)
         if task.levels.shape != (task.round - 1 - since, width) or task.units.shape != task.levels.shape[:1]:

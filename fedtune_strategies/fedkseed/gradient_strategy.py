@@ -49,15 +49,7 @@ Point = tuple[Tensor, float]
 
 
 class SeedGradient(TuningStrategy):
-    """Tune in the space of seeded directions by gradients, a fresh pool of directions in each round.
-
-    Parameters
-    ----------
-    config : GradientRunConfig
-        The run configuration.
-    base : mapping of str to Tensor
-        W_0 of the tuned parameters by canonical name.
-    """
+    """Tune in the space of seeded directions by gradients, a fresh pool of directions in each round."""
 
     def __init__(self, config: GradientRunConfig, base: Mapping[str, Tensor]) -> None:
         self.config = config

@@ -30,15 +30,7 @@ PART = CHUNK_BYTES // 4  # elements
 
 
 class Moved:
-    """W_r: the base model moved by the point of every round's pool, whose directions are as large as the weights.
-
-    Parameters
-    ----------
-    config : GradientRunConfig
-        The run configuration.
-    base : mapping of str to Tensor
-        W_0 of the tuned parameters by canonical name.
-    """
+    """W_r: the base model moved by the point of every round's pool, whose directions are as large as the weights."""
 
     def __init__(self, config: GradientRunConfig, base: Mapping[str, Tensor]) -> None:
         self._config = config
@@ -79,13 +71,7 @@ class Moved:
             yield GradientWeights(round, start, flat[start : start + PART], whole)
 
     def receive(self, part: GradientWeights) -> bool:
-        """Take one of `parts`, the last of which completes the weights; says whether it was the one that comes next.
-
-        Raises
-        ------
-        FingerprintError
-            They are not the server's weights.
-        """
+        """Take one of `parts`, the last of which completes the weights; says whether it was the one that comes next."""
         if part.start == 0:
             self._began = time.monotonic()
             log.info("receiving the weights after %d rounds, %.0f MB", part.round - 1, 4e-6 * self._size)

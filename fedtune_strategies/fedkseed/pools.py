@@ -37,22 +37,11 @@ def rebuild(
     parameters: Mapping[str, Tensor],
     base: Mapping[str, Tensor],
 ) -> None:
-    """Set every parameter to its value at a point of every pool, in place.
+    """Set every parameter to its value at a point of every pool so far, in place.
 
     Sums are float32 in the order of the pools, rounded to the parameter's dtype once at the end, so the result does not
     depend on who rebuilds, or since when it takes part. Costs one transform for each pool, and the memory of one more
     tensor in float32.
-
-    Parameters
-    ----------
-    config : FedKSeedRunConfig
-        The run configuration.
-    points : sequence of ndarray of float32, shape [K]
-        Theta of each pool so far, at least one.
-    parameters : mapping of str to Tensor
-        What to write, by canonical name: `tuned_parameters` of the model.
-    base : mapping of str to Tensor
-        W_0 by the same names.
     """
     before, last, point = BeforeLast(config, points, base, base), nth_pool(config, len(points) - 1), points[-1]
     for name, parameter in parameters.items():

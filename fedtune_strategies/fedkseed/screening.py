@@ -18,41 +18,16 @@ def amplitude(scalars: NDArray[np.float32]) -> float:
 
 
 def running_amplitude(before: float, amplitudes: Sequence[float]) -> float:
-    """Carry the running amplitude on by a round.
-
-    Parameters
-    ----------
-    before : float
-        The running amplitude; 0 before the first round.
-    amplitudes : sequence of float
-        `amplitude` of each reply; their median counts.
-
-    Returns
-    -------
-    float
-        The new running amplitude.
-    """
+    """Carry the running amplitude, 0 at first, on by a round: the median of its replies' counts."""
     now = float(np.median(amplitudes))
     return (1 - _NEWEST) * before + _NEWEST * now if before else now
 
 
 def in_line(amplitudes: Sequence[float], factor: float) -> list[bool]:
-    """Say whose amplitude is within a factor of the round's median.
+    """Say whose amplitude is within a factor of the round's median; 0 is no limit.
 
     The round's own median, since slopes of all nodes may fall or grow together from one round to the next. Where no
     majority agrees, nobody can be called an outlier.
-
-    Parameters
-    ----------
-    amplitudes : sequence of float
-        `amplitude` of each reply of a round.
-    factor : float
-        Most times above or below the median; 0 for no limit.
-
-    Returns
-    -------
-    list of bool
-        In the order of the replies.
     """
     median = float(np.median(amplitudes))
     inside = [not (factor and median) or median / factor <= one <= median * factor for one in amplitudes]

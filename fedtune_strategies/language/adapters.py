@@ -13,28 +13,10 @@ from fedtune_strategies.errors import ConfigError
 
 
 def add_adapters(model: nn.Module, rank: int, alpha: int, targets: str, seed: int) -> dict[str, nn.Parameter]:
-    """Put adapters into a model; what it computes does not change yet.
+    """Put adapters of a rank into a model, scaled by alpha / rank; what it computes does not change yet.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Changed in place: the targeted layers are wrapped, which moves their weights to other names.
-    rank, alpha : int
-        Rank of the adapters, which are scaled by alpha / rank.
-    targets : str
-        Modules that get one, as PEFT takes them: ``"all-linear"``, a regular expression, or empty for PEFT's choice.
-    seed : int
-        Of the adapters' start.
-
-    Returns
-    -------
-    dict of str to nn.Parameter
-        The adapters' parameters by name.
-
-    Raises
-    ------
-    ConfigError
-        PEFT is not installed, or finds no module to adapt.
+    The targeted layers are wrapped, which moves their weights to other names. `targets` is as PEFT takes it:
+    ``"all-linear"``, a regular expression, or empty for PEFT's choice. `seed` draws the adapters' start.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -69,33 +51,14 @@ def sharing_weights(model: nn.Module) -> nn.Module:
 
 
 def merge_adapters(model: nn.Module, base: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    """Write W_0 + (alpha / rank) B A into the adapted weights, summed in float32 and rounded once.
-
-    Parameters
-    ----------
-    model : nn.Module
-        With adapters from `add_adapters`.
-    base, parameters : mapping of str to Tensor
-        W_0, and where to write, by the weights' names without adapters.
-    """
+    """Write W_0 + (alpha / rank) B A into the adapted weights, summed in float32 and rounded once."""
     with torch.no_grad():
         for name, change in weight_changes(model):
             parameters[name].copy_(base[name].float() + change.float())
 
 
 def weight_changes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield what the adapters of a model add to its weights, by the weights' names without adapters.
-
-    Parameters
-    ----------
-    model : nn.Module
-        With adapters from `add_adapters`.
-
-    Yields
-    ------
-    tuple of str and Tensor
-        Name and change (alpha / rank) B A, in the shape of the weight.
-    """
+    """Yield what a model's adapters add to its weights, (alpha / rank) B A, by the weights' names without adapters."""
     from peft.tuners.lora import LoraLayer
 
     layers: list[tuple[str, Any]] = [

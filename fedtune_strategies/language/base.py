@@ -18,19 +18,8 @@ from fedtune_strategies.seed_space import fingerprint
 def base_tensors(language: LanguageModel) -> Mapping[str, torch.Tensor]:
     """Return the base weights of a model that has just been loaded, to be kept unchanged while it is tuned.
 
-    A parameter that is in the weight files exactly as it was loaded is mapped from there, which costs no memory of
-    its own. Another one (converted to a different dtype, or renamed or merged on loading) is copied.
-
-    Parameters
-    ----------
-    language : LanguageModel
-        Not yet tuned.
-
-    Returns
-    -------
-    Mapping of str to torch.Tensor
-        By canonical name (the first in ``model.named_parameters()`` of tied ones), in the dtype of the model; mapped
-        ones are on the CPU, copies on the model's device. Never write to them.
+    A parameter that is in the weight files exactly as it was loaded is mapped from there, which costs no memory of its
+    own. Another one (converted to a different dtype, or renamed or merged on loading) is copied. Never write to them.
     """
     if language.coded is not None:
         return language.coded
@@ -57,18 +46,8 @@ def structure(folder: Path) -> PreTrainedModel:
 def stored_fingerprint(folder: Path, dtype: str) -> str:
     """Return the fingerprint of `base_tensors` from the weight files, without loading the model.
 
-    Parameters
-    ----------
-    folder : Path
-        As from `check_model`.
-    dtype : str
-        As for `load_model`.
-
-    Returns
-    -------
-    str
-        Empty where it takes the loaded model to tell: weights that are renamed, merged, tied otherwise or kept in
-        another type on loading.
+    It is empty where it takes the loaded model to tell: weights that are renamed, merged, tied otherwise or kept in
+    another type on loading.
     """
     model, files, loaded = structure(folder), weight_files(folder), weights_dtype(folder, dtype)
     if get_checkpoint_conversion_mapping(model.config.model_type) or model._keep_in_fp32_modules:

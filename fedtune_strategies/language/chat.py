@@ -19,24 +19,7 @@ TRIED = 10_000
 
 
 def try_template(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Write rows by the chat template and throw the texts away.
-
-    Parameters
-    ----------
-    rows : sequence of Row
-        Of more than `TRIED`, as many are tried.
-    tokenizer : PreTrainedTokenizerBase
-
-    Returns
-    -------
-    int
-        In how many of the rows that were tried `fold_system` moved a system message.
-
-    Raises
-    ------
-    DataError
-        The template refuses a conversation, or loses its text.
-    """
+    """Write rows, `TRIED` at most, by the chat template; returns in how many a system message moved."""
     step = -(-len(rows) // TRIED)
     tried = rows[::step]
     folded = fold_system(tried, tokenizer)
@@ -60,22 +43,7 @@ def changed(rows: Sequence[Row], folded: Sequence[Row]) -> int:
 def render(row: Row, tokenizer: PreTrainedTokenizerBase, number: int) -> tuple[str, str]:
     """Return prompt text and response text, the response closed by one end-of-sequence token.
 
-    Parameters
-    ----------
-    row : Row
-        As `fold_system` leaves it. Text that is formatted already is not formatted again.
-    tokenizer : PreTrainedTokenizerBase
-    number : int
-        Of the row, from 1, for errors.
-
-    Returns
-    -------
-    tuple of str and str
-
-    Raises
-    ------
-    DataError
-        The template refuses the conversation or loses its text, or there is none to write tool calls with.
+    `number` is the row's, from 1, for errors. Text that is formatted already is not formatted again.
     """
     end = tokenizer.eos_token or ""
     closed = row.response if end and row.response.rstrip().endswith(end) else row.response + end

@@ -19,20 +19,11 @@ CODECS = {"exact": Codec(), "int8": Codec("int8"), "nf4": Codec("nf4")}
 
 
 class CodedWeights(Mapping[str, Tensor]):
-    """Weights by canonical name, decoded anew at each access.
+    """Weights by canonical name, decoded at each access, in the given dtype.
 
-    What the codes decode to *is* the base model: every holder of the same files makes the same codes, and gets the
-    same bits from them. The tensors themselves are not kept; those of codec "exact" are where they came from, such as a
-    mapped file.
-
-    Parameters
-    ----------
-    tensors : mapping of str to Tensor
-        The weights, any float type. Vectors are kept as they are.
-    codec : {"exact", "int8", "nf4"}
-        What is kept of matrices.
-    dtype : torch.dtype
-        Type of the decoded tensors.
+    What the codes decode to *is* the base model: every holder of the same files makes the same codes, and gets the same
+    bits from them. Vectors are kept as they are. The tensors themselves are not kept; those of codec "exact" are where
+    they came from, such as a mapped file.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], codec: str, dtype: torch.dtype) -> None:

@@ -32,76 +32,28 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One prompt and its response, before tokenisation.
+    """One prompt and its response, before tokenisation."""
 
-    Attributes
-    ----------
-    prompt : str, list of messages, or None
-        A string; or a conversation ``[{"role": …, "content": …}, …]`` that the response answers, with ``tool_calls``
-        where the assistant called tools; or None for plain text, all of which is learnt.
-    response : str
-        What the model is to learn to write.
-    references : tuple of str
-        All accepted answers, for Rouge-L. The response is among them.
-    tools : list or None
-        Descriptions of the tools that the assistant may call, for the chat template.
-    """
-
+    # A string; or a conversation ``[{"role": …, "content": …}, …]`` that the response answers, with ``tool_calls``
+    # where the assistant called tools; or None for plain text, all of which is learnt
     prompt: str | list[Message] | None
-    response: str
-    references: tuple[str, ...] = ()
-    tools: list[Any] | None = None
+    response: str  # what the model is to learn to write
+    references: tuple[str, ...] = ()  # All accepted answers, for Rouge-L. The response is among them.
+    tools: list[Any] | None = None  # descriptions of the tools that the assistant may call, for the chat template
 
 
 def read_rows(path: str | Path, format: str = "auto", columns: str = "", skip_bad: bool = False) -> list[Row]:
-    """Read an owner's data.
+    """Read an owner's data: a file, a folder, a pattern, or what ``Dataset.save_to_disk`` wrote (docs/data.md).
 
-    Parameters
-    ----------
-    path : str or Path
-        A data file, a folder of them, a pattern such as ``notes-*.jsonl``, or a folder written by
-        ``Dataset.save_to_disk``; docs/data.md lists the kinds.
-    format : str
-        ``"auto"`` recognises the format by the columns; otherwise one of `FORMATS`.
-    columns : str
-        Which of the file's columns is which of the format's, ``"prompt=question,completion=answer"``; empty where they
-        have the format's names. Capitals and outer blanks in names do not count.
-    skip_bad : bool
-        Leave bad rows out, with a warning, instead of refusing the data.
-
-    Returns
-    -------
-    list of Row
-        In the order of the file, never empty.
-
-    Raises
-    ------
-    DataError
-        The file is missing, empty or malformed, its columns fit no format, or a value is not a string or is empty.
-        The message names the file, counts the bad rows and says of the first where they are and what is wrong.
+    Format "auto" recognises one of `FORMATS` by the columns. `columns` says which of the file's columns is which of the
+    format's, ``"prompt=question,completion=answer"``; capitals and outer blanks in names do not count. Bad rows make a
+    DataError, which counts them and says of the first where they are and what is wrong, or with `skip_bad` a warning.
     """
     return rows_from(scan(path), format, str(path), columns, skip_bad)
 
 
 def read_records(path: str | Path) -> Iterator[tuple[str, Record]]:
-    """Read the records of a data file as they stand.
-
-    Parameters
-    ----------
-    path : str or Path
-        As in `read_rows`.
-
-    Yields
-    ------
-    where : str
-        Where the record is in the file, ``"line 7"`` or ``"row 7"``.
-    record : dict
-
-    Raises
-    ------
-    DataError
-        The file is missing or malformed, or of an unknown kind.
-    """
+    """Read the records of a data file as they stand, each with where it is: ``"line 7"`` or ``"row 7"``."""
     for where, record in scan(path):
         if isinstance(record, ValueError):
             raise DataError(f"{path}, {where}: {record}")
@@ -111,26 +63,7 @@ def read_records(path: str | Path) -> Iterator[tuple[str, Record]]:
 def rows_from(
     records: Iterable[Found], format: str = "auto", source: str = "data", columns: str = "", skip_bad: bool = False
 ) -> list[Row]:
-    """Turn records of any accepted format into rows.
-
-    Parameters
-    ----------
-    records : iterable of (str, dict)
-        Where each record stands (``"line 7"``), and the record, or a ValueError that says what is wrong with it.
-    format, columns, skip_bad
-        As in `read_rows`.
-    source : str
-        Named in errors.
-
-    Returns
-    -------
-    list of Row
-
-    Raises
-    ------
-    DataError
-        As `read_rows`.
-    """
+    """Turn records of any accepted format into rows, as `read_rows`; `source` is named in errors."""
     if format != "auto" and format not in FORMATS:
         raise DataError(f"{source}: unknown data format {format!r}; accepted: auto, {', '.join(FORMATS)}")
     names = parse_columns(columns)
@@ -161,22 +94,7 @@ def rows_from(
 
 
 def parse_columns(columns: str) -> dict[str, str]:
-    """Read ``"prompt=question,completion=answer"`` into the file's name of each of the format's columns.
-
-    Parameters
-    ----------
-    columns : str
-
-    Returns
-    -------
-    dict of str to str
-        In small letters, without outer blanks.
-
-    Raises
-    ------
-    DataError
-        It is not of that shape.
-    """
+    """Read ``"prompt=question,completion=answer"`` into the file's column for each of the format's, in lower case."""
     pairs = [part.partition("=") for part in columns.split(",") if part.strip()]
     names = {left.strip().casefold(): right.strip().casefold() for left, _, right in pairs}
     if not all(left and right for left, right in names.items()):

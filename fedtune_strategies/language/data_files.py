@@ -35,23 +35,9 @@ PARQUET_ROWS = 256
 
 
 def scan(path: str | Path) -> Iterator[Found]:
-    """Read all records of a file, a folder or a pattern such as ``notes-*.jsonl``.
+    """Read all records of a file, a folder or a pattern such as ``notes-*.jsonl``, each with where it is.
 
-    Parameters
-    ----------
-    path : str or Path
-
-    Yields
-    ------
-    where : str
-        ``"line 7"`` or ``"row 7"``; after the file's name where there are several files.
-    record : dict or ValueError
-        The record, or what is wrong with it where the rest can still be read.
-
-    Raises
-    ------
-    DataError
-        The source is missing, of an unknown kind, or cannot be read further.
+    A ValueError stands for a record that is wrong where the rest can still be read; otherwise a DataError is raised.
     """
     path = Path(path).expanduser()
     if any((path / name).is_file() for name in DATASET_FILES):

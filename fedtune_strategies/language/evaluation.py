@@ -26,60 +26,28 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out loss of a model.
+    """Held-out loss of a model."""
 
-    Attributes
-    ----------
-    loss : float
-        Mean cross-entropy per response token over all examples, in nats.
-    perplexity : float
-        exp(loss).
-    tokens, examples : int
-        How many were measured.
-    """
-
-    loss: float
-    perplexity: float
+    loss: float  # mean cross-entropy per response token over all examples, in nats
+    perplexity: float  # exp(loss)
+    # how many were measured
     tokens: int
     examples: int
 
 
 @dataclass(frozen=True)
 class GenerationEvaluation:
-    """Greedy answers of a model and how well they match.
+    """Greedy answers of a model and how well they match."""
 
-    Attributes
-    ----------
-    rouge_l : float
-        Mean F1, 0 to 1.
-    answers : list of str
-        One per prompt.
-    cut_prompts : int
-        How many prompts lost their beginning, since they do not fit in the model's context beside an answer.
-    """
-
-    rouge_l: float
-    answers: list[str]
+    rouge_l: float  # mean F1, 0 to 1
+    answers: list[str]  # one per prompt
+    # how many prompts lost their beginning, since they do not fit in the model's context beside an answer
     cut_prompts: int
 
 
 @torch.inference_mode()
 def evaluate_loss(model: torch.nn.Module, examples: Examples, batch_size: int = 8) -> Evaluation:
-    """Measure the loss on held-out examples.
-
-    Every response token counts the same, in any batch.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-    examples : Examples
-    batch_size : int
-        Changes speed and memory, and the result by rounding only.
-
-    Returns
-    -------
-    Evaluation
-    """
+    """Measure the loss on held-out examples; every response token counts the same, in any batch."""
     total, tokens = 0.0, 0
     for indices in _by_length([len(ids) for ids in examples.tokens], batch_size):
         losses = token_losses(model, collate(examples, indices))
@@ -97,23 +65,7 @@ def generate_answers(
     max_new_tokens: int = 64,
     batch_size: int = 8,
 ) -> list[str]:
-    """Answer prompts greedily.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-    tokenizer : PreTrainedTokenizerBase
-        With a padding token.
-    prompts : sequence of token id sequences
-        Prompts that leave no room for the answer in the model's context lose their beginning.
-    max_new_tokens : int
-    batch_size : int
-
-    Returns
-    -------
-    list of str
-        In the order of the prompts, without special tokens and outer spaces.
-    """
+    """Answer prompts greedily, without special tokens and outer spaces; too long prompts lose their beginning."""
     room = _prompt_room(model, max_new_tokens)
     kept = [last_tokens(list(prompt), room, tokenizer.bos_token_id) for prompt in prompts]
     fitting = [ids or [tokenizer.pad_token_id] for ids in kept]
@@ -141,16 +93,7 @@ def generate_answers(
 def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Mean Rouge-L F1 (Lin, 2004) without stemming, by the ``rouge-score`` package, for text in any script.
 
-    Parameters
-    ----------
-    predictions : sequence of str
-    references : sequence of sequences of str
-        Accepted answers of each prediction, of which the best match counts.
-
-    Returns
-    -------
-    float
-        0 to 1.
+    Of a prediction's references the best match counts.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -167,18 +110,7 @@ def evaluate_generation(
     max_new_tokens: int = 64,
     batch_size: int = 8,
 ) -> GenerationEvaluation:
-    """Answer held-out prompts and compare with their references.
-
-    Parameters
-    ----------
-    model, tokenizer, max_new_tokens, batch_size
-        As `generate_answers`.
-    prompts : Prompts
-
-    Returns
-    -------
-    GenerationEvaluation
-    """
+    """Answer held-out prompts and compare with their references."""
     room = _prompt_room(model, max_new_tokens)
     cut = sum(len(ids) > room for ids in prompts.tokens)
     if cut:

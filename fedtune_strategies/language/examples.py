@@ -29,26 +29,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenised rows.
+    """Tokenised rows."""
 
-    Attributes
-    ----------
-    tokens : list of int32 arrays, each (length,)
-        Prompt and response, at most the sequence length.
-    prompt_lengths : list of int
-        How many of an example's first tokens belong to the prompt, on which there is no loss.
-    references : list of tuples of str
-        The accepted answers of each example; empty for plain text.
-    pad_id : int
-        Token id that fills a batch up.
-    cut_prompts, truncated, dropped : int
-        How many prompts lost their beginning, how many responses their end, and how many rows had no token to learn.
-    """
-
-    tokens: list[NDArray[np.int32]]
-    prompt_lengths: list[int]
-    references: list[tuple[str, ...]]
-    pad_id: int
+    tokens: list[NDArray[np.int32]]  # prompt and response, at most the sequence length
+    prompt_lengths: list[int]  # how many of an example's first tokens belong to the prompt, on which there is no loss
+    references: list[tuple[str, ...]]  # the accepted answers of each example; empty for plain text
+    pad_id: int  # token id that fills a batch up
+    # how many prompts lost their beginning, how many responses their end, and how many rows had no token to learn
     cut_prompts: int = 0
     truncated: int = 0
     dropped: int = 0
@@ -59,18 +46,10 @@ class Examples:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Tokenised prompts, to be answered.
+    """Tokenised prompts, to be answered."""
 
-    Attributes
-    ----------
-    tokens : list of lists of int
-        Whole prompts, of any length.
-    references : list of tuples of str
-        The accepted answers of each prompt.
-    """
-
-    tokens: list[list[int]]
-    references: list[tuple[str, ...]]
+    tokens: list[list[int]]  # whole prompts, of any length
+    references: list[tuple[str, ...]]  # the accepted answers of each prompt
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -81,25 +60,8 @@ def tokenise(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, seq_length
 
     Prompt and response are tokenised together, as they will be read, and the prompt once more alone: the response
     begins where the two differ. Where they do not fit together the prompt loses its beginning (after the tokenizer's
-    beginning-of-sequence token), down to a quarter of the sequence; then the response loses its end. Both are
-    counted, and the latter is warned of.
-
-    Parameters
-    ----------
-    rows : sequence of Row
-    tokenizer : PreTrainedTokenizerBase
-        Its chat template shapes prompts where it has one, else the plain template (docs/data.md).
-    seq_length : int
-        Tokens of an example at most, at least 2.
-
-    Returns
-    -------
-    examples : Examples
-
-    Raises
-    ------
-    DataError
-        No row has a response that fits, or the chat template refuses a conversation.
+    beginning-of-sequence token), down to a quarter of the sequence; then the response loses its end. Both are counted,
+    and the latter is warned of; where no response fits, it is a DataError.
     """
     tokens, prompt_lengths, references = [], [], []
     cut_prompts = truncated = dropped = 0
@@ -123,23 +85,7 @@ def tokenise(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, seq_length
 
 
 def tokenise_prompts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Prompts:
-    """Turn the prompts of rows into token ids, each alone and whole, as a user would send it.
-
-    Parameters
-    ----------
-    rows : sequence of Row
-        Not plain text.
-    tokenizer : PreTrainedTokenizerBase
-
-    Returns
-    -------
-    Prompts
-
-    Raises
-    ------
-    DataError
-        The rows are plain text, or the chat template refuses a conversation.
-    """
+    """Turn the prompts of rows into token ids, each alone and whole, as a user would send it."""
     if any(row.prompt is None for row in rows):
         raise DataError("plain text has no answers to compare with; set 'eval.answers' to 0, or evaluate on prompts")
     texts = [render(row, tokenizer, number)[0] for number, row in enumerate(fold_system(rows, tokenizer), start=1)]
@@ -165,19 +111,6 @@ def batches(examples: Examples, batch_size: int, steps: int, key: Sequence[int |
 
     Examples are shuffled without replacement, epoch after epoch; a batch may span two epochs. The order comes from the
     raw stream of Philox, which NumPy keeps stable across releases.
-
-    Parameters
-    ----------
-    examples : Examples
-    batch_size : int
-    steps : int
-    key : sequence of int or str
-        What the order depends on, e.g. ``(seed, round, node)``.
-
-    Yields
-    ------
-    dict of tensors
-        See `collate`.
     """
     count = len(examples)
     epochs = -(-steps * batch_size // count)
@@ -190,17 +123,8 @@ def batches(examples: Examples, batch_size: int, steps: int, key: Sequence[int |
 def collate(examples: Examples, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
     """Stack examples into one batch, padded on the right.
 
-    Parameters
-    ----------
-    examples : Examples
-    indices : sequence of int
-        Which examples.
-
-    Returns
-    -------
-    dict
-        ``input_ids``, ``attention_mask`` and ``labels``, each int64 of shape (batch, longest). Labels are `IGNORE` on
-        prompts and padding.
+    ``input_ids``, ``attention_mask`` and ``labels`` are int64 [batch, longest]; labels are `IGNORE` on prompts and
+    padding.
     """
     longest = max(len(examples.tokens[i]) for i in indices)
     input_ids = np.full((len(indices), longest), examples.pad_id, dtype=np.int64)

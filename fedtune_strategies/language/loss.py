@@ -36,18 +36,7 @@ def response_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def loss_in_parts(rows: int) -> Callable[[torch.nn.Module, Batch], torch.Tensor]:
-    """Return `response_loss`, computed on a few rows at a time: the same mean in less memory, without a gradient.
-
-    Parameters
-    ----------
-    rows : int
-        Rows computed at once; 0 for all.
-
-    Returns
-    -------
-    callable
-        Loss of (model, batch).
-    """
+    """Return `response_loss`, computed on so many rows at a time: the same mean in less memory, without a gradient."""
 
     def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         return torch.cat([token_losses(model, part) for part in micro_batches(batch, rows)]).mean()
@@ -83,20 +72,10 @@ def example_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Cross-entropy of each response token of a batch, in nats.
+    """Cross-entropy of each response token of a batch, in nats: float32 [response tokens], row by row.
 
-    Logits are computed only at positions before a response token of some row, and turned into float32 a few tokens at
-    a time, in backward too: with a large vocabulary they outweigh everything else in memory.
-
-    Parameters
-    ----------
-    model, batch
-        As `response_loss`.
-
-    Returns
-    -------
-    torch.Tensor
-        (response tokens,), float32, row by row.
+    Logits are computed only at positions before a response token of some row, and turned into float32 a few tokens at a
+    time, in backward too: with a large vocabulary they outweigh everything else in memory.
     """
     device = next(model.parameters()).device
     targets = batch["labels"][:, 1:].to(device)

@@ -45,27 +45,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A loaded model.
+    """A loaded model."""
 
-    Attributes
-    ----------
-    model : PreTrainedModel
-        In evaluation mode: no dropout. What text does not train (a vision tower) has ``requires_grad = False``.
-    tokenizer : PreTrainedTokenizerBase
-        Has a padding token.
-    name : str
-        As it was asked for.
-    folder : Path
-        Where the weights are.
-    coded : CodedWeights or None
-        The base weights, where they are held coded or the model is empty.
-    """
-
+    # In evaluation mode: no dropout. What text does not train (a vision tower) has ``requires_grad = False``.
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    name: str
-    folder: Path
-    coded: CodedWeights | None = None
+    tokenizer: PreTrainedTokenizerBase  # has a padding token
+    name: str  # as it was asked for
+    folder: Path  # where the weights are
+    coded: CodedWeights | None = None  # the base weights, where they are held coded or the model is empty
 
 
 def load_model(
@@ -73,30 +60,10 @@ def load_model(
 ) -> LanguageModel:
     """Load a causal language model from disk; the network is never touched.
 
-    Parameters
-    ----------
-    name : str
-        A folder, the id of a model in the Hugging Face cache, or ``"fedtune-tiny"`` for the embedded model.
-    dtype : {"auto", "float32", "bfloat16", "float16"}
-        Of the loaded weights; see `weights_dtype`.
-    device : str
-        ``"cpu"``, ``"cuda"``, ``"cuda:1"`` …
-    base : {"exact", "int8", "nf4"}
-        What is kept of its matrices; the model's are what the codes decode to.
-    empty : bool, default False
-        Leave the parameters empty: the weights are in `LanguageModel.coded` alone, and only one tensor at a time is
-        ever decoded, also while they are read.
-
-    Returns
-    -------
-    LanguageModel
-
-    Raises
-    ------
-    ModelError
-        As `check_model`; or the weight files lack tensors of the model.
-    ResourceError
-        The weights do not fit in the memory that is available, or there is no such device.
+    `name` is a folder, the id of a model in the Hugging Face cache, or ``"fedtune-tiny"``. `base` is what is kept of
+    its matrices, "exact", "int8" or "nf4"; the model's are what the codes decode to. An `empty` model has no weights of
+    its own: they are in `LanguageModel.coded` alone, and only one tensor at a time is ever decoded, also while they are
+    read.
     """
     folder, tokenizer = check_model(name)
     loaded = weights_dtype(folder, dtype)
@@ -114,25 +81,7 @@ def load_model(
 
 
 def check_model(name: str) -> tuple[Path, PreTrainedTokenizerBase]:
-    """Check that a model can be tuned, without loading its weights: all that any part of FedTune admits passes here.
-
-    Parameters
-    ----------
-    name : str
-        As for `load_model`.
-
-    Returns
-    -------
-    folder : Path
-    tokenizer : PreTrainedTokenizerBase
-        Has a padding token.
-
-    Raises
-    ------
-    ModelError
-        No such model, not a model folder, weights missing, truncated, quantised or not safetensors, adapter files
-        beside them, not a causal language model, or no tokenizer that fits the model.
-    """
+    """Check that a model can be tuned, without loading its weights: all that any part of FedTune admits passes here."""
     folder = model_folder(name)
     config = model_config(folder)
     _check_architecture(name, config)
@@ -145,13 +94,7 @@ def check_model(name: str) -> tuple[Path, PreTrainedTokenizerBase]:
 
 
 def freeze_other_modalities(model: PreTrainedModel) -> None:
-    """Freeze what text does not train: the towers and projectors of a model that also sees or hears.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        Only its language model (decoder, embeddings, head) keeps ``requires_grad``.
-    """
+    """Freeze what text does not train: the towers and projectors of a model that also sees or hears."""
     if not model.config.sub_configs:
         return
     parts = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
@@ -162,23 +105,7 @@ def freeze_other_modalities(model: PreTrainedModel) -> None:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model from disk.
-
-    Parameters
-    ----------
-    name : str
-        As for `load_model`.
-
-    Returns
-    -------
-    PreTrainedTokenizerBase
-        Has a padding token.
-
-    Raises
-    ------
-    ModelError
-        No such model, or no usable tokenizer.
-    """
+    """Load the tokenizer of a model from disk; it has a padding token."""
     folder = model_folder(name)
     try:
         with _quiet():
@@ -198,22 +125,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def check_context(name: str, settings: PretrainedConfig, seq_length: int) -> None:
-    """Check that a model reads sequences of a length.
-
-    Parameters
-    ----------
-    name : str
-        Of the model, for the error.
-    settings : PretrainedConfig
-        The model's.
-    seq_length : int
-        Tokens.
-
-    Raises
-    ------
-    ConfigError
-        Its context is shorter.
-    """
+    """Check that a model reads sequences of so many tokens."""
     limit = context_length(settings)
     if limit is not None and seq_length > limit:
         raise ConfigError(f"run config: 'train.seq-length' is {seq_length}, but {name} reads at most {limit}; lower it")
@@ -225,21 +137,7 @@ def context_length(settings: PretrainedConfig) -> int | None:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write a model as a plain Hugging Face folder that ``AutoModelForCausalLM.from_pretrained`` loads.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        Tied weights are written once.
-    tokenizer : PreTrainedTokenizerBase
-    folder : str or Path
-        Made if absent.
-
-    Raises
-    ------
-    ResourceError
-        The disk is full.
-    """
+    """Write a model as a plain Hugging Face folder that ``AutoModelForCausalLM.from_pretrained`` loads."""
     try:
         with _quiet():
             model.save_pretrained(folder)

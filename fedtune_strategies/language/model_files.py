@@ -31,23 +31,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def model_folder(name: str) -> Path:
-    """Find the folder of a model on this machine; the network is never touched.
-
-    Parameters
-    ----------
-    name : str
-        A folder, the id of a model in the Hugging Face cache, or `EMBEDDED_NAME`.
-
-    Returns
-    -------
-    Path
-        A folder whose ``config.json`` names a model type.
-
-    Raises
-    ------
-    ModelError
-        There is none, or it is a GGUF file or an adapter.
-    """
+    """Find the folder of a model, as `load_model` names it, on this machine; the network is never touched."""
     folder = MODEL_FOLDER if name == EMBEDDED_NAME else Path(name).expanduser()
     if any(len(part) > LONGEST_PART for part in folder.parts):
         raise ModelError(f"{name[:40]!r}…: too long for the name of a model")
@@ -83,22 +67,7 @@ def model_config(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """List the safetensors files of a model folder, each checked to be whole.
-
-    Parameters
-    ----------
-    folder : Path
-
-    Returns
-    -------
-    list of Path
-        In the order of their names.
-
-    Raises
-    ------
-    ModelError
-        There is none, one or their index is missing, the index names a file outside, or one is cut short or damaged.
-    """
+    """List the safetensors files of a model folder in the order of their names, each checked to be whole."""
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if single.is_file():
@@ -137,15 +106,7 @@ def tensor_dtypes(path: Path) -> set[str]:
 
 
 def weights_dtype(folder: Path, dtype: str) -> torch.dtype:
-    """Return the type in which a model's weights are held.
-
-    Parameters
-    ----------
-    folder : Path
-        The model.
-    dtype : {"auto", "float32", "bfloat16", "float16"}
-        As in ``model.dtype``; "auto" is the type of most numbers in the files, float32 where that is none of these.
-    """
+    """Return the type in which weights are held: of ``"auto"``, that of most numbers in the files, or float32."""
     if dtype != "auto":
         return cast(torch.dtype, getattr(torch, dtype))
     counts: Counter[str] = Counter()

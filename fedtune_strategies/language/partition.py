@@ -19,35 +19,10 @@ if TYPE_CHECKING:
 def partition_file(
     path: str | Path, folder: str | Path, column: str, nodes: int, alpha: float | None = None, seed: int = 0
 ) -> list[Path]:
-    """Write a file's records to `nodes` JSONL files that are not identically distributed.
+    """Write a file's records to ``node-0.jsonl``, …, which differ in how often each value of a column occurs.
 
-    Parameters
-    ----------
-    path : str or Path
-        Any file that `fedtune_strategies.language.data.read_records` reads.
-    folder : str or Path
-        Receives ``node-0.jsonl``, ``node-1.jsonl`` …; made if absent.
-    column : str
-        The column by whose values the records are told apart, e.g. ``category`` or ``task``.
-    nodes : int
-        How many files.
-    alpha : float, optional
-        Concentration of a Dirichlet distribution over the column's values, the smaller the more different the nodes.
-        Without it each node gets the records of one value, and values beyond the first `nodes` are left out.
-    seed : int
-        Of the Dirichlet draw.
-
-    Returns
-    -------
-    list of Path
-        The files, in the order of the nodes.
-
-    Raises
-    ------
-    ConfigError
-        flwr-datasets is not installed.
-    DataError
-        The file cannot be read, has no such column, or has fewer values than nodes.
+    Alpha is the concentration of a Dirichlet distribution over the column's values, the smaller the more different the
+    nodes. Without it each node gets the records of one value, and values beyond the first `nodes` are left out.
     """
     try:
         from datasets import Dataset

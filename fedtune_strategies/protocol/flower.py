@@ -19,22 +19,7 @@ T = TypeVar("T", bound=protocol.Message)
 
 
 def task(node_id: int, message: protocol.Message, round: int) -> Message:
-    """Address a protocol message to a node.
-
-    Parameters
-    ----------
-    node_id : int
-        Flower's id of the receiver.
-    message : protocol.Message
-        What to send.
-    round : int
-        Round, shown in Flower's logs.
-
-    Returns
-    -------
-    flwr.app.Message
-        A training message.
-    """
+    """Address a protocol message to a node; the round is shown in Flower's logs."""
     return address(node_id, message.kind, protocol.encode(message), round)
 
 
@@ -75,24 +60,7 @@ def decoded(content: RecordDict, expected: type[T]) -> T:
 
 
 def answer(reply: Message) -> protocol.Message:
-    """Decode a node's reply.
-
-    Parameters
-    ----------
-    reply : flwr.app.Message
-        What came.
-
-    Returns
-    -------
-    Message
-        The message.
-
-    Raises
-    ------
-    FedTuneError
-        There is none: what the node failed with, or `ProtocolError` for damaged content, `NodesError` for Flower's own
-        errors.
-    """
+    """Decode a node's reply, or raise what the node failed with; Flower's own errors are a NodesError."""
     if reply.has_error():
         reason = clean(reply.error.reason or "") or "no reason given"
         raise NodesError(f"did not answer: {reason} (code {reply.error.code}).")
@@ -104,15 +72,7 @@ def answer(reply: Message) -> protocol.Message:
 
 
 class WrappedGrid(Grid):
-    """A Flower ``Grid`` over another: what all of ours have alike.
-
-    Parameters
-    ----------
-    grid : Grid
-        Flower's grid, or another of ours.
-    poll_interval : float
-        Seconds between two looks for replies.
-    """
+    """A Flower ``Grid`` over another: what all of ours have alike."""
 
     def __init__(self, grid: Grid, poll_interval: float = 0.25) -> None:
         self._grid = grid

@@ -12,62 +12,32 @@ PROTOCOL_VERSION = 5
 
 @dataclass(frozen=True)
 class Hello:
-    """Asks a node who it is; the node reads its data and its model's files to answer, and loads no weights.
-
-    Attributes
-    ----------
-    protocol : int
-        `PROTOCOL_VERSION` of the server.
-    fingerprint : str
-        Fingerprint of the run's base model W_0.
-    """
+    """Asks a node who it is; the node reads its data and its model's files to answer, and loads no weights."""
 
     kind: ClassVar[str] = "hello"
-    protocol: int
-    fingerprint: str
+    protocol: int  # `PROTOCOL_VERSION` of the server
+    fingerprint: str  # fingerprint of the run's base model W_0
 
 
 @dataclass(frozen=True)
 class HelloReply:
-    """A node introduces itself.
-
-    Attributes
-    ----------
-    node : str
-        The node's name, unique in a run.
-    protocol : int
-        `PROTOCOL_VERSION` of the node.
-    num_examples : int
-        Training examples that the node holds.
-    fingerprint : str
-        Fingerprint of the node's base model W_0.
-    peak_memory : int
-        Peak memory of the worker so far in bytes, without mapped files.
-    """
+    """A node introduces itself."""
 
     kind: ClassVar[str] = "hello-reply"
-    node: str
-    protocol: int
-    num_examples: int
-    fingerprint: str
-    peak_memory: int
+    node: str  # the node's name, unique in a run
+    protocol: int  # `PROTOCOL_VERSION` of the node
+    num_examples: int  # training examples that the node holds
+    fingerprint: str  # fingerprint of the node's base model W_0
+    peak_memory: int  # peak memory of the worker so far in bytes, without mapped files
 
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """A node without the run's base model asks for it; see `fedtune_strategies.model_transfer`.
-
-    Attributes
-    ----------
-    node : str
-        Name of the node.
-    chunk : int
-        Number of a chunk; -1 for the manifest.
-    """
+    """A node without the run's base model asks for it; see `fedtune_strategies.model_transfer`."""
 
     kind: ClassVar[str] = "model-request"
-    node: str
-    chunk: int
+    node: str  # name of the node
+    chunk: int  # number of a chunk; -1 for the manifest
 
 
 @dataclass(frozen=True)
@@ -80,16 +50,8 @@ class ModelManifest:
 
 @dataclass(frozen=True)
 class ModelChunk:
-    """Answers a `ModelRequest`: one chunk.
-
-    Attributes
-    ----------
-    chunk : int
-        Its number.
-    data : Tensor
-        uint8, its bytes.
-    """
+    """Answers a `ModelRequest`: one chunk."""
 
     kind: ClassVar[str] = "model-chunk"
-    chunk: int
-    data: Tensor
+    chunk: int  # its number
+    data: Tensor  # uint8, its bytes

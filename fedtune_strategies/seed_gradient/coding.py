@@ -19,21 +19,7 @@ ROUNDS = 4  # of fitting the unit to the levels that it chose
 
 
 def encode(theta: NDArray[np.float32], bits: int) -> tuple[Tensor, float]:
-    """Round a point to few bits.
-
-    Parameters
-    ----------
-    theta : ndarray of float32, shape [K]
-        The point.
-    bits : int
-        Bits of a coefficient, 1 to 8.
-
-    Returns
-    -------
-    tuple of Tensor and float
-        The packed levels, uint8, ``ceil(K * bits / 8)`` bytes, and the unit, in float32 precision. At one bit the unit
-        is twice the mean magnitude.
-    """
+    """Round a point to so many bits: the packed levels, uint8, and the unit; at one bit, twice the mean magnitude."""
     x = theta.astype(np.float64)
     rms = float(np.sqrt(np.mean(x * x))) if x.size else 0.0
     if not rms:
@@ -53,29 +39,7 @@ def packed_bytes(size: int, bits: int) -> int:
 
 
 def decode(packed: Tensor, unit: float, bits: int, size: int) -> NDArray[np.float32]:
-    """Undo `encode`, up to its rounding; every holder gets the same bits.
-
-    Parameters
-    ----------
-    packed : Tensor
-        uint8, from `encode`.
-    unit : float
-        The unit.
-    bits : int
-        Bits of a coefficient.
-    size : int
-        How many coefficients there must be.
-
-    Returns
-    -------
-    ndarray of float32, shape [K]
-        The rounded point.
-
-    Raises
-    ------
-    ProtocolError
-        There is another number of bytes, or the unit is no length.
-    """
+    """Undo `encode`, up to its rounding; every holder gets the same bits. What does not fit is a ProtocolError."""
     if packed.dtype != torch.uint8 or packed.shape != (packed_bytes(size, bits),):
         raise ProtocolError(f"received {tuple(packed.shape)} of {packed.dtype}, not {size} levels of {bits} bits.")
     if not 0 <= unit < np.inf:

@@ -16,27 +16,11 @@ from torch import Tensor
 
 
 def private_sum(examples: Iterable[Tensor], clip: float, noise_multiplier: float, size: int) -> Tensor:
-    """Sum the examples' slopes, each of a norm of at most `clip`, and add noise.
+    """Sum the examples' slopes, float64 [K], each of a norm of at most `clip`, and add noise; there may be no example.
 
     One example more or less changes the sum by at most `clip` in the 2-norm; the noise is normal along each direction,
     with standard deviation ``noise_multiplier * clip``. It comes from the operating system, so nobody can replay it. An
     example whose slopes are not finite counts as 0, so that it cannot be seen either.
-
-    Parameters
-    ----------
-    examples : iterable of Tensor
-        Slopes of each example's own loss, float64, shape (K,).
-    clip : float
-        Largest norm of an example's slopes.
-    noise_multiplier : float
-        Standard deviation of the noise, in units of `clip`.
-    size : int
-        K: there may be no example.
-
-    Returns
-    -------
-    Tensor
-        float64, shape (K,).
     """
     total = torch.zeros(size, dtype=torch.float64)
     for g in examples:

@@ -24,20 +24,9 @@ Rows = Callable[[int, int], Tensor]
 
 @contextlib.contextmanager
 def projected_by_rows(model: nn.Module, parameters: Mapping[str, nn.Parameter], pool: Pool, add: Add) -> Iterator[None]:
-    """Let the large linear and embedding modules project the gradients of their weights themselves.
+    """Let large linear and embedding modules project the gradients of their weights themselves, and `add` each part.
 
     A matrix that several modules share gets its share of the slopes from each of them.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The model.
-    parameters : mapping of str to nn.Parameter
-        What is tuned, by canonical name.
-    pool : Pool
-        The directions.
-    add : callable
-        Takes the slopes of each part.
     """
     names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items() if parameter.numel() > LARGE}
     with contextlib.ExitStack() as stack:

@@ -26,15 +26,7 @@ HALF_SCALE = 2.0**12  # float16 ends at 6e-8: losses are scaled by this before b
 
 
 class Slopes(NamedTuple):
-    """A loss and its slopes.
-
-    Attributes
-    ----------
-    loss : float
-        The loss; where it is not finite, `g` means nothing.
-    g : Tensor
-        float64, shape (K,), on the CPU.
-    """
+    """A loss and its slopes, float64 [K] on the CPU; where the loss is not finite, they mean nothing."""
 
     loss: float
     g: Tensor
@@ -52,32 +44,10 @@ def slopes(
 ) -> Slopes:
     """Find the slopes of one batch's loss along all directions, by one backward pass.
 
-    The model is in evaluation mode (no dropout) meanwhile. Projections are float32 with float64 sums, whatever the
-    type of the weights. Where they are float16, the loss is scaled, and less so until the slopes are finite.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The model, its weights in memory.
-    parameters : mapping of str to nn.Parameter
-        What is tuned, by canonical name, as `tuned_parameters` gives it; everything else gets no gradient.
-    loss : callable
-        ``loss(model, batch)`` gives a scalar tensor.
-    batch : any
-        For `loss`.
-    pool : Pool
-        The directions; usually scaled by `rms_scales`.
-    checkpoint : bool, default True
-        Compute the activations of decoder layers again in backward instead of keeping them: same bits, a third more
-        time.
-    weights : mapping of str to Tensor, optional
-        All of the model's weights by canonical name, each fetched when its layer runs; the model then need hold none.
-        The layers must be checkpointed.
-
-    Returns
-    -------
-    Slopes
-        The loss and its slopes.
+    The model is in evaluation mode (no dropout) meanwhile. Projections are float32 with float64 sums, whatever the type
+    of the weights. Where they are float16, the loss is scaled, and less so until the slopes are finite. With
+    `checkpoint`, activations of decoder layers are computed again in backward: same bits, a third more time. `weights`
+    gives all of the model's weights as their layers run, which then are checkpointed; the model need hold none.
     """
     scale = HALF_SCALE if any(p.dtype == torch.float16 for p in model.parameters()) else 1.0
     while True:

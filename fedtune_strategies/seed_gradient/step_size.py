@@ -10,18 +10,5 @@ SEEDS, SEEDS_POWER = 16384, 1 / 4
 
 
 def default_step(parameters: int, seeds: int) -> float:
-    """Return the share of their root mean square by which a step should change the weights.
-
-    Parameters
-    ----------
-    parameters : int
-        Tuned parameters.
-    seeds : int
-        K.
-
-    Returns
-    -------
-    float
-        0.01 for a model of up to two million parameters at K = 16384.
-    """
+    """Return the share of their root mean square by which a step should change so many weights, with so many seeds."""
     return SMALL * min(1.0, SIZE / parameters) ** SIZE_POWER * (SEEDS / seeds) ** SEEDS_POWER

@@ -18,16 +18,7 @@ from fedtune_strategies.seed_space import Pool
 
 @dataclass(frozen=True)
 class LocalWalk:
-    """Where a node's local steps led.
-
-    Attributes
-    ----------
-    theta : Tensor
-        float32, shape (K,): the point reached, from 0.
-    loss : np.ndarray
-        float32, shape (steps,): the loss of each step's batch before the step; NaN where it was not finite and
-        the step was skipped.
-    """
+    """The point reached from 0, float32 [K], and each batch's loss before its step; NaN where it was skipped."""
 
     theta: Tensor
     loss: np.ndarray
@@ -45,35 +36,13 @@ def local_walk(
 ) -> LocalWalk:
     """Walk downhill from theta = 0 in a pool.
 
-    Each step begins at the weights ``W = W_r + sum_k theta_k z_k``, rounded once, so nothing is lost in 16 bits,
-    and moves theta by ``-(step / sqrt(K)) m / sqrt(v)``: m is the running mean of the slopes, v that of their mean
-    square over all K, both without their bias towards 0. One v for all directions, since a direction is a random one:
-    none is steeper than the others by itself.
+    Each step begins at the weights ``W = W_r + sum_k theta_k z_k``, rounded once, so nothing is lost in 16 bits, and
+    moves theta by ``-(step / sqrt(K)) m / sqrt(v)``: m is the running mean of the slopes, v that of their mean square
+    over all K, both without their bias towards 0. One v for all directions, since a direction is a random one: none is
+    steeper than the others by itself.
 
-    Parameters
-    ----------
-    place : callable
-        Puts the model at a point, float32, shape (K,), such as `Pool.rebuild_model`. It ends somewhere on the way.
-    pool : Pool
-        The round's directions.
-    find : callable
-        Gives loss and slopes of a batch where the model is, such as `slopes`.
-    batches : iterable
-        One for each step.
-    step : float
-        The root mean square by which a step changes the weights, in units of the pool's scales.
-    beta1, beta2 : float
-        Decay of m and v.
-
-    Returns
-    -------
-    LocalWalk
-        The point reached, and the losses on the way.
-
-    Raises
-    ------
-    DivergenceError
-        The loss rises and rises (`check_losses`).
+    `place` puts the model at a point, and `find` gives loss and slopes of a batch there. A step changes the weights by
+    the root mean square `step`, in units of the pool's scales. A loss that rises and rises is a DivergenceError.
     """
     theta, mean = torch.zeros(pool.size, dtype=torch.float64), torch.zeros(pool.size, dtype=torch.float64)
     square, taken = 0.0, 0

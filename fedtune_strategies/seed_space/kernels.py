@@ -18,34 +18,12 @@ T = TypeVar("T")
 
 
 def kernels(device: torch.device) -> ModuleType:
-    """Choose the fastest implementation that is installed for a device; all give the same bits.
-
-    Parameters
-    ----------
-    device : torch.device
-        Where the tensors are.
-
-    Returns
-    -------
-    module
-        `cpu` where numba is installed (extra ``cpu``), `cuda` where Triton is, otherwise `reference`.
-    """
+    """Choose the fastest kernels for a device, by numba, Triton or torch alone; all give the same bits."""
     return _fast(device.type)
 
 
 def thread_count(device: torch.device) -> int:
-    """Count the threads over which the caller splits a tensor; the reference is split by torch itself.
-
-    Parameters
-    ----------
-    device : torch.device
-        Where the tensors are.
-
-    Returns
-    -------
-    int
-        At least 1.
-    """
+    """Count the threads over which the caller splits a tensor; the reference is split by torch itself."""
     return 1 if kernels(device) is reference or device.type != "cpu" else torch.get_num_threads()
 
 

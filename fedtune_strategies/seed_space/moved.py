@@ -13,21 +13,10 @@ from fedtune_strategies.seed_space.pool import Pool
 
 
 class AtPoint(Mapping[str, Tensor]):
-    """All weights of a model at a point of a pool, each made when it is asked for.
+    """All weights of a model at the point theta of a pool, each made when it is asked for; theta may be set in between.
 
-    Parameters
-    ----------
-    pool : Pool
-        The pool.
-    tuned : mapping of str to Tensor
-        The weights at theta = 0 that the pool moves.
-    others : mapping of str to Tensor
-        All weights, of the type in which they are given out.
-
-    Attributes
-    ----------
-    theta : Tensor
-        float32, shape (K,): the point; it may be set in between.
+    The pool moves those in `tuned`, which hold the weights at theta = 0; `others` holds all, in the dtype that is given
+    out.
     """
 
     def __init__(self, pool: Pool, tuned: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
@@ -49,23 +38,11 @@ class AtPoint(Mapping[str, Tensor]):
 
 
 class MovedWeights(Mapping[str, Tensor]):
-    """``W_r = W_0 + sum_p sum_k theta_{p,k} z_{p,k}`` over the pools added so far.
+    """``W_r = W_0 + sum_p sum_k theta_{p,k} z_{p,k}`` over the `pools` added so far; W_0 itself until the first.
 
     Sums are float32, in the order in which pools are added, so W_r does not depend on who adds them, or since when.
     Adding one costs one transform, however many there were before. The sums are in a file that is mapped: the system
     may write them out where memory is short, and the file is gone with the process.
-
-    Parameters
-    ----------
-    base : mapping of str to Tensor
-        W_0 by canonical name: float32, bfloat16 or float16. Until the first pool is added these are the weights.
-    folder : Path, optional
-        Where the file is made; the system's folder of temporary files by default.
-
-    Attributes
-    ----------
-    pools : int
-        Pools whose points are in the weights.
     """
 
     def __init__(self, base: Mapping[str, Tensor], folder: Path | None = None) -> None:
@@ -78,15 +55,7 @@ class MovedWeights(Mapping[str, Tensor]):
         self.pools = 0
 
     def add(self, pool: Pool, theta: Tensor) -> None:
-        """Move the weights to a pool's point.
-
-        Parameters
-        ----------
-        pool : Pool
-            The pool.
-        theta : Tensor
-            float32, shape (K,).
-        """
+        """Move the weights to a pool's point."""
         sums = self._sums if self.pools else self._mapped()
         moved = self._views(sums)
         for name in self._base:
@@ -104,25 +73,7 @@ class MovedWeights(Mapping[str, Tensor]):
         return self._sums
 
     def receive(self, start: int, values: Tensor) -> int:
-        """Keep a stretch of another holder's `flat`; the first stretch begins again.
-
-        Parameters
-        ----------
-        start : int
-            Number of its first element: as many as were received.
-        values : Tensor
-            float32.
-
-        Returns
-        -------
-        int
-            Elements that are still to come.
-
-        Raises
-        ------
-        ValueError
-            It is not the stretch that comes next.
-        """
+        """Keep the next stretch of another holder's `flat`, and say how much is to come; one from 0 begins again."""
         total = sum(self._sizes)
         if start == 0:
             self._incoming, self._received = self._mapped(), 0

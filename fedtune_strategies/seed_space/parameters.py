@@ -19,18 +19,7 @@ SHARE = 1 << 17  # words of 8 bytes that are worth a thread
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
-    """Give every name of a parameter the one name under which it counts: for tied weights, the first of their names.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Any model.
-
-    Returns
-    -------
-    dict of str to str
-        Canonical name by name, in the order of the model's modules.
-    """
+    """Give every name of a parameter the one name under which it counts: for tied weights, the first of their names."""
     first: dict[int, str] = {}
     names = {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
     # Offloaded weights are separate placeholders, also where they are tied: there the model itself must tell.
@@ -42,25 +31,10 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
 
 
 def tuned_parameters(model: nn.Module, pattern: str | None = None) -> dict[str, nn.Parameter]:
-    """Name the parameters that are tuned.
+    """Name the parameters that are tuned: all, or those in whose name the pattern is found.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Any model.
-    pattern : str, optional
-        Regular expression searched for in the names; only parameters with a match are tuned. All by default.
-
-    Returns
-    -------
-    dict of str to nn.Parameter
-        Parameters by canonical name, in the order of the model's modules. Tied weights appear once, under the first of
-        their names. Left out is what is not trained: ``requires_grad = False`` (routing biases), integers, float8.
-
-    Raises
-    ------
-    ModelError
-        If there is none.
+    They are in the order of the model's modules. Tied weights appear once, under the first of their names. Left out is
+    what is not trained: ``requires_grad = False`` (routing biases), integers, float8. None at all is a ModelError.
     """
     canonical = canonical_names(model)
     found = {
@@ -78,55 +52,23 @@ def _trained(parameter: nn.Parameter) -> bool:
 
 
 def fingerprint(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> str:
-    """Short name of some weights: a hash of names, shapes, dtypes and every bit of the values, for one read of them.
+    """Short name of some weights: 32 hexadecimal digits of their names, shapes, dtypes and every bit.
 
     Any change of one element changes it for certain, other changes but for a chance of 2**-50 or less. It is the same
-    on every device. It tells another base model, dtype, theta or a broken kernel; it is no proof against an adversary,
-    who can compute other weights with the same sums.
-
-    Parameters
-    ----------
-    tensors : mapping of str to Tensor, or iterable of (str, Tensor)
-        The weights by canonical name, in any order, on any device.
-
-    Returns
-    -------
-    str
-        32 hexadecimal digits: `combine_fingerprints` of the `tensor_fingerprint` of each.
+    in any order and on every device, and costs one read. It tells another base model, dtype, theta or a broken kernel;
+    it is no proof against an adversary, who can compute other weights with the same sums.
     """
     items = tensors.items() if isinstance(tensors, Mapping) else tensors
     return combine_fingerprints({name: tensor_fingerprint(tensor) for name, tensor in items})
 
 
 def combine_fingerprints(prints: Mapping[str, str]) -> str:
-    """Fingerprint of some weights from those of their tensors; so tensors that did not change are not read again.
-
-    Parameters
-    ----------
-    prints : mapping of str to str
-        `tensor_fingerprint` by canonical name, in any order.
-
-    Returns
-    -------
-    str
-        32 hexadecimal digits.
-    """
+    """Fingerprint of some weights from those of their tensors; so tensors that did not change are not read again."""
     return _digest(sorted(prints.items()))
 
 
 def tensor_fingerprint(tensor: Tensor) -> str:
-    """Short name of one tensor: see `fingerprint`.
-
-    Parameters
-    ----------
-    tensor : Tensor
-        Any dtype, on any device; its bits as stored are what counts.
-
-    Returns
-    -------
-    str
-        32 hexadecimal digits.
-    """
+    """Short name of one tensor, by its bits as stored: see `fingerprint`."""
     memory = tensor.detach().contiguous().view(-1).view(torch.uint8)
     whole = len(memory) // 8 * 8
     words, rest = memory[:whole], memory[whole:]

@@ -24,22 +24,7 @@ BITS = 128  # random bits of one counter
 
 
 def philox(counter: tuple[Tensor | int, Tensor | int, int, int], key: int, device: torch.device | str) -> Tensor:
-    """Philox4x32-10 of many counters at once.
-
-    Parameters
-    ----------
-    counter : tuple of (int64 Tensor or int, int64 Tensor or int, int, int)
-        The four counter words, each in [0, 2**32); tensors broadcast against each other.
-    key : int
-        64-bit key.
-    device : torch.device or str
-        Where to compute.
-
-    Returns
-    -------
-    Tensor
-        int64, shape (n, 4): the four output words of every counter, each in [0, 2**32).
-    """
+    """Philox4x32-10 of many counters at once: four words in [0, 2**32) for each, int64 [n, 4]; tensors broadcast."""
     # int64 products wrap modulo 2**64, and masking after the shift recovers the unsigned high word.
     x0, x1, x2, x3 = torch.broadcast_tensors(
         *(torch.as_tensor(word, dtype=torch.int64, device=device) for word in counter)
@@ -54,43 +39,13 @@ def philox(counter: tuple[Tensor | int, Tensor | int, int, int], key: int, devic
 
 
 def stream(name: str, domain: int) -> tuple[int, int]:
-    """Counter words 2 and 3 of one parameter and one use: 8 bits of domain and 56 bits of a hash of the name.
-
-    Parameters
-    ----------
-    name : str
-        Canonical name of the parameter, as `tuned_parameters` gives it.
-    domain : int
-        One of the domains of this module.
-
-    Returns
-    -------
-    tuple of int
-        Two words, each in [0, 2**32).
-    """
+    """Counter words 2 and 3 of one parameter and one use: 8 bits of domain and 56 bits of a hash of the name."""
     digest = hashlib.sha256(name.encode()).digest()
     return domain | int.from_bytes(digest[4:7], "little") << 8, int.from_bytes(digest[:4], "little")
 
 
 def signs(key: int, words: tuple[int, int], start: int, count: int, device: torch.device | str) -> Tensor:
-    """Random signs number `start` to `start + count - 1` of a stream: sign i is bit i mod 128 of counter i // 128.
-
-    Parameters
-    ----------
-    key : int
-        64-bit key of the pool.
-    words : tuple of int
-        Counter words 2 and 3, from `stream`.
-    start, count : int
-        Range of sign numbers.
-    device : torch.device or str
-        Where to compute.
-
-    Returns
-    -------
-    Tensor
-        float32, shape (count,), values +1 (bit 0) and -1 (bit 1).
-    """
+    """Random signs, float32 [count], from number `start` on: sign i is bit i mod 128 of counter i // 128; 1 is -1."""
     first, last = start // BITS, -(-(start + count) // BITS)
     numbers = philox((torch.arange(first, last, device=device), 0, *words), key, device)
     bits = (numbers[:, :, None] >> torch.arange(32, device=device)) & 1
@@ -98,22 +53,7 @@ def signs(key: int, words: tuple[int, int], start: int, count: int, device: torc
 
 
 def signs_at(key: int, words: tuple[int, int], index: Tensor) -> Tensor:
-    """Random signs at scattered numbers: as `signs`, one counter for each.
-
-    Parameters
-    ----------
-    key : int
-        64-bit key of the pool.
-    words : tuple of int
-        Counter words 2 and 3, from `stream`.
-    index : Tensor
-        int64, shape (n,): sign numbers.
-
-    Returns
-    -------
-    Tensor
-        float32, shape (n,), values +1 and -1.
-    """
+    """Random signs at scattered numbers: as `signs`, one counter for each."""
     numbers = philox((index // BITS, 0, *words), key, index.device)
     word = numbers.gather(1, (index % BITS // 32)[:, None])[:, 0]
     return (1 - 2 * ((word >> index % 32) & 1)).to(torch.float32)

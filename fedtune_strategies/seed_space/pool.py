@@ -29,14 +29,11 @@ PART = 1 << 20  # elements that are projected at once: the same for any number o
 
 @dataclass(frozen=True)
 class Pool(ABC):
-    """K directions; `make_pool` makes one.
+    """K = `size` directions, drawn with a 64-bit key; `make_pool` makes one.
 
-    Attributes
-    ----------
-    key : int
-        64-bit key.
-    size : int
-        Number K of seeds.
+    Weights may be float32, bfloat16 or float16; theta is float32 [K]. Names are canonical (`tuned_parameters`). `out`
+    is where to write, `weight` or `base` itself for in place, a new tensor by default. What does not fit is a
+    ConfigError.
     """
 
     key: int
@@ -68,83 +65,15 @@ class Pool(ABC):
     def direction(
         self, name: str, shape: tuple[int, ...] | torch.Size, k: int, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """z_k for one parameter.
-
-        Parameters
-        ----------
-        name : str
-            Canonical name, as `tuned_parameters` gives it.
-        shape : tuple of int
-            The parameter's shape.
-        k : int
-            Seed, 0 ≤ k < K.
-        device : torch.device or str, default "cpu"
-            Where to compute.
-
-        Returns
-        -------
-        Tensor
-            float32, of `shape`.
-
-        Raises
-        ------
-        ConfigError
-            If k is not in the pool.
-        """
+        """z_k for one parameter of this shape, float32."""
         return self.perturb(name, torch.zeros(shape, device=device), k, 1.0)
 
     def perturb(self, name: str, weight: Tensor, k: int, c: float, out: Tensor | None = None) -> Tensor:
-        """``weight + c * z_k``, computed in float32 and rounded once.
-
-        Parameters
-        ----------
-        name : str
-            Canonical name.
-        weight : Tensor
-            float32, bfloat16 or float16.
-        k : int
-            Seed, 0 ≤ k < K.
-        c : float
-            Factor, rounded to float32.
-        out : Tensor, optional
-            Where to write; `weight` itself for in place. A new tensor like `weight` by default.
-
-        Returns
-        -------
-        Tensor
-            `out`.
-
-        Raises
-        ------
-        ConfigError
-            If k is not in the pool.
-        """
+        """``weight + c * z_k``, computed in float32 and rounded once."""
         return self.move(name, weight, [(k, c)], out)
 
     def move(self, name: str, weight: Tensor, moves: Moves, out: Tensor | None = None) -> Tensor:
-        """``weight + c_1 * z_{k_1} + c_2 * z_{k_2} + …``, in that order, in one pass over memory.
-
-        Parameters
-        ----------
-        name : str
-            Canonical name.
-        weight : Tensor
-            float32, bfloat16 or float16; sums are float32, rounded to its dtype once at the end.
-        moves : sequence of (int, float)
-            Seeds and factors, rounded to float32.
-        out : Tensor, optional
-            As in `perturb`.
-
-        Returns
-        -------
-        Tensor
-            `out`.
-
-        Raises
-        ------
-        ConfigError
-            If a seed is not in the pool.
-        """
+        """``weight + c_1 * z_{k_1} + c_2 * z_{k_2} + …``: float32 sums in that order, in one pass, rounded once."""
         for k, _ in moves:
             if not 0 <= k < self.size:
                 raise ConfigError(f"seed {k} is not in a pool of {self.size}: seeds are 0 to {self.size - 1}")
@@ -160,29 +89,7 @@ class Pool(ABC):
         return _sweep(kernel, weight, out, self._chunk)
 
     def rebuild(self, name: str, base: Tensor, theta: Tensor, out: Tensor | None = None) -> Tensor:
-        """``base + sum_k theta_k * z_k``: float32 sums, one rounding at the end.
-
-        Parameters
-        ----------
-        name : str
-            Canonical name.
-        base : Tensor
-            The base model's tensor W_0: float32, bfloat16 or float16.
-        theta : Tensor
-            float32, shape (K,).
-        out : Tensor, optional
-            Where to write, also in another dtype; `base` itself for in place. A new tensor like `base` by default.
-
-        Returns
-        -------
-        Tensor
-            `out`.
-
-        Raises
-        ------
-        ConfigError
-            If theta has not K entries.
-        """
+        """``base + sum_k theta_k * z_k``: float32 sums, rounded once to the dtype of `out`."""
         point = self._point(theta, base.device)
 
         def kernel(result: Tensor, source: Tensor, start: int) -> None:
@@ -191,55 +98,18 @@ class Pool(ABC):
         return _sweep(kernel, base, out, self._chunk)
 
     def rebuild_model(self, parameters: Mapping[str, Tensor], base: Mapping[str, Tensor], theta: Tensor) -> None:
-        """Set every parameter to its value at theta, in place.
-
-        Parameters
-        ----------
-        parameters : mapping of str to Tensor
-            What to write, by canonical name: `tuned_parameters` of the model.
-        base : mapping of str to Tensor
-            The base model's tensors by the same names, on any device; may be a lazy mapping over files.
-        theta : Tensor
-            float32, shape (K,).
-
-        Raises
-        ------
-        ConfigError
-            If theta has not K entries.
-        """
+        """Set every parameter to its value at theta, in place; `base` may be a lazy mapping over files."""
         for name, parameter in parameters.items():
             self.rebuild(name, base[name].to(parameter.device), theta, out=parameter.detach())
 
     def project(
         self, name: str, delta: Tensor, *, start: int = 0, scale: float = 1.0, out: Tensor | None = None
     ) -> Tensor:
-        """Inner products ``<delta, z_k>`` for all k: the transpose of `rebuild`.
+        """Inner products ``scale * <delta, z_k>`` for all k, float64 [K]: the transpose of `rebuild`.
 
-        Float32 sums over fixed parts of the tensor, added to `out` in the order of the parts. So a kind of device
-        always gives the same bits, with any number of threads; kinds differ by rounding, and so do other slices.
-
-        Parameters
-        ----------
-        name : str
-            Canonical name.
-        delta : Tensor
-            A change of the weights, or a gradient: float32, bfloat16 or float16; all of a tensor or a run of it.
-        start : int, default 0
-            Number of `delta`'s first element within the flattened tensor: a slice of rows begins at rows times width.
-        scale : float, default 1.0
-            Factor of the products.
-        out : Tensor, optional
-            float32 or float64, shape (K,), on the device of `delta`: the products are added to it.
-
-        Returns
-        -------
-        Tensor
-            `out`; by default a new one in float64.
-
-        Raises
-        ------
-        ConfigError
-            If `out` has not K entries.
+        Float32 sums over fixed parts of the tensor, added to `out` (float32 or float64) in the order of the parts. So a
+        kind of device always gives the same bits, with any number of threads; kinds differ by rounding, and so do other
+        slices. `delta` may be a run of the flattened tensor, from its element number `start` on.
         """
         flat = delta.detach().reshape(-1)
         if out is None:
@@ -279,12 +149,8 @@ class WalshPool(Pool):
     """Random signs times Walsh functions: all K directions in log2 K additions per parameter.
 
     ``z_k[e] = D[e] * E[b, k] * (-1)**popcount(j & k)`` for element e of the flattened tensor, with ``j = e mod C``,
-    block ``b = e // B``, C the smallest power of two that holds K, and D, E independent random signs.
-
-    Attributes
-    ----------
-    block : int
-        B, elements that share the seed signs E: C times a power of two.
+    block ``b = e // B``, C the smallest power of two that holds K, B = `block`, C times a power of two, and D, E
+    independent random signs.
     """
 
     block: int
@@ -341,29 +207,10 @@ class GaussianPool(Pool):
 
 
 def make_pool(kind: str, key: int, size: int, transform: int | None = None) -> Pool:
-    """Make a seed pool.
+    """Make a pool of `size` directions, "walsh" or "gaussian"; the key's low 64 bits count.
 
-    Parameters
-    ----------
-    kind : {"walsh", "gaussian"}
-        Kind of directions.
-    key : int
-        Key; its low 64 bits count.
-    size : int
-        Number K of seeds, at least 1.
-    transform : int, optional
-        Walsh only: elements B that share the seed signs, a power of two not below K. By default 16 times the smallest:
-        half as dear to rebuild (docs/seed-space.md).
-
-    Returns
-    -------
-    Pool
-        A `WalshPool` or a `GaussianPool`.
-
-    Raises
-    ------
-    ConfigError
-        If an argument is out of range.
+    `transform` is a walsh pool's B, a power of two not below K. By default it is 16 times the smallest: half as dear to
+    rebuild (docs/seed-space.md).
     """
     key &= (1 << 64) - 1
     if not 1 <= size <= 1 << 32:

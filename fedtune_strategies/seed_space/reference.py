@@ -31,22 +31,10 @@ TILE = 1 << 18  # elements that are worked on at once: bounds the scratch memory
 
 
 def fwht(x: Tensor, stride: int = 1) -> Tensor:
-    """Fast Walsh-Hadamard transform of the last dimension, in natural (Hadamard) order.
+    """Fast Walsh-Hadamard transform of the last dimension: ``y[j] = sum_k (-1)**popcount(j & k) * x[k]``.
 
-    Butterflies go from neighbours outward: stride 1, 2, 4, …; each adds and subtracts once in float32. This order is
-    part of the definition of a pool, since it decides the rounding of every sum.
-
-    Parameters
-    ----------
-    x : Tensor
-        float32, shape (..., n), n a power of two.
-    stride : int, default 1
-        The first stride that is still to be done.
-
-    Returns
-    -------
-    Tensor
-        float32, same shape: ``y[j] = sum_k (-1)**popcount(j & k) * x[k]``.
+    Butterflies go from neighbours outward: stride 1, 2, 4, … (or from `stride` on); each adds and subtracts once in
+    float32. This order is part of the definition of a pool, since it decides the rounding of every sum.
     """
     n = x.shape[-1]
     while stride < n:
@@ -57,20 +45,7 @@ def fwht(x: Tensor, stride: int = 1) -> Tensor:
 
 
 def walsh_column(k: int, n: int, device: torch.device | str) -> Tensor:
-    """Column k of the n × n Walsh-Hadamard matrix.
-
-    Parameters
-    ----------
-    k, n : int
-        Column, and a power of two larger than it.
-    device : torch.device or str
-        Where to compute.
-
-    Returns
-    -------
-    Tensor
-        float32, shape (n,): ``(-1)**popcount(j & k)``.
-    """
+    """Column k of the n × n Walsh-Hadamard matrix, n a power of two: float32 [n], ``(-1)**popcount(j & k)``."""
     column = torch.ones(1, device=device)
     for bit in range(n.bit_length() - 1):
         column = torch.cat((column, -column if k >> bit & 1 else column))
@@ -80,23 +55,7 @@ def walsh_column(k: int, n: int, device: torch.device | str) -> Tensor:
 def walsh_add(
     out: Tensor, weight: Tensor, moves: Moves, key: int, name: str, columns: int, block: int, start: int = 0
 ) -> None:
-    """Write ``weight + c_1 * z_{k_1} + c_2 * z_{k_2} + …`` into `out`: float32 additions in that order.
-
-    Parameters
-    ----------
-    out, weight : Tensor
-        float32, shape (n,).
-    moves : sequence of (int, float)
-        Seeds k and factors c, at least one; factors are rounded to float32.
-    key : int
-        64-bit key of the pool.
-    name : str
-        Canonical name of the parameter.
-    columns, block : int
-        Transform size and elements per block of seed signs.
-    start : int
-        Number of the run's first element within the parameter.
-    """
+    """Write ``weight + c_1 * z_{k_1} + c_2 * z_{k_2} + …`` into `out`: float32 additions in that order."""
     device = weight.device
     element_signs, seed_signs = stream(name, ELEMENT_SIGNS), stream(name, SEED_SIGNS)
     tile = max(TILE, columns)
@@ -117,14 +76,7 @@ def walsh_rebuild(
 ) -> None:
     """Write ``base + sum_k theta_k * z_k`` into `out`: per block ``D * fwht(E * theta)``, added to the base once.
 
-    Parameters
-    ----------
-    out, base : Tensor
-        float32, shape (n,).
-    theta : Tensor
-        float32, shape (columns,), padded with zeros.
-    key, name, columns, block, start
-        As in `walsh_add`.
+    theta is padded with zeros to [columns].
     """
     device = base.device
     element_signs, seed_signs = stream(name, ELEMENT_SIGNS), stream(name, SEED_SIGNS)
@@ -140,20 +92,7 @@ def walsh_rebuild(
 
 
 def walsh_project(delta: Tensor, key: int, name: str, columns: int, block: int, start: int = 0) -> Tensor:
-    """Inner products ⟨delta, z_k⟩ for all k: the transpose of `walsh_rebuild`.
-
-    Parameters
-    ----------
-    delta : Tensor
-        float32, shape (n,).
-    key, name, columns, block, start
-        As in `walsh_add`.
-
-    Returns
-    -------
-    Tensor
-        float64, shape (columns,).
-    """
+    """Inner products ⟨delta, z_k⟩ for all k, float64 [columns]: the transpose of `walsh_rebuild`."""
     device = delta.device
     element_signs, seed_signs = stream(name, ELEMENT_SIGNS), stream(name, SEED_SIGNS)
     total = torch.zeros(columns, dtype=torch.float64, device=device)
@@ -171,28 +110,10 @@ def walsh_project(delta: Tensor, key: int, name: str, columns: int, block: int, 
 
 
 def normals(key: int, words: tuple[int, int], k: int, start: int, count: int, device: torch.device | str) -> Tensor:
-    """Standard normal numbers by Box-Muller, with float32 multiplications and additions in a fixed order.
+    """Standard normal numbers, float32 [count], by Box-Muller, with multiplications and additions in a fixed order.
 
     Logarithm, sine and cosine are short power series, so the bits depend on no mathematical library. Each counter
     ``(element // 4, k, words)`` gives four normals. The largest possible magnitude is 5.77.
-
-    Parameters
-    ----------
-    key : int
-        64-bit key of the pool.
-    words : tuple of int
-        Counter words 2 and 3, from `stream`.
-    k : int
-        Seed.
-    start, count : int
-        Range of elements; `start` a multiple of 4.
-    device : torch.device or str
-        Where to compute.
-
-    Returns
-    -------
-    Tensor
-        float32, shape (count,).
     """
     first, last = start // 4, -(-(start + count) // 4)
     numbers = philox((torch.arange(first, last, device=device), k, *words), key, device)
@@ -237,17 +158,7 @@ def _odd_series(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
 def gaussian_rebuild(
     out: Tensor, base: Tensor, seeds: Tensor, factors: Tensor, key: int, name: str, start: int = 0
 ) -> None:
-    """Write ``base + sum_i factors_i * z_{seeds_i}`` into `out`: the sum in that order from 0, added to the base once.
-
-    Parameters
-    ----------
-    out, base : Tensor
-        float32, shape (n,).
-    seeds, factors : Tensor
-        int64 and float32, shape (m,): the seeds that count, and their factors.
-    key, name, start
-        As in `walsh_add`.
-    """
+    """Write ``base + sum_i factors_i * z_{seeds_i}`` into `out`: a sum in that order, added to the base once."""
     words = stream(name, NORMALS)
     for low in range(0, len(base), TILE):
         n = min(TILE, len(base) - low)
@@ -258,22 +169,7 @@ def gaussian_rebuild(
 
 
 def gaussian_project(delta: Tensor, size: int, key: int, name: str, start: int = 0) -> Tensor:
-    """Inner products ⟨delta, z_k⟩ for all k < size.
-
-    Parameters
-    ----------
-    delta : Tensor
-        float32, shape (n,).
-    size : int
-        Number of seeds.
-    key, name, start
-        As in `walsh_add`.
-
-    Returns
-    -------
-    Tensor
-        float64, shape (size,).
-    """
+    """Inner products ⟨delta, z_k⟩ for all k < size, float64."""
     words = stream(name, NORMALS)
     total = torch.zeros(size, dtype=torch.float64, device=delta.device)
     for low in range(0, len(delta), TILE):
@@ -289,23 +185,11 @@ LOW = (1 << 32) - 1
 
 
 def word_sums(words: Tensor, start: int = 0) -> tuple[int, int]:
-    """Two sums modulo 2**64 of the words of some memory: what a fingerprint is made of.
+    """Two sums modulo 2**64 of the words of some memory, int64 [n]: what a fingerprint is made of.
 
     The first is of the words themselves, so a change of one word always changes it. The second is of each word mixed
     with its place: twice its halves are multiplied, 32 bits by 32, which processors do in vectors, and what went in is
-    added back, as a half may be 0. Sums modulo 2**64 are the same in any order.
-
-    Parameters
-    ----------
-    words : Tensor
-        int64, shape (n,).
-    start : int
-        Place of the first word.
-
-    Returns
-    -------
-    tuple of int
-        Each in [0, 2**64).
+    added back, as a half may be 0. Sums modulo 2**64 are the same in any order. `start` is the place of the first word.
     """
     first = second = 0
     for low in range(0, len(words), TILE):

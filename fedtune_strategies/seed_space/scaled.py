@@ -20,13 +20,6 @@ class ScaledPool(Pool):
     """Another pool's directions, each times a factor that depends on the tensor: ``s_t * z_k`` on tensor t.
 
     With `rms_scales` a step in seed space changes every tensor by the same share of its own size.
-
-    Attributes
-    ----------
-    pool : Pool
-        The pool whose directions are scaled.
-    scales : mapping of str to float
-        s_t by canonical name, in float32 precision.
     """
 
     pool: Pool = field(kw_only=True)
@@ -64,20 +57,10 @@ def scaled(pool: Pool, scales: Mapping[str, float]) -> ScaledPool:
 
 
 def rms_scales(base: Mapping[str, Tensor]) -> dict[str, float]:
-    """Root mean square of each tensor of the base model.
+    """Root mean square of each tensor of the base model, in float32 precision; a tensor of zeros is not tuned.
 
     Every holder of the same tensors computes the same bits: squares of float32 are exact in float64, and they are
     summed by halves in a fixed order.
-
-    Parameters
-    ----------
-    base : mapping of str to Tensor
-        W_0 of the tuned parameters by canonical name: float32, bfloat16 or float16.
-
-    Returns
-    -------
-    dict of str to float
-        In float32 precision; 0 for a tensor of zeros, which then is not tuned.
     """
     return {name: float(torch.tensor(_rms(tensor), dtype=torch.float32)) for name, tensor in base.items()}
 

@@ -39,16 +39,7 @@ def default_distance(weights: Iterable[Tensor]) -> float:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` found.
-
-    Attributes
-    ----------
-    lr : float
-        Step size; not a number where no loss was finite.
-    noise : float
-        Part of a slope that is error, as a share of its root mean square: about 0 for good slopes, 1 where nothing else
-        is in them.
-    """
+    """What `calibrate` found: the step size, and the part of a slope that is error, as a share of its rms."""
 
     lr: float
     noise: float
@@ -69,39 +60,21 @@ def calibrate(
     start: Tensor | None = None,
     base: Mapping[str, Tensor] | None = None,
 ) -> Calibration:
-    """Choose a step size, and measure how much of a slope is error.
+    """Choose a step size, and measure how much of a slope is error: about 0 for good slopes, 1 where nothing else is.
 
     The step size is the smallest of three:
 
     - a tenth of 1 / h, where h is the mean curvature ``(L(W + d z) - 2 L(W) + L(W - d z)) / d^2`` at the widest of
       three distances d that costs less than half a nat and where it is positive;
-    - that with which a walk of all steps along random directions raises the loss by 0.02 nats,
-      ``steps * h * (lr * g)^2 / 2``, with g the root mean square of the slopes;
+    - that with which a walk of all `steps` along random directions raises the loss by 0.02 nats, ``steps * h * (lr *
+      g)^2 / 2``, with g the root mean square of the slopes;
     - that with which one step goes as far as the widest distance.
 
-    Where no distance shows positive curvature, it is a tenth of the last.
+    Where no distance shows positive curvature, it is a tenth of the last. Where steps are taken by a slope's sign, it
+    is the mean length that slopes would have given. It is NaN where no loss was finite.
 
-    Costs two losses for each direction and distance: 37 for six directions.
-
-    Parameters
-    ----------
-    model, pool, loss, pattern, start, base
-        See `local_steps`; the model ends where it began, up to float32 rounding.
-    batch : object
-        All losses are of this batch.
-    seeds : sequence of int
-        Directions to probe.
-    eps : float
-        Distance at which slopes are taken.
-    steps : int
-        Steps that a node takes in a round.
-    signs : bool
-        Whether steps are taken by a slope's sign: then the step size is the mean length that slopes would have given.
-
-    Returns
-    -------
-    Calibration
-        Step size and noise.
+    All losses are of one batch: two for each direction and distance, 37 for six directions. `model` to `base` are as in
+    `local_steps`; the model ends where it began, up to float32 rounding.
     """
     distances = eps * np.array(DISTANCES)
     was_training = model.training

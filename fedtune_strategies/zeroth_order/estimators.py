@@ -22,17 +22,7 @@ Moves = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Point:
-    """A model that can be moved along directions, and the loss of one batch there.
-
-    Attributes
-    ----------
-    apply : callable
-        Moves the model by (seed, factor) pairs.
-    losses : callable
-        The loss of the step's batch where the model is, as the caller's loss function gives it.
-    slope : callable
-        The exact slope of that loss along a seed's direction.
-    """
+    """A model that `apply` moves along directions, and one batch's loss there, with its exact slope along a seed's."""
 
     apply: Callable[[Moves], None]
     losses: Callable[[], Tensor]
@@ -45,17 +35,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Slopes:
-    """What an estimator found.
-
-    Attributes
-    ----------
-    g : list of float
-        Slope along each direction.
-    loss : list of float
-        Loss that belongs to each slope; not finite where the slope must not be used.
-    back : list of (int, float)
-        Moves that lead back to W.
-    """
+    """Slopes `g`, the loss of each (not finite where it must not be used), and the moves that lead back to W."""
 
     g: list[float]
     loss: list[float]
@@ -111,31 +91,7 @@ ESTIMATORS: dict[str, Estimator] = {"two-sided": two_sided, "one-sided": one_sid
 def exact_slope(
     model: nn.Module, pool: Pool, loss: Callable[[nn.Module], Tensor], k: int, pattern: str | None = None
 ) -> tuple[float, float]:
-    """Loss of a model and its exact slope along one direction, by forward-mode derivatives.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The model, its weights in memory.
-    pool : Pool
-        The seed pool.
-    loss : callable
-        ``loss(model)`` gives a scalar tensor.
-    k : int
-        Seed.
-    pattern : str, optional
-        Which parameters are tuned, as in `tuned_parameters`.
-
-    Returns
-    -------
-    tuple of float
-        The loss, and ``<grad L, z_k>``.
-
-    Raises
-    ------
-    ConfigError
-        Weights are not in memory, or some operation of the model has no forward-mode derivative.
-    """
+    """Loss of a model in memory and its slope ``<grad L, z_k>``, by forward-mode derivatives, which few models lack."""
     parameters = {f"model.{name}": parameter.detach() for name, parameter in tuned_parameters(model, pattern).items()}
     tangents = {
         name: pool.direction(name.removeprefix("model."), value.shape, k, value.device).to(value.dtype)

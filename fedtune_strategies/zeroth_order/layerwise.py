@@ -20,25 +20,8 @@ def at_point(
 
     The tuned parameters of a decoder layer are rebuilt into a scratch buffer before it runs, and put back afterwards.
     So nothing erodes, memory grows by one layer, and weights that `accelerate` keeps on another device, in main memory
-    or on disk are rebuilt where and when they are loaded.
-
-    Parameters
-    ----------
-    model : nn.Module
-        A model that `layer_weights` suits.
-    pool : Pool
-        The seed pool.
-    theta : Tensor
-        float32, shape (K,). Read by every forward pass: it may be changed in between.
-    pattern : str, optional
-        Which parameters are tuned, as in `tuned_parameters`.
-    base : mapping of str to Tensor, optional
-        W of all parameters by canonical name, each fetched when its layer runs; the model then need hold none.
-
-    Yields
-    ------
-    None
-        Within the context forward passes happen at theta. Do not use gradients there.
+    or on disk are rebuilt where and when they are loaded. Theta is read by every forward pass: it may be changed in
+    between. `base` gives W of all parameters as their layers run; the model then need hold none. No gradients within.
     """
     scratch, tuned = _Scratch(), tuned_parameters(model, pattern)
 

@@ -18,21 +18,8 @@ def private_two_sided(clip: float, noise_multiplier: float, examples: float) -> 
 
     One example more or less in the batch changes the sum by at most `clip`; the noise is normal with standard deviation
     ``noise_multiplier * clip``. It comes from the operating system, so nobody can replay it. An example whose losses
-    are not finite counts as 0, so that it cannot be seen either.
-
-    Parameters
-    ----------
-    clip : float
-        Largest magnitude of an example's slope.
-    noise_multiplier : float
-        Standard deviation of the noise, in units of `clip`.
-    examples : float
-        B, the expected number of examples in a batch; the true one is private.
-
-    Returns
-    -------
-    callable
-        An estimator whose points' losses are those of each example, shape [number in the batch]. It reports no losses.
+    are not finite counts as 0, so that it cannot be seen either. B is the expected number of examples in a batch, since
+    the true one is private. Points give the losses of each example, and no loss is reported.
     """
     random = secrets.SystemRandom()
 
@@ -52,22 +39,7 @@ def private_two_sided(clip: float, noise_multiplier: float, examples: float) -> 
 
 
 def poisson_sample(count: int, rate: float, steps: int) -> Iterator[list[int]]:
-    """Draw each step's batch: every example with the same probability, independently, by numbers nobody else knows.
-
-    Parameters
-    ----------
-    count : int
-        Examples that there are.
-    rate : float
-        Probability of each.
-    steps : int
-        Number of batches.
-
-    Yields
-    ------
-    list of int
-        Indices; may be empty.
-    """
+    """Draw each step's batch: every example with the same probability, independently, by numbers nobody else knows."""
     random = secrets.SystemRandom()
     for _ in range(steps):
         yield [i for i in range(count) if random.random() < rate]

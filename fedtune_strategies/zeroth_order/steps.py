@@ -24,36 +24,14 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 @dataclass(frozen=True)
 class LocalSteps:
-    """What a run of local steps found.
-
-    Attributes
-    ----------
-    g : np.ndarray
-        float32, shape (τ,): estimated slope along each drawn direction; NaN where a loss was not finite and the step
-        was skipped.
-    loss : np.ndarray
-        float32, shape (τ,): mean of the two losses of each step; NaN where skipped.
-    """
+    """Slope and loss of each step, float32 [τ]; NaN where a loss was not finite and the step was skipped."""
 
     g: np.ndarray
     loss: np.ndarray
 
 
 def check_steps(model: nn.Module, pattern: str | None = None) -> None:
-    """Refuse a model whose `local_steps` would be wrong layer by layer; to be called once, when it has been loaded.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The model.
-    pattern : str, optional
-        Which parameters are tuned, as in `tuned_parameters`.
-
-    Raises
-    ------
-    ModelError
-        Its steps are taken layer by layer, and it reads weights outside of their layer.
-    """
+    """Refuse a model whose `local_steps` would be wrong layer by layer; to be called once, when it has been loaded."""
     if not _moves_in_place(model, pattern):
         require_reads_within_layers(model, tuned_parameters(model, pattern))
 
@@ -78,61 +56,22 @@ def local_steps(
 ) -> LocalSteps:
     """Take τ zeroth-order steps (FedKSeed, arXiv 2312.06353, algorithm 1).
 
-    Step t estimates the slope g of one batch's loss along z_k, with k the t-th seed, and then sets
-    ``W -= lr * g * z_k``. The model is in evaluation mode (no dropout) meanwhile. There are two ways:
+    Step t estimates the slope g of one batch's loss along z_k, with k the t-th seed, and then sets ``W -= lr * g *
+    z_k``. The model is in evaluation mode (no dropout) meanwhile. There are two ways:
 
-    - *In place*, for float32 weights: two passes over the weights for each step, since going back, the update and
-      the next perturbation are one. Each addition rounds once in float32, which leaves about 1e-7 of a weight.
+    - *In place*, for float32 weights: two passes over the weights for each step, since going back, the update and the
+      next perturbation are one. Each addition rounds once in float32, which leaves about 1e-7 of a weight.
     - *Layer by layer*, for 16-bit weights, weights that `accelerate` holds elsewhere, and wherever `start` is given;
       `check_steps` says whether a model can do it. The weights are never changed; updates and perturbations are
       coordinates in seed space, in float32, and every layer is rebuilt from them just before it runs (`at_point`).
       Nothing is lost to the rounding of 16-bit weights, where ``lr * g`` usually is less than half a unit in the last
       place. Meant for walsh pools: a gaussian pool costs one more direction for every step taken.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The model at the round's weights. It ends at the locally tuned weights (rounded once), except weights that
-        are not in memory and wherever `start` is given: there it ends as it began.
-    pool : Pool
-        The seed pool.
-    loss : callable
-        ``loss(model, batch)`` gives a scalar tensor.
-    batches : iterable
-        At least one for every `directions` steps; no more are taken.
-    seeds : sequence of int
-        The drawn seeds, shape (τ,).
-    eps : float
-        Size of the perturbation.
-    lr : float or np.ndarray
-        Step size η, or one for each step, shape (τ,).
-    limit : float
-        Largest magnitude of a scalar; larger ones are clipped.
-    pattern : str, optional
-        Which parameters are tuned, as in `tuned_parameters`.
-    start : Tensor, optional
-        float32, shape (K,): the round's point relative to the model's weights, which then stay at W_0.
-    base : mapping of str to Tensor, optional
-        W_0 in place of the model's weights, which may then be empty; goes with `start`. See `at_point`.
-    in_place : bool, optional
-        Choose the way; by default as above.
-    estimator : {"two-sided", "one-sided", "forward", "sign"} or callable
-        How slopes are found, see `fedtune_strategies.zeroth_order.estimators`; by default
-        ``(L(W + eps z) - L(W - eps z)) / 2 eps`` (arXiv 2305.17333).
-    directions : int
-        So many steps in a row share their batch and are taken at once, from the same weights.
-
-    Returns
-    -------
-    LocalSteps
-        Scalars and losses of the steps.
-
-    Raises
-    ------
-    ConfigError
-        The estimator needs weights in place, or the model has operations that it cannot use.
-    DivergenceError
-        The loss rises and rises (`check_losses`).
+    The model begins at the round's weights and ends at the locally tuned ones (rounded once), except weights that are
+    not in memory and wherever `start` is given, the round's point relative to the model's weights: there it ends as it
+    began. `base` gives W_0 in place of the model's weights (`at_point`). So many `directions` in a row share a batch
+    and are taken at once, from the same weights. Scalars are clipped to `limit`. A loss that rises and rises is a
+    DivergenceError.
     """
     if in_place is None:
         in_place = start is None and _moves_in_place(model, pattern)
@@ -168,24 +107,7 @@ def trajectory(
     start: Tensor | None = None,
     base: Mapping[str, Tensor] | None = None,
 ) -> AbstractContextManager[Callable[[Moves], None]]:
-    """Let a model be moved along directions, in the way that suits its weights; see `local_steps`.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The model; it ends where it was moved.
-    pool : Pool
-        The seed pool.
-    pattern : str, optional
-        Which parameters are tuned, as in `tuned_parameters`.
-    start, base
-        See `local_steps`; with them the model ends as it began.
-
-    Returns
-    -------
-    context manager
-        Of a function that moves the model by (seed, factor) pairs.
-    """
+    """Let a model be moved along directions by (seed, factor) pairs, in the way that suits its weights."""
     if start is None and _moves_in_place(model, pattern):
         return _in_place(model, pool, pattern)
     return _in_seed_space(model, pool, pattern, start, base)
