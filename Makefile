@@ -6,6 +6,11 @@ KERNELS := .venv/kernels
 # The newest release of Flower that FedTune is tried on, in an environment of its own that takes all else from .venv.
 NEWEST := flwr==1.42.0 cryptography==50.0.2
 OTHER := .venv/newest-flower
+# As in the README: without an NVIDIA driver torch's build for CPUs, which brings no CUDA.
+TORCH := torch==2.13.0
+ifeq ($(shell uname)$(shell command -v nvidia-smi),Linux)
+TORCH := --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu
+endif
 # Every node is a process of its own, and would compile all that it imports again.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -58,13 +63,14 @@ clean: ## Remove the environment, caches and builds. Runs and results in runs/ a
 	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# torch comes first, so that a build for this machine that pip already finds is taken, and not another one after it.
+# torch comes first: a build that pip finds on this machine is taken before one is fetched.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "FedTune needs Python 3.11 or newer, and '$(PYTHON)' is not: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "Installing into .venv (a few minutes, once)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	@$(BIN)/pip install -qq --no-compile --disable-pip-version-check --no-index --no-deps torch==2.13.0 2>/dev/null || \
+	  $(BIN)/pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt $(TORCH)
 	@$(BIN)/pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 

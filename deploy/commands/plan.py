@@ -150,7 +150,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
 def _table(facts: dict[str, Any]) -> Table:
     from deploy.common.units import clock, size
 
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
     for name in COLUMNS:
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in facts["methods"]:

@@ -162,7 +162,7 @@ def status(
 def _print_screen(view: Any) -> None:
     from deploy.operator.watch import Screen
 
-    console.print(Screen(view))
+    console.print(Screen(view), soft_wrap=False)
     _print_model(view)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -38,7 +37,9 @@ class Screen:
         yield from _head(run)
         yield _figures(shown)
         if shown["nodes"]:
-            yield _nodes(shown["nodes"])
+            yield _nodes(shown["nodes"][:MOST_NODES])
+        if (more := len(shown["nodes"]) - MOST_NODES) > 0:
+            yield Text(f"  … and {more} more")
         for note in shown["notes"][:MOST_NOTES]:
             at = time.strftime("%H:%M:%S", time.localtime(note["time"]))
             yield Text(f"{at} {_told(note)}", style="yellow")
@@ -91,14 +92,14 @@ def sparkline(values: list[float], width: int = 40) -> str:
 
 def _head(run: dict[str, Any]) -> list[Text | Table]:
     going = run["state"] == "running"
-    title = Text.assemble((run["method"], "bold"), f" on {_short(run['model'])}  ")
+    title = Text.assemble((run["method"], "bold"), f" on {_short(run['model'])}  ", no_wrap=True, overflow="ellipsis")
     title.append(run["state"], style=COLOURS.get(run["state"], "default"))
     title.append(f", {clock(run['seconds'] + (_since(run) if going else 0.0))}")
     left = None if run["seconds_left"] is None else run["seconds_left"] - _since(run)
     if going and left is not None and left > 0:
         title.append(f", {clock(left)} left")
     grid = Table.grid(padding=(0, 2))
-    bar = ProgressBar(total=max(run["rounds"], 1), completed=run["round"], width=20)
+    bar = ProgressBar(total=max(run["rounds"], 1), completed=run["round"], width=12)
     round = min(run["round"] + going, run["rounds"])
     grid.add_row(f"  round {round}/{run['rounds']}", bar, f"{run['phase']}, {clock(_since(run))}" if going else "")
     return [title, grid]
@@ -110,8 +111,13 @@ def _since(run: dict[str, Any]) -> float:
 
 
 def _short(model: str) -> str:
-    """A folder's name without its path: a path may be longer than a line."""
-    return Path(model).name if Path(model).is_absolute() else model
+    """A folder's name without its path, no longer than a line has room for."""
+    name = Path(model).name if Path(model).is_absolute() else model
+    return name if len(name) <= 28 else name[:27] + "…"
+
+
+def _loss(value: float) -> str:
+    return f"{value:.4f}" if value < 100 else f"{value:.2e}"
 
 
 def _figures(report: dict[str, Any]) -> Table:
@@ -121,9 +127,7 @@ def _figures(report: dict[str, Any]) -> Table:
         ("training loss", [one["train_loss"] for one in report["rounds"] if one["train_loss"] is not None]),
     ]:
         if values:
-            grid.add_row(
-                f"  {label}", " → ".join(f"{one:.4f}" for one in values[:1] + values[1:][-1:]), sparkline(values)
-            )
+            grid.add_row(f"  {label}", " → ".join(map(_loss, values[:1] + values[1:][-1:])), sparkline(values, 36))
     if not totals["nodes"]:
         return grid
     grid.add_row(
@@ -140,23 +144,22 @@ def _state(node: dict[str, Any]) -> str:
 
 
 def _nodes(nodes: list[dict[str, Any]]) -> Table:
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    for name in ("  node", "state"):
-        table.add_column(name)
-    for name in ("examples", "replies", "loss", "up", "down", "memory"):
-        table.add_column(name, justify="right")
-    table.add_column("by")
-    for node in nodes[:MOST_NODES]:
-        colour = NODE_COLOURS.get(node["state"], "default")
-        loss = f"{node['loss']:.4f}" if node["loss"] is not None else "-"
-        cells = [str(node["examples"]), str(node["replies"]), loss, size(node["bytes_up"]), size(node["bytes_down"])]
+    """The nodes; a long name gives way. How messages travel is shown where they do not all by streams."""
+    table = Table(box=None, header_style="dim", padding=(0, 1, 0, 0))
+    by_flower = any(node["way"] == "flower" for node in nodes)
+    table.add_column("  node")
+    table.add_column("state", no_wrap=True)
+    for name in ("examples", "loss", "up", "down", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if by_flower:
+        table.add_column("by", no_wrap=True)
+    for node in nodes:
         table.add_row(
-            f"  {escape(node['name'])}",
-            f"[{colour}]{_state(node)}[/{colour}]",
-            *cells,
-            size(node["peak_memory"]),
-            node["way"] or "-",
+            Text(f"  {node['name']}", no_wrap=True, overflow="ellipsis"),
+            Text(_state(node), style=NODE_COLOURS.get(node["state"], "")),
+            str(node["examples"]),
+            "-" if node["loss"] is None else _loss(node["loss"]),
+            *(size(node[key]) for key in ("bytes_up", "bytes_down", "peak_memory")),
+            *([node["way"] or "-"] if by_flower else []),
         )
-    if len(nodes) > MOST_NODES:
-        table.add_row(f"  … and {len(nodes) - MOST_NODES} more")
     return table

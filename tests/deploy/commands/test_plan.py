@@ -1,6 +1,8 @@
+import io
 import json
 import sys
 
+from rich.console import Console
 from typer.testing import CliRunner
 
 from deploy.cli import app
@@ -47,3 +49,11 @@ def test_measured_times_make_that_of_a_run(monkeypatch):
     found = {row["method"]: row for row in rows}
     assert found["fedkseed"]["run_seconds"] == 3 * (2.0 + found["fedkseed"]["link_seconds"])
     assert found["fedavg"]["run_seconds"] is None
+
+
+def test_the_table_of_a_large_model_fits_80_columns():
+    row = {"method": "fedkseed-pro", "measured": "", "fits": True, "seconds": 12345.0}
+    row |= dict.fromkeys(("memory", "disk", "up", "down"), 999.9e9) | {"link_seconds": 123456.0, "run_seconds": 1e6}
+    text = io.StringIO()
+    Console(file=text, width=80).print(plan._table({"methods": [row]}))
+    assert "…" not in text.getvalue() and "fedkseed-pro 999.9 GB" in text.getvalue()

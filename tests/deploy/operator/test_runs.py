@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shutil
+import time
 
 import pytest
 from rich.console import Console
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from deploy.cli import app
 from deploy.commands import runs as commands
 from deploy.common.flower_cli import Control, RunStatus
-from deploy.operator import runs
+from deploy.operator import runs, watch
 from deploy.operator.announcement import announce, read_announcement
 from deploy.operator.members import Members
 from deploy.operator.runs import find_run, settings_of, tune
@@ -251,6 +252,37 @@ def test_a_run_is_shown_as_screen_lines_and_json(settings, data_files, tmp_path,
         ["eval", str(tmp_path / "run"), "--data", settings["eval.data"], "--answers", "0", "--format", "json"],
     )
     assert json.loads(result.stdout)["eval/loss"] == pytest.approx(view.evaluations[3].loss, abs=1e-4)
+
+
+def test_no_line_is_longer_than_a_terminal_of_80_columns(monkeypatch):
+    node = {
+        "name": "ward-7-of-the-general-hospital-in-a-town",
+        "state": "working",
+        "step": (1000, 1000),
+        "way": "flower",
+    }
+    node |= {"examples": 1234567, "loss": 12345.6, "bytes_up": 999.9e9, "bytes_down": 999.9e9, "peak_memory": 999.9e9}
+    losses = [float(number % 7) * 12345 for number in range(99)]
+    found = {
+        "run": {
+            **{"method": "fedkseed-pro", "model": "/models/" + "long-" * 20, "state": "running", "seconds": 123456.0},
+            **{"seconds_left": 123456.0, "updated": time.time() - 12345, "rounds": 1000, "round": 999},
+            **{"phase": "100 of 100 replied, step 1000/1000", "message": "", "exit_code": None},
+        },
+        "evaluations": [{"loss": loss} for loss in losses],
+        "rounds": [{"train_loss": loss} for loss in losses],
+        "totals": {"nodes": 100, "nodes_alive": 100, "replies": 99999, "refused": 9999}
+        | {"bytes_up": 999.9e12, "bytes_down": 999.9e12},
+        "nodes": [node] * 25,
+        "notes": [{"time": time.time(), "kind": "refused", "node": node["name"], "reason": "said something long " * 9}],
+    }
+    monkeypatch.setattr(watch, "report", lambda view: found)
+    text = io.StringIO()
+    Console(file=text, width=80, force_terminal=True, color_system=None).print(Screen(None))
+    lines = text.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert all(" ward-7" in line and "step 1000/1000" in line and "999.9 GB flower" in line for line in lines[7:27])
+    assert "34:17:36, 34:17:36 left" not in lines[0] and "left" in lines[0] and "3:25:45" in lines[1]
 
 
 def test_small_bars_follow_the_numbers():
