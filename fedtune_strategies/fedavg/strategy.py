@@ -98,12 +98,19 @@ class ArraysStrategy(TuningStrategy):
         if not isinstance(reply, ArraysReply):
             raise ProtocolError(f"a node answered an arrays task with a '{reply.kind}'.")
         check_origin(reply, round, self.fingerprint)
+        if not all(value.isfinite().all() for value in self.changes(reply).values()):
+            raise DivergenceError(f"{reply.node} sent tensors that are not finite: the reply is left out.")
+        return True
+
+    def changes(self, reply: ArraysReply) -> dict[str, Tensor]:
+        """Return how a reply says that each tensor changed; raises `ProtocolError` where it says something else.
+
+        Override it where nodes send changes in a form of your own.
+        """
         # Before anything is decoded: a few coded bytes may claim any shape.
         if not fits(reply.arrays, self.current, self.upload):
             raise ProtocolError(f"{reply.node} sent other tensors than it was given: the reply is left out.")
-        if not all(value.isfinite().all() for value in decode(reply.arrays).values()):
-            raise DivergenceError(f"{reply.node} sent tensors that are not finite: the reply is left out.")
-        return True
+        return decode(reply.arrays)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -144,4 +151,4 @@ class ArraysStrategy(TuningStrategy):
 
     def _arrays(self, answer: ArraysReply) -> ArrayRecord:
         # Nodes send changes, which code well; Flower's strategies average the tensors that these lead to.
-        return arrays_of(**apply_delta(self.current, decode(answer.arrays)))
+        return arrays_of(**apply_delta(self.current, self.changes(answer)))

@@ -1,5 +1,6 @@
 """Whole runs of federated averaging whose nodes send coded changes."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from deploy.testing import Killed, killed_after
+from fedtune_strategies.fedavg.strategy import ArraysStrategy
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.testing import InMemoryGrid
 from server_app.ledger import Ledger
@@ -50,6 +52,31 @@ def test_a_change_of_another_shape_or_not_finite_is_refused(settings, data_files
     ledger = Ledger.read(Path(settings["run.dir"]))
     reasons = {record.round: record.body["reason"] for record in ledger.records("refused") if record.round}
     assert "other tensors" in reasons[1] and "not finite" in reasons[2]
+
+
+def test_a_strategy_reads_changes_that_nodes_send_in_a_form_of_its_own(settings, data_files, tmp_path, monkeypatch):
+    settings |= {"train.upload": "float32", "num-server-rounds": 1}
+    plain = settings | {"run.dir": str(tmp_path / "plain")}
+    run(plain, data_files)
+
+    def own_form(node):
+        def handle(kind, payload):
+            kind, payload = node.handle(kind, payload)
+            message = protocol.decode(kind, payload)
+            if kind == "arrays-reply":
+                halves = {f"{name}.half": value / 2 for name, value in message.arrays.items()}
+                message = dataclasses.replace(message, arrays=halves)
+            return kind, protocol.encode(message)
+
+        return handle
+
+    def changes(self, reply):
+        return {name.removesuffix(".half"): 2 * half for name, half in reply.arrays.items()}
+
+    monkeypatch.setattr(ArraysStrategy, "changes", changes)
+    nodes = {number: own_form(node) for number, node in make_nodes(settings, data_files).items()}
+    execute(InMemoryGrid(nodes), settings, run_id=1)
+    assert final_state(settings) == final_state(plain)
 
 
 def test_nodes_of_fedzo_find_a_step_size_that_a_stopped_run_keeps(settings, data_files, tmp_path):
