@@ -1,4 +1,4 @@
-"""The fault table, in memory: what goes wrong where, and what becomes of the run. docs/faults.md lists it.
+"""The fault table, in memory: what goes wrong where, and what becomes of the run. docs/reliability.md lists it.
 
 Processes that are killed for real are in tests/network/test_faults.py; a server that is killed after every single
 record in tests/server_app/test_run.py.
