@@ -3,9 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 KERNELS := .venv/kernels
-# The newest release of Flower that FedTune is tried on, in an environment of its own that takes all else from .venv.
-NEWEST := flwr==1.42.0 cryptography==50.0.2
-OTHER := .venv/newest-flower
+# The oldest release of Flower that FedTune is tried on, in an environment of its own that takes all else from .venv.
+OLDEST := flwr==1.39.0 cryptography==46.0.7
+OTHER := .venv/oldest-flower
 # As in the README: without an NVIDIA driver torch's build for CPUs, which brings no CUDA.
 TORCH := torch==2.13.0
 ifeq ($(shell uname)$(shell command -v nvidia-smi),Linux)
@@ -78,7 +78,7 @@ $(OTHER)/installed: $(INSTALLED)
 	@$(PYTHON) -m venv --clear --without-pip $(OTHER)
 	@$(OTHER)/bin/python -c 'import site, sys; print(f"import site; site.addsitedir({sys.argv[1]!r})", \
 	  file=open(f"{site.getsitepackages()[0]}/shared.pth", "w"))' "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"
-	@$(BIN)/pip --python $(OTHER)/bin/python install -qq --no-deps --no-compile --disable-pip-version-check $(NEWEST)
+	@$(BIN)/pip --python $(OTHER)/bin/python install -qq --no-deps --no-compile --disable-pip-version-check $(OLDEST)
 	@sed '1s|.*|#!$(CURDIR)/$(OTHER)/bin/python|' $(BIN)/fedtune > $(OTHER)/bin/fedtune && chmod +x $(OTHER)/bin/fedtune
 	@touch $@
 
