@@ -2,17 +2,52 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from fedtune_strategies.memory import private_peak
 
 # Names the file; where it is not set, nothing is written.
 VARIABLE = "FEDTUNE_FACTS"
 STEP_EVERY = 2.0  # seconds between two notes of a task's steps; what takes less is not worth one
+
+
+def _stream_lock() -> FileLock | None:
+    facts = os.environ.get(VARIABLE)
+    return FileLock(Path(facts).with_name("stream.lock"), timeout=1.0) if facts else None
+
+
+@contextlib.contextmanager
+def stream_is_open() -> Iterator[None]:
+    """Let whoever watches this machine see that there is a stream, until the block is left or the worker dies."""
+    lock = _stream_lock()
+    with contextlib.suppress(OSError):  # nobody sees it then, and all works as without
+        if lock:
+            lock.acquire()
+    try:
+        yield
+    finally:
+        if lock:
+            lock.release()
+
+
+def has_stream() -> bool:
+    """Say whether a worker of this process's node has a stream."""
+    lock = _stream_lock()
+    try:
+        if lock:
+            with lock.acquire(timeout=0):
+                return False
+    except Timeout:
+        return True
+    return False
 
 
 class Stats:

@@ -49,12 +49,17 @@ class Stream:
     `do`: from a task's kind and payload to the reply's: the same that answers Flower's messages.
     `end`: ends the worker for a reason: where a task takes longer than the server waits, nothing else stops it.
     `step`: how far the task is: steps begun, and all of them; signs of life say it.
+    `shown`: makes what is entered while a connection is there.
     """
 
     def __init__(
-        self, do: Do, end: Callable[[str], None], step: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        self,
+        do: Do,
+        end: Callable[[str], None],
+        step: Callable[[], tuple[int, int]] = lambda: (0, 0),
+        shown: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
-        self._do, self._end, self._step = do, end, step
+        self._do, self._end, self._step, self._shown = do, end, step, shown
         self._work = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stream-task")
         self._offer: Offer | None = None
         self._link: Link | None = None
@@ -101,7 +106,8 @@ class Stream:
                         raise ProtocolError("the server of the stream does not begin with a welcome.")
                     secret, pause = welcome.secret.hex(), FIRST_PAUSE_S
                     log.info("working over a stream to %s", address)
-                    await link.run(stream.read, stream.write)
+                    with self._shown():
+                        await link.run(stream.read, stream.write)
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.UNAUTHENTICATED:
                     return

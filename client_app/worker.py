@@ -24,7 +24,7 @@ import grpc
 import psutil
 
 from client_app.node import Node, note_failure, with_folder
-from client_app.stats import Stats
+from client_app.stats import Stats, stream_is_open
 from client_app.stream import Stream
 from client_app.worker_client import DO, FOLLOW, GRPC_OPTIONS, SERVICE, WorkerSpec, running_worker, start_of
 from fedtune_strategies.config.node import parse_node
@@ -102,7 +102,7 @@ def serve(folder: Path, host_pid: int) -> None:
     spec = WorkerSpec(**json.loads((folder / "spec.json").read_text()))
     service = Service(spec)
     ending: SimpleQueue[str] = SimpleQueue()
-    stream = Stream(service.do, ending.put, service.step)
+    stream = Stream(service.do, ending.put, service.step, stream_is_open)
     server = grpc.server(ThreadPoolExecutor(max_workers=1), options=GRPC_OPTIONS)
     server.add_generic_rpc_handlers((_handlers(service, stream),))
     me = os.getpid()

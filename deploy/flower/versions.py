@@ -61,6 +61,15 @@ def check_reaches(server: str) -> None:
         )
 
 
+def keep_connections() -> None:
+    """Have a SuperNode keep its connection from one request to the next; Flower's ends it after 5 s without any."""
+    if not GRPC:
+        import httpx
+
+        # Less than `IDLE`, so that it never sends into a connection that ends.
+        httpx.Client = partial(httpx.Client, limits=httpx.Limits(keepalive_expiry=IDLE - 15))  # type: ignore[misc,assignment]
+
+
 def open_to_nodes(superlink: str, port: int) -> None:
     """Have the SuperLink's program listen on a port of 127.0.0.1 that is for nodes alone."""
     if GRPC:

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
+from client_app.stats import VARIABLE, stream_is_open
 from deploy.common.certificates import server_files
-from deploy.flower import versions
+from deploy.flower import supernode, versions
 from deploy.flower.strangers import check_closed
 from deploy.flower.versions import check_reaches, divided, replace
 from fedtune_strategies.errors import ConfigError, LinkError
@@ -75,6 +77,26 @@ def test_a_supernode_that_has_given_up_its_server_ends():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1 and "the SuperNode ends: ZeroDivisionError" in done.stdout, done.stderr
+
+
+def test_a_supernode_looks_for_messages_less_often_while_there_is_a_stream(tmp_path, monkeypatch):
+    slept = []
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "facts.json"))
+    monkeypatch.setattr(supernode, "time", SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append))
+
+    def rests(seconds):
+        slept.clear()
+        supernode.rest(seconds)
+        return sum(slept)
+
+    assert rests(3.0) == 3.0
+    with stream_is_open():
+        assert rests(3.0) == supernode.LONG
+        assert rests(0.5) == 0.5  # it waits for a reply that is due
+    assert rests(3.0) == 3.0
+    monkeypatch.delenv(VARIABLE)
+    with stream_is_open():
+        assert rests(3.0) == 3.0
 
 
 @contextmanager
