@@ -53,7 +53,7 @@ def test_commands_and_their_options_exist(page):
 
 
 GUIDES = ("README.md", "docs/guide-operator.md", "docs/guide-device-owner.md", "docs/integrator.md")
-# Run by deploy/local/test_demo and deploy/test_testing; what `pip install` names is checked by test_wheel.
+# Run by deploy/local/test_demo and deploy/test_testing; the lines that install, by test_wheel.
 ELSEWHERE = {"git clone", "make demo", "pip install", "pytest mine", "fedtune new"}
 
 
@@ -76,13 +76,12 @@ def test_every_command_of_readme_and_guides_is_run_by_a_test():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/integrator.md"])
-def test_the_federation_in_one_process_runs_as_shown(page, tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+def test_the_federation_in_one_process_runs_as_shown(tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "integrator.md").read_text(), re.DOTALL)
     (snippet,) = [block for block in blocks if "execute(" in block]
     write_federation(tmp_path, 4)
     monkeypatch.chdir(tmp_path)
-    exec(compile(snippet, page, "exec"), {})
+    exec(compile(snippet, "integrator.md", "exec"), {})
     assert (tmp_path / "out/trial/model/model.safetensors").is_file()
 
 
