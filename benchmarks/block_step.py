@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedtune_strategies.blocks.chunked_matmul import chunked, large_modules
 from fedtune_strategies.blocks.codec_config import Codec, parse_codec
-from fedtune_strategies.blocks.codecs import decode_rows, encode, encoded_size
+from fedtune_strategies.blocks.codecs import encode, encoded_size
 from fedtune_strategies.blocks.find import Block, find_blocks
+from fedtune_strategies.blocks.frozen import FrozenBlocks
 from fedtune_strategies.blocks.gradients import LossFn, block_gradients
-from fedtune_strategies.blocks.offload import coded_loader, empty_model, offloaded
+from fedtune_strategies.blocks.offload import empty_model
 from fedtune_strategies.blocks.train import train_block
 from fedtune_strategies.memory import prefer_memory
 
@@ -109,8 +109,7 @@ def measure(args: argparse.Namespace, way: dict, layer: int | None) -> dict[str,
     before = psutil.Process().memory_info().rss
     options = dict(way)
     codec = parse_codec(options.pop("rest", "none"))
-    model, parts = filled_model(config, codec, layer)
-    outside = {part.partition(":")[0] for part in parts}
+    model, frozen, held = filled_model(config, codec, layer)
     block = whole_model(model) if layer is None else next(b for b in find_blocks(model) if b.layer == layer)
     if options.pop("passes", False):
         filled = psutil.Process().memory_info().rss
@@ -121,20 +120,12 @@ def measure(args: argparse.Namespace, way: dict, layer: int | None) -> dict[str,
     if layer is None:
         train_all(model, loss_fn, batch, args.steps + 2)
     else:
-        large = large_modules(model, outside)
-        by_name: dict[str, dict[str, Tensor]] = {}
-        for key, part in parts.items():
-            by_name.setdefault(key.partition(":")[0], {})[key] = part
-        with (
-            chunked(large, lambda name, rows: decode_rows(by_name[name], name, rows)),
-            offloaded(model, set(outside) - set(large.values()), coded_loader(parts)),
-        ):
+        with frozen.in_use(block.parameters):
             train_block(model, block, loss_fn, [batch], args.steps + 2, 1e-4, **options)
-    inside = sum(p.nbytes for n, p in model.named_parameters() if n not in outside and n not in block.parameters)
     return {
         "seconds": statistics.median(later - earlier for earlier, later in itertools.pairwise(starts[1:])),
         "memory": peak_memory() - before,
-        "held": encoded_size(parts) + inside,
+        "held": held - sum(model.get_parameter(name).nbytes for name in block.parameters),
         "trained": sum(model.get_parameter(name).numel() for name in block.parameters),
     }
 
@@ -147,18 +138,22 @@ def whole_model(model: nn.Module) -> Block:
     return Block(0, "all", "embedding", tuple(name for name, _ in model.named_parameters()))
 
 
-def filled_model(config: LlamaConfig, codec: Codec, layer: int | None) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A model that holds only what is exact, and the coded parts of its other matrices; never whole in memory."""
+def filled_model(config: LlamaConfig, codec: Codec, layer: int | None) -> tuple[nn.Module, FrozenBlocks, int]:
+    """A model that holds only what is exact, the coded form of its other matrices, and their bytes; never whole."""
     model = empty_model(lambda: LlamaForCausalLM(config))
     exact = {name for block in find_blocks(model) if block.layer == layer for name in block.parameters}
-    parts: dict[str, Tensor] = {}
+    coded = {n for n, p in model.named_parameters() if codec != Codec() and n not in exact and p.dim() > 1}
+    frozen, held = FrozenBlocks(model, coded, "coded"), 0
     for name, parameter in model.named_parameters():
         value = torch.empty(parameter.shape).normal_(0, 0.02) if parameter.dim() > 1 else torch.ones(parameter.shape)
-        if name in exact or parameter.dim() == 1 or codec == Codec():
-            parameter.data = value
+        if name in coded:
+            parts = encode({name: value}, codec)
+            frozen.put(parts)
+            held += encoded_size(parts)
         else:
-            parts |= encode({name: value}, codec)
-    return model, parts
+            parameter.data = value
+            held += value.nbytes
+    return model, frozen, held
 
 
 def warm_up() -> None:

@@ -21,7 +21,7 @@ from fedtune_strategies.run_config import parse
 def test_every_entrant_has_a_valid_configuration_and_the_same_number_of_local_steps(name):
     protocol = PROTOCOLS[name]
     for entrant in protocol.entrants():
-        config = parse(protocol.run_config(entrant, entrant.start))
+        config = parse(protocol.run_config(entrant) | {"train.lr": entrant.start})
         steps = config.train.local_steps
         if config.method.name == "fedcybgd":
             nodes = config.fedcybgd.nodes_per_round

@@ -107,13 +107,13 @@ class Protocol:
             settings["model.name"] = str(smollm2_folder())
         return settings
 
-    def run_config(self, entrant: Entrant, lr: float) -> dict[str, Any]:
-        """Return an entrant's run configuration: of the shared settings those that its method reads."""
+    def run_config(self, entrant: Entrant) -> dict[str, Any]:
+        """Return an entrant's run configuration, but for its step size, of the settings that its method reads."""
         shared = self.settings() | {"num-server-rounds": self.rounds}
         if entrant.central:
             shared |= {"strategy.fraction-train": 1.0, "strategy.min-nodes": 1}
         known = defaults(entrant.settings["method.name"], entrant.settings)
-        return {key: value for key, value in shared.items() if key in known} | entrant.settings | {"train.lr": lr}
+        return {key: value for key, value in shared.items() if key in known} | entrant.settings
 
     def entrants(self) -> list[Entrant]:
         """Return who is compared, in the order of the table."""

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import shutil
+import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -116,6 +117,17 @@ def run_once(settings: dict[str, Any], files: list[Path], folder: Path) -> dict[
     return {"curve": watch.curve, "evaluating": watch.evaluating}
 
 
+def run_settings(protocol: Protocol, own: dict[str, Any], nodes: int = 0) -> None:
+    """Run a protocol once with any settings, on its first nodes; print the losses."""
+    with tempfile.TemporaryDirectory() as name:
+        files = protocol.write(Path(name) / "data")
+        chosen = files.nodes[: nodes or None]
+        entrant = Entrant("once", {"method.name": "fedkseed", "strategy.min-nodes": len(chosen)} | own, 0.0)
+        settings = protocol.run_config(entrant) | {"eval.data": str(files.test)}
+        found = run_once(settings, chosen, Path(name) / "run")
+    print(*(f"{row['loss']:.3f}" for row in found["curve"]), f"({sum(found['curve'][-1]['nodes_cpu']):.0f} s on nodes)")
+
+
 def read_runs(results: Path) -> list[dict[str, Any]]:
     """Read a study's runs; final runs that began at different losses were not evaluated alike, and end the command."""
     rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
@@ -190,7 +202,7 @@ class Study:
 
     def settings(self, entrant: Entrant, lr: float, seed: int, stage: str) -> dict[str, Any]:
         """Return the run configuration of one run."""
-        settings = self.protocol.run_config(entrant, lr) | {"train.seed": seed}
+        settings = self.protocol.run_config(entrant) | {"train.lr": lr, "train.seed": seed}
         if stage == "search":
             rounds = settings["num-server-rounds"] // 2
             return settings | {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 
 CHUNK = 1 << 16
 
@@ -13,7 +12,6 @@ async def relay(
     writer: asyncio.StreamWriter,
     counts: list[int],
     way: int,
-    bandwidth: float = math.inf,
     *,
     first: float | None = None,
     idle: float | None = None,
@@ -31,7 +29,6 @@ async def relay(
             break
         counts[way] += len(data)
         patience = idle
-        await asyncio.sleep(len(data) / bandwidth)
         writer.write(data)
         await writer.drain()
     writer.write_eof()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import secrets
 import subprocess
 import sys
@@ -97,7 +96,6 @@ def federation(
     *,
     port: int = 0,
     threads: int = 1,
-    bandwidth: float = math.inf,
 ) -> Iterator[Federation]:
     """Serve, let the nodes join, wait until all are online, and stop everything when left.
 
@@ -108,7 +106,6 @@ def federation(
     `data`: data file of each node by the node's name.
     `port`: the server's published port; 0 takes a free one.
     `threads`: threads of numerical libraries in each node's processes.
-    `bandwidth`: bytes a second of each node's connection, in either direction.
     Raises `PortError`: the port is in use.
     Raises `LinkError`: a process ended while it started, or was not ready in time; the line quotes the end of its log.
     """
@@ -132,7 +129,7 @@ def federation(
         stack.callback(processes.sweep, token)
         server = _serve(port, operator, logs)
         stack.callback(processes.stop, [server])
-        proxy = stack.enter_context(ByteProxy("127.0.0.1", port, list(data), bandwidth))
+        proxy = stack.enter_context(ByteProxy("127.0.0.1", port, list(data)))
         nodes: dict[str, subprocess.Popen[bytes]] = {}
         stack.callback(lambda: processes.stop(list(nodes.values())))
         for name, word in _fedtune(["nodes", "invite", *data], operator).items():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import math
 import threading
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
@@ -40,13 +39,11 @@ class ByteProxy:
     `host`, `port`: where the SuperLink's fleet API listens, or will: a node that comes earlier is hung up on and tries
         again.
     `nodes`: names of the nodes; each gets a free port on 127.0.0.1.
-    `bandwidth`: bytes a second in either direction of a connection, for experiments.
     """
 
-    def __init__(self, host: str, port: int, nodes: Sequence[str], bandwidth: float = math.inf) -> None:
+    def __init__(self, host: str, port: int, nodes: Sequence[str]) -> None:
         self._target = (host, port)
         self._nodes = list(nodes)
-        self._bandwidth = bandwidth
         self._counts = {node: [0, 0] for node in nodes}  # up, down
         self._servers: dict[str, asyncio.Server] = {}
         self._connections: set[asyncio.Task[None]] = set()
@@ -97,7 +94,7 @@ class ByteProxy:
             upstream_reader, upstream_writer = await asyncio.open_connection(*self._target)
             with contextlib.closing(upstream_writer):
                 await asyncio.gather(
-                    relay(reader, upstream_writer, self._counts[node], 0, self._bandwidth),
-                    relay(upstream_reader, writer, self._counts[node], 1, self._bandwidth),
+                    relay(reader, upstream_writer, self._counts[node], 0),
+                    relay(upstream_reader, writer, self._counts[node], 1),
                 )
         self._connections.discard(connection)

@@ -1,17 +1,11 @@
-"""The blocks of a model: finding them, scheduling them, coding them for the wire, training one of them.
+"""The blocks of a model: finding them, coding them for the wire, training one of them.
 
 ``find``
     Blocks by module structure.
-``schedule``
-    Which block, which node, how many steps: pure functions of (seed, turn).
-``codecs``
-    What a node receives of the blocks that it does not train.
-``rest``
-    Which layers to drop and weights to prune, and what compression does to a block's gradient.
+``codecs``, ``uploads``, ``rest``
+    How blocks and changes are coded, what a node's change must look like, which layers a node may do without.
 ``gradients``, ``train``
     Gradients of one block; AdamW on it; how its result is committed.
-``layers``, ``held``
-    What makes that cheap: skipped, remembered and checkpointed layers; frozen weights that stay coded in memory.
-``exchange``
-    What server and node compute alike.
+``layers``, ``offload``, ``frozen``, ``chunked_matmul``
+    What makes that cheap: skipped, remembered and checkpointed layers; frozen weights that stay coded.
 """

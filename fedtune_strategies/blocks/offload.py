@@ -16,7 +16,6 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedtune_strategies.blocks.codecs import decode
 from fedtune_strategies.layer_weights import layer_weights, placeholder
 
 Load = Callable[[str], Tensor]
@@ -79,11 +78,3 @@ def empty_model(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
             setattr(module, name, nn.Parameter(placeholder(parameter, "cpu"), requires_grad=False))
     model.tie_weights()
     return model.requires_grad_(True)
-
-
-def coded_loader(parts: Mapping[str, Tensor]) -> Load:
-    """Decode single tensors out of coded parts, which may be a mapping that reads them from a file."""
-    kinds: dict[str, list[str]] = {}
-    for part in parts:
-        kinds.setdefault(part.partition(":")[0], []).append(part)
-    return lambda name: decode({part: parts[part] for part in kinds[name]})[name]

@@ -1,39 +1,24 @@
-"""What compressing the frozen rest costs: which layers to leave out, which weights to prune, what the gradient loses.
+"""Which decoder layers a node may do without.
 
-Source of block influence: ShortGPT (arXiv 2403.03853), equation 1. FedCyBGD (arXiv 2406.11187) prunes and drops; here
-the responsible block itself is never compressed.
+Source of block influence: ShortGPT (arXiv 2403.03853), equation 1. FedCyBGD (arXiv 2406.11187) drops such layers; here
+the responsible block itself and its neighbours stay.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from fedtune_strategies.blocks.codec_config import Codec
-from fedtune_strategies.blocks.codecs import decode, encode
 from fedtune_strategies.blocks.find import Block, decoder_layers
 from fedtune_strategies.blocks.layers import without_layers
 from fedtune_strategies.errors import ConfigError, ModelError
 
 Run = Callable[[nn.Module, Any], Any]
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What is measured once, on the base model and the server's own text, to choose what is left out."""
-
-    influence: Sequence[float] = ()  # as `layer_influence` gives it
-
-
-def calibrate(model: nn.Module, batches: Sequence[Any], run: Run) -> Calibration:
-    """Measure the influence of layers; see `layer_influence`."""
-    return Calibration(layer_influence(model, batches, run))
 
 
 @torch.no_grad()
@@ -98,34 +83,3 @@ def blocks_inside(blocks: Iterable[Block], layers: Collection[int]) -> set[int]:
         and not block.with_norm
         and all(layer in layers for layer in range(block.layer, block.layer + block.depth))
     }
-
-
-@contextlib.contextmanager
-def compressed_rest(
-    model: nn.Module,
-    block: Block,
-    codec: Codec,
-    influence: Sequence[float] = (),
-) -> Iterator[None]:
-    """See the model as the node responsible for a block sees it: that block exact, the rest coded and decoded."""
-    exact = {
-        name: (parameter, parameter.data)
-        for name, parameter in model.named_parameters()
-        if name not in block.parameters
-    }
-    dropped = dropped_layers(influence, codec.drop, block) if codec.drop else ()
-    try:
-        for name, (parameter, weights) in exact.items():
-            parameter.data = decode(encode({name: weights}, codec))[name].to(weights)
-        with without_layers(model, dropped):
-            yield
-    finally:
-        for parameter, weights in exact.values():
-            parameter.data = weights
-
-
-def gradient_cosine(exact: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Cosine between two gradients of a block; NaN where one is zero."""
-    product = sum(float((exact[name].double() * other[name].double()).sum()) for name in exact)
-    square = [sum(float(value.double().square().sum()) for value in gradient.values()) for gradient in (exact, other)]
-    return product / (square[0] * square[1]) ** 0.5 if square[0] * square[1] else float("nan")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from flwr.app import ArrayRecord
 from torch import Tensor, nn
 
-from fedtune_strategies.blocks.rest import Calibration
 from fedtune_strategies.fedcybgd.config import FedCyBGDRunConfig
 from fedtune_strategies.fedcybgd.partition import cut_model
 from fedtune_strategies.fedcybgd.strategy import FedCyBGD
@@ -24,7 +23,7 @@ class AdapterBlocks(FedCyBGD):
         config: FedCyBGDRunConfig,
         model: nn.Module,
         base: Mapping[str, Tensor],
-        measure: Callable[[], Calibration],
+        measure: Callable[[], Sequence[float]],
     ) -> None:
         self.adapted = sharing_weights(model)
         self.base = base

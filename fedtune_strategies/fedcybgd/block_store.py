@@ -10,7 +10,7 @@ from torch import Tensor
 from fedtune_strategies.blocks.codec_config import Codec
 from fedtune_strategies.blocks.codecs import encode
 from fedtune_strategies.blocks.find import Block
-from fedtune_strategies.blocks.rest import Calibration, blocks_inside, dropped_layers
+from fedtune_strategies.blocks.rest import blocks_inside, dropped_layers
 from fedtune_strategies.fedcybgd.frozen_form import frozen_form, turn_fingerprint
 from fedtune_strategies.seed_space import fingerprint
 
@@ -23,7 +23,7 @@ class BlockStore:
     `base`: W_0 by canonical parameter name: version 0 of every block.
     `codec`: coding of a block that is frozen.
     `dtype`: type of the nodes' models.
-    `measure`: makes the `Calibration`; called once, if the codec needs one and none was stored.
+    `measure`: gives the `layer_influence`; called once, if the codec drops layers and none was stored.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class BlockStore:
         blocks: Sequence[Block],
         codec: Codec,
         dtype: torch.dtype,
-        measure: Callable[[], Calibration] = Calibration,
+        measure: Callable[[], Sequence[float]] = tuple,
     ) -> None:
         self.blocks = blocks
         self.weights = [{name: base[name].to(torch.float32) for name in block.parameters} for block in blocks]
@@ -40,7 +40,7 @@ class BlockStore:
         self._codec = codec
         self._dtype = dtype
         self._measure = measure
-        self._calibration: Calibration | None = None
+        self._influence: Sequence[float] | None = None
         self._prints: dict[int, str] = {}
 
     def commit(self, block: int, weights: dict[str, Tensor]) -> None:
@@ -58,7 +58,7 @@ class BlockStore:
         """Return the layers that are left out while a block is trained."""
         if not self._codec.drop:
             return ()
-        return dropped_layers(self._measured().influence, self._codec.drop, self.blocks[trained])
+        return dropped_layers(self._measured(), self._codec.drop, self.blocks[trained])
 
     def absent_blocks(self, trained: int) -> set[int]:
         """Return the blocks that no node needs while a block is trained."""
@@ -76,7 +76,7 @@ class BlockStore:
         """Return the files to store: the blocks that changed, and the calibration, by label."""
         files = {_label(index): self.weights[index] for index in changed}
         if self._codec.drop:
-            files[CALIBRATION] = {"influence": torch.tensor(self._measured().influence, dtype=torch.float64)}
+            files[CALIBRATION] = {"influence": torch.tensor(self._measured(), dtype=torch.float64)}
         return files
 
     def restore(self, versions: Tensor, load: Callable[[str], dict[str, Tensor] | None]) -> None:
@@ -87,12 +87,12 @@ class BlockStore:
             self.weights[index] = load(_label(index)) or self.weights[index]
         stored = load(CALIBRATION)
         if stored is not None:
-            self._calibration = Calibration(stored["influence"].tolist())
+            self._influence = stored["influence"].tolist()
 
-    def _measured(self) -> Calibration:
-        if self._calibration is None:
-            self._calibration = self._measure()
-        return self._calibration
+    def _measured(self) -> Sequence[float]:
+        if self._influence is None:
+            self._influence = self._measure()
+        return self._influence
 
     def _frozen_print(self, block: int) -> str:
         if block not in self._prints:

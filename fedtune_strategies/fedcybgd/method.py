@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,6 @@ from fedtune_strategies.method import Method, NodeContext
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from fedtune_strategies.blocks.rest import Calibration
     from fedtune_strategies.cost import Cost, Fleet, Shape
     from fedtune_strategies.fedcybgd.client import FedCyBGDClient
     from fedtune_strategies.fedcybgd.strategy import FedCyBGD
@@ -26,17 +26,15 @@ def _strategy(config: FedCyBGDRunConfig, model: nn.Module, base: Mapping[str, Te
     from fedtune_strategies.fedcybgd.partition import cut_model
     from fedtune_strategies.fedcybgd.strategy import FedCyBGD
 
-    def measure() -> Calibration:
-        return _calibration(config, model)
-
+    measure = partial(_influence, config, model)
     if config.fedcybgd.adapters:
         return AdapterBlocks(config, model, base, measure)
     return FedCyBGD(config, base, cut_model(model, config), measure)
 
 
-def _calibration(config: FedCyBGDRunConfig, model: nn.Module) -> Calibration:
+def _influence(config: FedCyBGDRunConfig, model: nn.Module) -> list[float]:
     """Measure how much each layer matters, on text of the server."""
-    from fedtune_strategies.blocks.rest import calibrate
+    from fedtune_strategies.blocks.rest import layer_influence
     from fedtune_strategies.language.data import read_rows
     from fedtune_strategies.language.examples import batches, tokenise
     from fedtune_strategies.language.loss import response_loss
@@ -45,7 +43,8 @@ def _calibration(config: FedCyBGDRunConfig, model: nn.Module) -> Calibration:
     rows = read_rows(Path(config.fedcybgd.calibration).expanduser(), "auto")[:CALIBRATION_ROWS]
     examples = tokenise(rows, load_tokenizer(config.model.name), config.train.seq_length)
     count = -(-len(examples) // config.train.batch_size)
-    return calibrate(model, list(batches(examples, config.train.batch_size, count, ("calibration",))), response_loss)
+    chosen = list(batches(examples, config.train.batch_size, count, ("calibration",)))
+    return layer_influence(model, chosen, response_loss)
 
 
 def _client(context: NodeContext) -> FedCyBGDClient:

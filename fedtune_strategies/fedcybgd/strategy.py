@@ -18,7 +18,6 @@ from torch import Tensor
 from fedtune_strategies.blocks.codec_config import parse_codec
 from fedtune_strategies.blocks.codecs import decode, encoded_size
 from fedtune_strategies.blocks.find import Block
-from fedtune_strategies.blocks.rest import Calibration
 from fedtune_strategies.blocks.train import apply_delta, weighted_mean
 from fedtune_strategies.blocks.uploads import fits
 from fedtune_strategies.errors import DivergenceError, ProtocolError
@@ -63,14 +62,14 @@ class Lease(NamedTuple):
 
 
 class FedCyBGD(TuningStrategy):
-    """Cycle through the blocks of the model; `measure` says by what a codec with drop chooses layers."""
+    """Cycle through the blocks of the model; `measure` gives the `layer_influence` by which layers are dropped."""
 
     def __init__(
         self,
         config: FedCyBGDRunConfig,
         base: Mapping[str, Tensor],
         blocks: Sequence[Block],
-        measure: Callable[[], Calibration] = Calibration,
+        measure: Callable[[], Sequence[float]] = tuple,
     ) -> None:
         self.config = config
         self.settings = config.fedcybgd

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from fedtune_strategies.blocks.codec_config import Codec
 from fedtune_strategies.blocks.codecs import decode, encode
 from fedtune_strategies.blocks.find import find_blocks
-from fedtune_strategies.blocks.offload import coded_loader, empty_model, empty_parameters, offloaded
+from fedtune_strategies.blocks.offload import empty_model, empty_parameters, offloaded
 from fedtune_strategies.blocks.train import train_block
 from tests.models import CONFIGS, lm_loss, tiny_batches, tiny_model
 
@@ -20,6 +20,10 @@ def rest_of(model, block):
     for name, value in decode(parts).items():
         model.get_parameter(name).data.copy_(value)
     return list(weights), parts
+
+
+def coded_loader(parts):
+    return lambda name: decode({key: part for key, part in parts.items() if key.split(":")[0] == name})[name]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

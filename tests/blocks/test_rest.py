@@ -1,17 +1,11 @@
-import math
-
 import pytest
 import torch
 
-from fedtune_strategies.blocks.codec_config import Codec, parse_codec
 from fedtune_strategies.blocks.find import Block, decoder_layers, find_blocks
 from fedtune_strategies.blocks.gradients import block_gradients
-from fedtune_strategies.blocks.layers import without_layers
 from fedtune_strategies.blocks.rest import (
     blocks_inside,
-    compressed_rest,
     dropped_layers,
-    gradient_cosine,
     layer_influence,
 )
 from fedtune_strategies.errors import ConfigError
@@ -61,16 +55,6 @@ def test_a_block_lies_in_layers_left_out_only_if_all_of_it_does():
     assert blocks_inside(find_blocks(model, layers_per_block=2), (0, 2)) == set()
 
 
-def test_compressed_rest_keeps_the_block_exact_and_is_undone():
-    model = tiny_model()
-    before = {name: value.clone() for name, value in model.named_parameters()}
-    block = find_blocks(model)[2]
-    with compressed_rest(model, block, parse_codec("prune:0.5+int8")):
-        for name, value in model.named_parameters():
-            assert torch.equal(value, before[name]) == (name in block.parameters or value.dim() == 1)
-    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
-
-
 def gradient_of(model, block, batches):
     with block_gradients(model, block, lm_loss, batches) as gradient:
         return dict(zip(block.parameters, gradient(range(len(batches))).tensors, strict=True))
@@ -83,25 +67,3 @@ def test_block_gradient_is_that_of_autograd():
     (lm_loss(model, batches[0]) / 2 + lm_loss(model, batches[1]) / 2).backward()
     for name in block.parameters:
         torch.testing.assert_close(got[name], model.get_parameter(name).grad)
-
-
-def test_gradient_cosine_orders_the_codecs():
-    model, batches = tiny_model(), tiny_batches(2)
-    block = find_blocks(model)[2]
-    exact = gradient_of(model, block, batches)
-    cosine = {}
-    for codec in ("none", "bf16", "int8", "nf4", "prune:0.9"):
-        with compressed_rest(model, block, parse_codec(codec)):
-            cosine[codec] = gradient_cosine(exact, gradient_of(model, block, batches))
-    assert cosine["none"] == pytest.approx(1.0, abs=1e-12)
-    assert cosine["none"] > cosine["bf16"] > cosine["int8"] > cosine["nf4"] > cosine["prune:0.9"]
-    assert math.isnan(gradient_cosine(exact, {name: torch.zeros_like(value) for name, value in exact.items()}))
-
-
-def test_compressed_rest_drops_layers():
-    model, batch = tiny_model(num_hidden_layers=4).eval(), tiny_batches(1)[0]
-    block = find_blocks(model)[4]  # layer 3
-    with without_layers(model, [1]):
-        expected = lm_loss(model, batch).item()
-    with compressed_rest(model, block, Codec(drop=1), influence=[0.5, 0.1, 0.0, 0.0]):
-        assert lm_loss(model, batch).item() == expected
