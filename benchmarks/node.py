@@ -102,7 +102,7 @@ def forward_passes(node: Node, task: messages.Message) -> SeedReply:
     return SeedReply(
         node=node.name, round=task.round, scalars=torch.zeros(train.local_steps), unit=1.0, loss=losses[0],
         fingerprint=node.base_fingerprint, num_examples=len(node.examples), seconds=0.0, peak_memory=peak_memory(),
-        lr=task.lr, noise=0.0,
+        lr=task.lr or 1e-7, noise=0.0,
     )  # fmt: skip
 
 

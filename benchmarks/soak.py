@@ -20,11 +20,10 @@ from typing import Any
 import psutil
 import torch
 from flwr.app import Message
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from node import write_model
 
 from client_app.node import Node
 from fedtune_strategies.testing import Handler, InMemoryGrid
-from fedtune_strategies.tiny import MODEL_FOLDER
 from fedtune_strategies.tiny.tasks import write_federation
 from server_app.ledger import Ledger
 from server_app.run import execute
@@ -117,18 +116,6 @@ class Churn(InMemoryGrid):
         }
 
 
-def write_model(folder: Path) -> str:
-    """Write a Llama of a few thousand parameters: what may grow does not depend on the model's size."""
-    tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 def rounded(value: float) -> float:
     return round(value, 1)
 
@@ -137,7 +124,8 @@ def soak(method: str, rounds: int, folder: Path) -> dict[str, Any]:
     """Run one soak; returns what grew and what happened."""
     files, _ = write_federation(folder / "data", NODES, train_per_task=8, heldout_per_task=2)
     run = folder / method
-    model = write_model(folder / "model")
+    # A few thousand parameters: what may grow does not depend on the model's size.
+    model = str(write_model(folder / "model", layers=2, width=16))
     settings = SMALL | {"model.name": model, "method.name": method, "num-server-rounds": rounds, "run.dir": str(run)}
     grid = Churn(settings, files, max(1, rounds // 20), run)
     start = psutil.Process().cpu_times()

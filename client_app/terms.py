@@ -28,25 +28,18 @@ SLACK, ENVELOPE = 1.25, 4096  # of a planned reply: names of tensors are not pla
 
 @dataclass(frozen=True)
 class Agreement:
-    """What an owner agreed to.
-
-    `settings`: keys of the run configuration that must be so.
-    """
+    """What an owner agreed to."""
 
     terms: Terms
-    settings: Mapping[str, Scalar] = field(default_factory=dict)
+    settings: Mapping[str, Scalar] = field(default_factory=dict)  # keys of the run configuration that must be so
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What has left since the agreement.
+    """What has left since the agreement."""
 
-    `rounds`: run and round of every reply that told something about the data.
-    `replies`: how many of them there were.
-    """
-
-    rounds: frozenset[tuple[str, int]] = frozenset()
-    replies: int = 0
+    rounds: frozenset[tuple[str, int]] = frozenset()  # run and round of every reply that told something about the data
+    replies: int = 0  # how many of them there were
 
 
 def agreement_to(config: Config, largest_reply: int = 0) -> Agreement:

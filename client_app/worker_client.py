@@ -35,15 +35,12 @@ _STOP_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """All that decides whether a running worker may answer.
+    """All that decides whether a running worker may answer."""
 
-    `run_config`, `node_config`: Flower's configurations of the run and of the node.
-    `node_id`: Flower's id of the node.
-    """
-
+    # Flower's configurations of the run and of the node
     run_config: dict[str, Any]
     node_config: dict[str, Any]
-    node_id: int
+    node_id: int  # Flower's id of the node
 
     def key(self) -> str:
         """Return a hash of the spec and of the installed FedTune version."""

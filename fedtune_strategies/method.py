@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fedtune_strategies.errors import ConfigError
@@ -175,6 +176,12 @@ class Method:
     parts: Callable[[Any, nn.Module], Sequence[tuple[str, int, bool]]] | None = None
     by_layers: bool = False
     panel: Callable[[Any, Mapping[str, NDArray[Any]]], Panel | None] | None = None
+
+
+def deferred(place: str) -> Callable[..., Any]:
+    """Return a function that is imported when it is called, ``"module:name"``: declaring a method imports no torch."""
+    module, _, name = place.partition(":")
+    return lambda *args: getattr(import_module(module), name)(*args)
 
 
 def load_method(name: str) -> Method:

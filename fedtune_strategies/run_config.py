@@ -58,25 +58,7 @@ def _key(method: str, name: str, kind: type, default: Any, spec: Any) -> Key:
 
 
 def parse(flat: Mapping[str, Any]) -> Config:
-    """Check a flat run config and build its method's `Config` from it.
-
-    Parameters
-    ----------
-    flat : mapping of str to str, int, float or bool
-        Keys as in `keys` of its ``method.name``; absent ones take their defaults. An int is accepted where a float is
-        asked for.
-
-    Returns
-    -------
-    Config
-        The checked configuration, of the class that the method declares.
-
-    Raises
-    ------
-    ConfigError
-        The method is not installed; a key is unknown or one that the method does not read, has the wrong type, or its
-        value is out of range: the line names the key and the accepted values.
-    """
+    """Check a flat run config, in which absent keys take their defaults, and build its method's `Config` from it."""
     chosen = section(MethodConfig, "method.", {key: v for key, v in flat.items() if key == "method.name"})
     cls = load_method(chosen.name).config.choose(flat)
     known = {name for name, _, _ in options(cls)}

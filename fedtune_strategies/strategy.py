@@ -210,22 +210,9 @@ class TuningStrategy(Strategy):
 
 
 def sampled(config: Any, nodes: Sequence[str], round: int) -> list[str]:
-    """Return the nodes that a round asks.
+    """Return the nodes that a round asks, the same for the same seed, round and nodes.
 
-    Parameters
-    ----------
-    config : Config
-        The run configuration; its ``strategy`` is a `SamplingConfig`.
-    nodes : sequence of str
-        Names of the nodes that are there.
-    round : int
-        The round, from 1.
-
-    Returns
-    -------
-    list of str
-        ``strategy.fraction-train`` of the nodes, at least ``strategy.min-replies`` where there are as many; the same
-        for the same seed, round and nodes.
+    They are ``strategy.fraction-train`` of them, at least ``strategy.min-replies`` where there are as many.
     """
     settings = config.strategy
     count = max(settings.min_replies, int(np.rint(settings.fraction_train * len(nodes))))
@@ -237,20 +224,7 @@ SCHEDULE = "schedule"
 
 
 def settings_of(config: Any, round: int) -> dict[str, float]:
-    """Return what the configuration says of a round that is about to begin.
-
-    Parameters
-    ----------
-    config : Config
-        The run configuration.
-    round : int
-        The round, from 1.
-
-    Returns
-    -------
-    dict of str to float
-        `SCHEDULE`, by ``train.lr-schedule`` and ``train.warmup``, where the method has these.
-    """
+    """Return what the configuration says of a round that is about to begin: `SCHEDULE`."""
     train = config.train
     kind, warmup = getattr(train, "lr_schedule", "constant"), getattr(train, "warmup", 0.0)
     return {SCHEDULE: scheduled_share(round, config.num_server_rounds, kind, warmup)}
@@ -290,20 +264,10 @@ def check_origin(reply: TrainReply, round: int, fingerprint: str) -> None:
 
 
 def shares(replies: Sequence[TrainReply], weighting: str) -> list[int]:
-    """Return what each reply weighs in a round's mean.
+    """Return what each reply weighs in a round's mean: the same for all, or with ``strategy.weighting`` its examples.
 
-    Parameters
-    ----------
-    replies : sequence of TrainReply
-        The round's replies.
-    weighting : str
-        ``strategy.weighting``; all replies weigh the same unless it is "examples".
-
-    Returns
-    -------
-    list of int
-        Numbers of examples, none above `LARGEST_SHARE` times their median (of two medians the lower, so that of two
-        nodes neither can raise the limit alone).
+    None weighs more than `LARGEST_SHARE` times their median (of two medians the lower, so that of two nodes neither can
+    raise the limit alone).
     """
     if weighting != "examples" or not replies:
         return [1] * len(replies)
@@ -324,16 +288,6 @@ def arrays_of(**tensors: Tensor) -> ArrayRecord:
 
 
 def for_aggregation(arrays: ArrayRecord, weight: float, skipped: int) -> Message:
-    """Return a reply as Flower's strategies aggregate it.
-
-    Parameters
-    ----------
-    arrays : ArrayRecord
-        What the node's reply stands for.
-    weight : float
-        What it weighs in the mean.
-    skipped : int
-        Steps that the node left out.
-    """
+    """Return what a node's reply stands for, with its weight and skipped steps, as Flower's strategies aggregate it."""
     metrics = MetricRecord({"num-examples": weight, "train/skipped": skipped})
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), dst_node_id=0, message_type="train")

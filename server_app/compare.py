@@ -16,33 +16,24 @@ from server_app.run_view import RunView
 
 @dataclass(frozen=True)
 class TensorChange:
-    """Change of one tensor.
+    """Change of one tensor."""
 
-    `name`: canonical name of the parameter.
-    `relative`: length of the change over the length of the tensor, after the first of the two rounds.
-    `changed`: share of its elements that differ, 0 to 1.
-    """
-
-    name: str
-    relative: float
-    changed: float
+    name: str  # canonical name of the parameter
+    relative: float  # length of the change over the length of the tensor, after the first of the two rounds
+    changed: float  # share of its elements that differ, 0 to 1
 
 
 @dataclass(frozen=True)
 class Change:
-    """Change of a whole model.
-
-    `relative`, `changed`: as in `TensorChange`, of all parameters together.
-    `loss`: held-out loss after either round, where the run measured it.
-    `tensors`: of every parameter, the most changed first.
-    """
+    """Change of a whole model."""
 
     first: int
     second: int
+    # as in `TensorChange`, of all parameters together
     relative: float
     changed: float
-    loss: tuple[float | None, float | None]
-    tensors: list[TensorChange]
+    loss: tuple[float | None, float | None]  # held-out loss after either round, where the run measured it
+    tensors: list[TensorChange]  # of every parameter, the most changed first
 
 
 def compare_rounds(run: Path, first: int, second: int | None) -> Change:

@@ -19,13 +19,10 @@ _SHOWN_ANSWERS = 16
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The operator's held-out examples, tokenised: each a spread over the file.
-
-    `answers`: for Rouge-L of greedy answers; None where ``eval.answers`` is 0, and for plain text.
-    """
+    """The operator's held-out examples, tokenised: each a spread over the file."""
 
     loss: Examples
-    answers: Prompts | None
+    answers: Prompts | None  # for Rouge-L of greedy answers; None where ``eval.answers`` is 0, and for plain text
 
 
 def load_held_out(config: Config, language: LanguageModel) -> HeldOut | None:

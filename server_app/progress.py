@@ -10,20 +10,13 @@ from server_app.ledger import Ledger, Record
 
 @dataclass
 class Progress:
-    """An open round.
+    """An open round."""
 
-    `attempt`: the attempt that is going on, from 1; 0 before the first.
-    `open`: who was asked in it and has neither answered nor failed.
-    `answered`: whose reply counts in the round.
-    `failed`: who was asked and gave nothing usable.
-    `asked`: who was asked in the round at all.
-    """
-
-    attempt: int = 0
-    open: set[str] = field(default_factory=set)
-    answered: set[str] = field(default_factory=set)
-    failed: set[str] = field(default_factory=set)
-    asked: set[str] = field(default_factory=set)
+    attempt: int = 0  # the attempt that is going on, from 1; 0 before the first
+    open: set[str] = field(default_factory=set)  # who was asked in it and has neither answered nor failed
+    answered: set[str] = field(default_factory=set)  # whose reply counts in the round
+    failed: set[str] = field(default_factory=set)  # who was asked and gave nothing usable
+    asked: set[str] = field(default_factory=set)  # who was asked in the round at all
     _acknowledged: set[str] = field(default_factory=set)
 
     def take(self, record: Record) -> None:

@@ -26,12 +26,10 @@ from server_app.rounds import as_messages, restore
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a replay did.
-
-    `kept`, `left_out`: replies that count in the new model, and those that do not.
-    """
+    """What a replay did."""
 
     rounds: int
+    # replies that count in the new model, and those that do not
     kept: int
     left_out: int
 

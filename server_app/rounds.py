@@ -40,17 +40,13 @@ AHEAD = 60.0  # least seconds for a node that only fetches ahead, once all that 
 
 @dataclass(frozen=True)
 class Run:
-    """What every round of a run works with.
+    """What every round of a run works with."""
 
-    `strategy`: a new strategy; it takes up the ledger's state.
-    `statuses`: who takes part, as far as the ledger has been read.
-    """
-
-    strategy: TuningStrategy
+    strategy: TuningStrategy  # a new strategy; it takes up the ledger's state
     fleet: Fleet
     ledger: Ledger
     config: Config
-    statuses: NodeStatuses = field(default_factory=NodeStatuses)
+    statuses: NodeStatuses = field(default_factory=NodeStatuses)  # who takes part, as far as the ledger has been read
 
 
 class _Finished(Exception):  # noqa: N818

@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,12 @@ MATHEMATICS = ("seed_space", "seed_gradient", "zeroth_order", "blocks", "languag
 SIDES = ("operator", "owner", "local")
 
 
+@cache
 def tree(name):
     return ast.parse((ROOT / name).read_text())
 
 
+@cache
 def imported(name):
     """Modules that a module imports, anywhere in it."""
     found = set()

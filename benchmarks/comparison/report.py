@@ -29,14 +29,11 @@ T95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 
 
 @dataclass(frozen=True)
 class Line:
-    """What the seeds of one entrant gave.
-
-    `runs`: results of its final runs.
-    """
+    """What the seeds of one entrant gave."""
 
     entrant: Entrant
     lr: float
-    runs: list[dict[str, Any]]
+    runs: list[dict[str, Any]]  # results of its final runs
 
     def last(self, name: str) -> list[float]:
         """Return a value after the last round, by seed."""

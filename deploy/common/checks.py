@@ -12,15 +12,11 @@ from fedtune_strategies.errors import FedTuneError
 
 @dataclass(frozen=True)
 class Check:
-    """The outcome of one check.
-
-    `ok`: none where it could not be decided and need not be right.
-    `detail`: what was found; with a cross, what to do.
-    """
+    """The outcome of one check."""
 
     label: str
-    ok: bool | None
-    detail: str
+    ok: bool | None  # none where it could not be decided and need not be right
+    detail: str  # what was found; with a cross, what to do
     exit_code: int = 1
 
 

@@ -45,14 +45,10 @@ class RunStatus:
 
 @dataclass(frozen=True)
 class Control:
-    """The control interface of one SuperLink; every call takes about a second of one core.
+    """The control interface of one SuperLink; every call takes about a second of one core."""
 
-    `folder`: state; ``flower/config.toml`` below it names the SuperLink, see `write_connection`.
-    `environment`: the environment for Flower's commands.
-    """
-
-    folder: Path
-    environment: dict[str, str]
+    folder: Path  # state; ``flower/config.toml`` below it names the SuperLink, see `write_connection`
+    environment: dict[str, str]  # the environment for Flower's commands
 
     def submit(self, app: Path, run_config: Mapping[str, str | int | float | bool]) -> int:
         """Submit a run with ``flwr run`` and return its id.

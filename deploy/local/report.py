@@ -18,26 +18,20 @@ from server_app.run_view import Evaluation, RunView
 
 @dataclass(frozen=True)
 class Result:
-    """One method's run.
-
-    `rounds`, `nodes`: rounds of the run and nodes of the federation.
-    `before`, `after`: the first and the last.
-    `traffic`: bytes on all nodes' connections from submission to the end: everything, framework and handshakes
-        included.
-    `peak_memory`: largest resident memory of a node's worker, bytes.
-    `seconds`: from submission to the end, evaluation and export included.
-    `model`: folder of the tuned model.
-    """
+    """One method's run."""
 
     method: str
+    # rounds of the run and nodes of the federation
     rounds: int
     nodes: int
+    # the first and the last
     before: Evaluation
     after: Evaluation
+    # bytes on all nodes' connections from submission to the end: everything, framework and handshakes included
     traffic: Traffic
-    peak_memory: int
-    seconds: float
-    model: str
+    peak_memory: int  # largest resident memory of a node's worker, bytes
+    seconds: float  # from submission to the end, evaluation and export included
+    model: str  # folder of the tuned model
 
     @property
     def per_node_and_round(self) -> Traffic:

@@ -26,22 +26,16 @@ CURVES = ("secp256r1", "secp384r1", "secp521r1")
 
 @dataclass(frozen=True)
 class Member:
-    """One node, as the operator knows it.
-
-    `state`: ``invited``, ``waiting`` (for approval), ``approved`` (its key is being registered), ``member``, ``left``
-        by its own wish, or ``revoked``.
-    `secret_hash`: SHA-256 of the registration secret; the secret itself is kept nowhere.
-    `expires`: when the token expires, seconds since the epoch.
-    `public_key`: OpenSSH public key, once the node has sent it.
-    `node_id`: Flower's id, once the key is registered.
-    """
+    """One node, as the operator knows it."""
 
     name: str
+    # ``invited``, ``waiting`` (for approval), ``approved`` (its key is being registered), ``member``, ``left`` by its
+    # own wish, or ``revoked``
     state: str
-    secret_hash: str
-    expires: int
-    public_key: str = ""
-    node_id: int = 0
+    secret_hash: str  # SHA-256 of the registration secret; the secret itself is kept nowhere
+    expires: int  # when the token expires, seconds since the epoch
+    public_key: str = ""  # OpenSSH public key, once the node has sent it
+    node_id: int = 0  # Flower's id, once the key is registered
 
     @property
     def fingerprint(self) -> str:

@@ -46,16 +46,11 @@ UNKNOWN = "not known before the base model is here"
 
 @dataclass(frozen=True)
 class Proposal:
-    """A run as its owner is asked about it.
+    """A run as its owner is asked about it."""
 
-    `rows`: what it takes, as labelled lines.
-    `leaves`: everything that leaves the machine, in words.
-    `agreement`: what is written down if the owner agrees.
-    """
-
-    rows: list[tuple[str, str]]
-    leaves: list[str]
-    agreement: Agreement
+    rows: list[tuple[str, str]]  # what it takes, as labelled lines
+    leaves: list[str]  # everything that leaves the machine, in words
+    agreement: Agreement  # what is written down if the owner agrees
 
 
 def propose(

@@ -42,15 +42,12 @@ class UnreachableError(LinkError):
 
 @dataclass(frozen=True)
 class Membership:
-    """A federation that this machine joined, as it is kept in ``node.json``.
+    """A federation that this machine joined, as it is kept in ``node.json``."""
 
-    `name`, `address`: the node's name; ``host:port`` of the server.
-    `data`, `format`, `model`, `device`: the node's configuration, see `fedtune_strategies.config.node.NodeConfig`;
-        empty for the default.
-    """
-
+    # the node's name; ``host:port`` of the server
     name: str
     address: str
+    # the node's configuration, see `fedtune_strategies.config.node.NodeConfig`; empty for the default
     data: str
     format: str = "auto"
     model: str = ""

@@ -49,7 +49,7 @@ def cost(config: Any, shape: Shape, fleet: Fleet) -> Cost:
     )
 
 
-def seconds(config: Any, language: LanguageModel, clock: Callable[[], float]) -> float:
+def seconds(config: Any, language: LanguageModel, examples: int, clock: Callable[[], float]) -> float:
     """Measure a task on random tokens: a step for each of the local steps."""
     model, train = language.model, config.train
     batch = random_batch(language, train.batch_size, train.seq_length)

@@ -6,13 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedtune_strategies.fedavg.config import FedAvgRunConfig, FedITRunConfig, FedZORunConfig
-from fedtune_strategies.method import Method, NodeContext
+from fedtune_strategies.method import Method, NodeContext, deferred
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from fedtune_strategies.cost import Cost, Fleet, Shape
-    from fedtune_strategies.language.model import LanguageModel
     from fedtune_strategies.protocol.messages import Message
     from fedtune_strategies.strategy import TuningStrategy
 
@@ -46,18 +44,6 @@ def _messages() -> Sequence[type]:
     return ArraysTask, ArraysReply, ZerothReply
 
 
-def _cost(config: Any, shape: Shape, fleet: Fleet) -> Cost:
-    from fedtune_strategies.fedavg.cost import cost
-
-    return cost(config, shape, fleet)
-
-
-def _seconds(config: Any, language: LanguageModel, examples: int, clock: Callable[[], float]) -> float:
-    from fedtune_strategies.fedavg.cost import seconds
-
-    return seconds(config, language, clock)
-
-
 def _method(name: str, summary: str, config: type, leaves: str) -> Method:
     return Method(
         name=name,
@@ -67,8 +53,8 @@ def _method(name: str, summary: str, config: type, leaves: str) -> Method:
         client=_client,
         leaves=lambda config: (leaves,),
         messages=_messages,
-        cost=_cost,
-        seconds=_seconds,
+        cost=deferred("fedtune_strategies.fedavg.cost:cost"),
+        seconds=deferred("fedtune_strategies.fedavg.cost:seconds"),
     )
 
 

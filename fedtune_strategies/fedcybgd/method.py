@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedtune_strategies.fedcybgd.config import FedCyBGDRunConfig
-from fedtune_strategies.method import Method, NodeContext
+from fedtune_strategies.method import Method, deferred
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from fedtune_strategies.cost import Cost, Fleet, Shape
-    from fedtune_strategies.fedcybgd.client import FedCyBGDClient
     from fedtune_strategies.fedcybgd.strategy import FedCyBGD
-    from fedtune_strategies.language.model import LanguageModel
 
 CALIBRATION_ROWS = 128
 
@@ -47,12 +44,6 @@ def _influence(config: FedCyBGDRunConfig, model: nn.Module) -> list[float]:
     return layer_influence(model, chosen, response_loss)
 
 
-def _client(context: NodeContext) -> FedCyBGDClient:
-    from fedtune_strategies.fedcybgd.client import FedCyBGDClient
-
-    return FedCyBGDClient(context)
-
-
 def _messages() -> Sequence[type]:
     from fedtune_strategies.fedcybgd.messages import BlockReply, BlockTask
 
@@ -62,18 +53,6 @@ def _messages() -> Sequence[type]:
 def _leaves(config: FedCyBGDRunConfig) -> Sequence[str]:
     what = "the LoRA adapters of one block" if config.fedcybgd.adapters else "one block of the model"
     return (f"in its turns: the change of {what} by training on your data",)
-
-
-def _cost(config: FedCyBGDRunConfig, shape: Shape, fleet: Fleet) -> Cost:
-    from fedtune_strategies.fedcybgd.cost import cost
-
-    return cost(config, shape, fleet)
-
-
-def _seconds(config: FedCyBGDRunConfig, language: LanguageModel, examples: int, clock: Callable[[], float]) -> float:
-    from fedtune_strategies.fedcybgd.cost import seconds
-
-    return seconds(config, language, examples, clock)
 
 
 def _parts(config: FedCyBGDRunConfig, model: nn.Module) -> Sequence[tuple[str, int, bool]]:
@@ -90,10 +69,10 @@ FEDCYBGD = Method(
     summary="one block of the model at a time, by AdamW; only that block travels exactly",
     config=FedCyBGDRunConfig,
     strategy=_strategy,
-    client=_client,
+    client=deferred("fedtune_strategies.fedcybgd.client:FedCyBGDClient"),
     leaves=_leaves,
     messages=_messages,
-    cost=_cost,
-    seconds=_seconds,
+    cost=deferred("fedtune_strategies.fedcybgd.cost:cost"),
+    seconds=deferred("fedtune_strategies.fedcybgd.cost:seconds"),
     parts=_parts,
 )

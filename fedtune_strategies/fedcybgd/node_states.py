@@ -15,18 +15,14 @@ from torch import Tensor
 
 @dataclass
 class NodeState:
-    """What one node holds.
+    """What one node holds."""
 
-    `versions`: int64 [D], version of every block in its frozen form.
-    `exact`: block and version that the node holds exactly beside the base model; (-1, 0) for none.
-    `committed`: the last turn of this node that was committed, 0 for none.
-    `offered`: what is under way in parts that the node has not acknowledged, oldest first: block and version of each
-        frozen block, and the exact block or None.
-    """
-
-    versions: Tensor
+    versions: Tensor  # int64 [D], version of every block in its frozen form
+    # block and version that the node holds exactly beside the base model; (-1, 0) for none
     exact: tuple[int, int] = (-1, 0)
-    committed: int = 0
+    committed: int = 0  # the last turn of this node that was committed, 0 for none
+    # what is under way in parts that the node has not acknowledged, oldest first: block and version of each frozen
+    # block, and the exact block or None
     offered: deque[tuple[list[tuple[int, int]], tuple[int, int] | None]] = field(default_factory=deque)
 
 

@@ -18,17 +18,12 @@ ORDERS = ("ascending", "descending", "random")
 
 
 class Turn(NamedTuple):
-    """One turn of the schedule.
+    """One turn of the schedule."""
 
-    `turn`: counts from 1 over the whole run.
-    `position`: place in the cycle, from 0.
-    `block`: index of the block to train.
-    """
-
-    turn: int
+    turn: int  # counts from 1 over the whole run
     cycle: int
-    position: int
-    block: int
+    position: int  # place in the cycle, from 0
+    block: int  # index of the block to train
 
 
 def turn_at(

@@ -75,7 +75,7 @@ def change_bytes(seeds: int, draws: int, bits: int) -> int:
 
 
 def seconds(
-    config: FedKSeedRunConfig | GradientRunConfig, language: LanguageModel, clock: Callable[[], float]
+    config: FedKSeedRunConfig | GradientRunConfig, language: LanguageModel, examples: int, clock: Callable[[], float]
 ) -> float:
     """Measure one task on random tokens: the rebuild once, and a step for each of tau."""
     if isinstance(config, GradientRunConfig):

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedtune_strategies.fedkseed.config import FedKSeedProRunConfig, FedKSeedRunConfig, GradientRunConfig
-from fedtune_strategies.method import Method, NodeContext, Panel
+from fedtune_strategies.method import Method, NodeContext, deferred
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from torch import Tensor, nn
 
-    from fedtune_strategies.cost import Cost, Fleet, Shape
-    from fedtune_strategies.language.model import LanguageModel
     from fedtune_strategies.protocol.messages import Message
     from fedtune_strategies.strategy import TuningStrategy
 
@@ -55,26 +52,6 @@ def _leaves(config: FedKSeedRunConfig | GradientRunConfig) -> Sequence[str]:
     )
 
 
-def _cost(config: FedKSeedRunConfig | GradientRunConfig, shape: Shape, fleet: Fleet) -> Cost:
-    from fedtune_strategies.fedkseed.cost import cost
-
-    return cost(config, shape, fleet)
-
-
-def _seconds(
-    config: FedKSeedRunConfig | GradientRunConfig, language: LanguageModel, examples: int, clock: Callable[[], float]
-) -> float:
-    from fedtune_strategies.fedkseed.cost import seconds
-
-    return seconds(config, language, clock)
-
-
-def _panel(config: FedKSeedProRunConfig, state: Mapping[str, NDArray[Any]]) -> Panel | None:
-    from fedtune_strategies.fedkseed.panel import panel
-
-    return panel(config, state)
-
-
 FEDKSEED = Method(
     name="fedkseed",
     summary="scalars or sign bits along seeded directions; kilobytes a round, about the memory of inference",
@@ -83,8 +60,8 @@ FEDKSEED = Method(
     client=_client,
     leaves=_leaves,
     messages=_messages,
-    cost=_cost,
-    seconds=_seconds,
+    cost=deferred("fedtune_strategies.fedkseed.cost:cost"),
+    seconds=deferred("fedtune_strategies.fedkseed.cost:seconds"),
     by_layers=True,
 )
 FEDKSEED_PRO = Method(
@@ -95,8 +72,8 @@ FEDKSEED_PRO = Method(
     client=_client,
     leaves=_leaves,
     messages=_messages,
-    cost=_cost,
-    seconds=_seconds,
+    cost=deferred("fedtune_strategies.fedkseed.cost:cost"),
+    seconds=deferred("fedtune_strategies.fedkseed.cost:seconds"),
     by_layers=True,
-    panel=_panel,
+    panel=deferred("fedtune_strategies.fedkseed.panel:panel"),
 )

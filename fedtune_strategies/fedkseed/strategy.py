@@ -67,17 +67,7 @@ FEWEST_SCALARS = 8
 
 
 class FedKSeed(TuningStrategy):
-    """Tune in the space of K seeded directions by scalars alone.
-
-    Parameters
-    ----------
-    config : FedKSeedRunConfig
-        The run configuration.
-    base : mapping of str to Tensor
-        W_0 of the tuned parameters by canonical name.
-    inner : flwr.serverapp.strategy.Strategy, optional
-        Aggregates the nodes' theta; that of ``strategy.aggregation`` by default.
-    """
+    """Tune in the space of K seeded directions by scalars alone; `inner` aggregates the nodes' theta."""
 
     def __init__(self, config: FedKSeedRunConfig, base: Mapping[str, Tensor], inner: Strategy | None = None) -> None:
         self.config = config

@@ -26,11 +26,8 @@ class StateMissing:
 
 @dataclass(frozen=True)
 class Failure:
-    """A node's error, as one line for the operator.
-
-    `exit_code`: exit code of the `fedtune_strategies.errors` class.
-    """
+    """A node's error, as one line for the operator."""
 
     kind: ClassVar[str] = "failure"
-    exit_code: int
+    exit_code: int  # exit code of the `fedtune_strategies.errors` class
     message: str

@@ -23,16 +23,11 @@ Example = tuple[str, str]  # input, answer
 
 
 class Task(NamedTuple):
-    """One family of questions.
+    """One family of questions."""
 
-    `name`: label in the data files and in the evaluation by task.
-    `instruction`: how the tuning data words the task; the base model has never seen this sentence.
-    `draw`: draws one input and its answer.
-    """
-
-    name: str
-    instruction: str
-    draw: Callable[[random.Random], Example]
+    name: str  # label in the data files and in the evaluation by task
+    instruction: str  # how the tuning data words the task; the base model has never seen this sentence
+    draw: Callable[[random.Random], Example]  # draws one input and its answer
 
 
 def _reverse(rng: random.Random) -> Example:
