@@ -114,6 +114,7 @@ class RunView:
         self.updated = 0.0  # time of the newest record
         self.config: dict[str, Any] = {}
         self.begun = False
+        self.loaded = False  # the server knows its base model
         self.stopped = 0.0  # seconds between a last record and the next start
         self.starts: list[dict[str, Any]] = []
         self.end: Record | None = None
@@ -180,6 +181,8 @@ class RunView:
                 self.config, self.end, self.begun = body.get("config", {}), None, False
             case "start":
                 self._start(record)
+            case "base":
+                self.loaded = True
             case "asked":
                 self._asked(record)
             case "reply":

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deploy.common.units import clock, size
-from deploy.status.report import phase, report
+from deploy.status.report import ASKING, phase, report
 from fedtune_strategies.words import counted
 from server_app.run_view import Round, RunView
 
@@ -48,11 +48,11 @@ class Screen:
 
 
 class Lines:
-    """Says what is new in a run, a line for each round, evaluation, note and wait for nodes, once."""
+    """Says what is new in a run, a line for each round, evaluation, note and what is done between rounds, once."""
 
     def __init__(self) -> None:
         self._rounds = self._evaluations = self._notes = 0
-        self._waiting = ""
+        self._phase = ""
 
     def __call__(self, view: RunView) -> list[str]:
         """The lines since the last call."""
@@ -62,10 +62,10 @@ class Lines:
             events.append((one.time, f"round {one.round}/{total}: held-out loss {one.loss:.4f}"))
         events += [(note["time"], _told(note)) for note in view.notes[self._notes :]]
         lines = [line for _, line in sorted(events, key=lambda event: event[0])]
-        waiting = now if (now := phase(view)).startswith("waiting") else ""
-        lines += [waiting] if waiting and waiting != self._waiting else []
+        now = phase(view)
+        lines += [now] if now != self._phase and now not in ("", ASKING) and "replied" not in now else []
         self._rounds, self._evaluations, self._notes = len(view.done), len(evaluations), len(view.notes)
-        self._waiting = waiting
+        self._phase = now
         return lines
 
 

@@ -23,6 +23,7 @@ MAX_NODES = 200
 MAX_CELLS = 1500  # turns in the timeline
 MAX_ANSWERS = 8
 MAX_NOTES = 40
+ASKING = "asking the nodes"  # a phase of an instant
 
 
 def report(view: RunView) -> dict[str, Any]:
@@ -92,14 +93,14 @@ def phase(view: RunView) -> str:
         replied = f"{one.replies} of {one.asked} replied"
         slowest = min(view.steps.values(), key=lambda far: far[0] / far[1], default=None)
         return f"{replied}, step {slowest[0]}/{slowest[1]}" if slowest else replied
-    measured = view.config.get("eval.data") and (done == total or done % view.config.get("eval.every", 1) == 0)
-    if measured and done not in view.evaluations:
-        return "measuring the model"
-    present = sum(node.event not in ("lost", "refused") for node in view.nodes.values())
-    needed = view.config.get("strategy.min-nodes", 1)
-    if done < total and present < needed:
-        return f"waiting for nodes: {present} of {needed} there"
-    return "asking the nodes" if done < total else "writing the model"
+    if done < total:
+        if not view.loaded:
+            return "loading the model"
+        present = sum(node.event not in ("lost", "refused") for node in view.nodes.values())
+        needed = view.config.get("strategy.min-nodes", 1)
+        return f"waiting for nodes: {present} of {needed} there" if present < needed else ASKING
+    measured = done in view.evaluations or not view.config.get("eval.data")
+    return "writing the model" if measured else "measuring the model"
 
 
 def _seconds_left(view: RunView) -> float | None:

@@ -140,6 +140,16 @@ def test_a_failed_run_shows_its_line_until_it_is_resumed(tmp_path):
     assert (resumed["state"], resumed["restarts"], resumed["rounds"]) == ("running", 1, 5)
 
 
+def test_a_run_without_rounds_to_come_measures_and_writes_its_model(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.append("start", body={"config": {"num-server-rounds": 1, "eval.data": "held_out.jsonl"}, "run_id": "7"})
+    ledger.append("round", round=1, body={"metrics": {}})
+    assert report(tmp_path)["run"]["phase"] == "measuring the model"
+    ledger.append("evaluation", round=1, body={"eval/loss": 4.0, "eval/perplexity": 9.0})
+    assert report(tmp_path)["run"]["phase"] == "writing the model"
+    ledger.close()
+
+
 def test_a_run_says_what_it_waits_for(tmp_path):
     def phase():
         return report(tmp_path)["run"]["phase"]
@@ -149,8 +159,8 @@ def test_a_run_says_what_it_waits_for(tmp_path):
     ledger.append("submitted", body={"config": config})
     assert phase() == "starting" and report(tmp_path)["run"]["rounds"] == 2
     ledger.append("start", body={"config": config, "run_id": "7"})
-    assert phase() == "measuring the model"
-    ledger.append("evaluation", body={"eval/loss": 4.0, "eval/perplexity": 9.0})
+    assert phase() == "loading the model"
+    ledger.append("base", body={"fingerprint": "0"})
     assert phase() == "waiting for nodes: 0 of 2 there"
     for name in ("alice", "bob"):
         ledger.append("joined", node=name, body={"reason": "joined with 10 examples"})
