@@ -68,7 +68,7 @@ def rows_from(
         raise DataError(f"{source}: unknown data format {format!r}; accepted: auto, {', '.join(FORMATS)}")
     names = parse_columns(columns)
     rows: list[Row] = []
-    bad: list[str] = []
+    bad: dict[str, list[str]] = {}  # what is wrong, and where first
     count = halves = 0
     for where, found in records:
         try:
@@ -77,17 +77,19 @@ def rows_from(
                 format = _recognise(record)
             row = _row(record, format)
         except (ValueError, RecursionError) as error:
+            if count < SHOWN:
+                bad.setdefault(str(error), []).append(where)
             count += 1
-            bad += [f"{where}: {error}"] if len(bad) < SHOWN else []
             continue
         halves += "\ufffd" in f"{row.prompt}{row.response}"
         rows.append(row)
+    first = "; ".join(f"{', '.join(where)}: {error}" for error, where in bad.items())
     if count and not (skip_bad and rows):
-        raise DataError(_refusal(source, bad, count, count + len(rows)))
+        raise DataError(_refusal(source, first, count, count + len(rows)))
     if not rows:
         raise DataError(f"{source}: holds no rows; write at least one example into it")
     if count:
-        log.warning("%s: %d bad rows are left out (%s)", source, count, "; ".join(bad))
+        log.warning("%s: %d bad rows are left out (%s)", source, count, first)
     if halves:
         log.warning("%s: %d rows hold characters that could not be read (U+FFFD)", source, halves)
     return rows
@@ -102,13 +104,12 @@ def parse_columns(columns: str) -> dict[str, str]:
     return names
 
 
-def _refusal(source: str, bad: list[str], count: int, total: int) -> str:
+def _refusal(source: str, first: str, count: int, total: int) -> str:
     if count == 1:
-        return f"{source}, {bad[0]}" + ("; correct it, or leave it out with 'skip-bad=true'" if total > 1 else "")
-    more = f"; and {count - len(bad)} more" if count > len(bad) else ""
+        return f"{source}, {first}" + ("; correct it, or leave it out with 'skip-bad=true'" if total > 1 else "")
+    more = f"; and {count - SHOWN} more" if count > SHOWN else ""
     advice = "correct them, or leave them out with 'skip-bad=true'" if count < total else "correct them"
-    are = "is" if count == 1 else "are"
-    return f"{source}: {count} of {counted(total, 'row')} {are} bad, {'; '.join(bad)}{more}; {advice}"
+    return f"{source}: {count} of {counted(total, 'row')} are bad, {first}{more}; {advice}"
 
 
 def _row(record: Record, format: str) -> Row:
@@ -221,7 +222,7 @@ def _recognise(record: Record) -> str:
     accepted = "; ".join("+".join(columns) for columns, _ in FORMATS.values())
     raise ValueError(
         f"columns {_columns(record)} fit no format; accepted: {accepted}; or say which column is which, as in "
-        "prompt=question,completion=answer"
+        "`fedtune join --columns prompt=question,completion=answer`"
     )
 
 
