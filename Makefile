@@ -52,7 +52,7 @@ wheel: $(INSTALLED) ## Build dist/fedtune-*.whl, its constraints beside it: it i
 
 # Those that need no data; the others say on their first lines how they are called.
 bench: $(INSTALLED) ## Measure speed, memory and bytes on this machine.
-	@for name in seed_space step round_cost block_step block_bytes; do \
+	@for name in seed_space step round_cost block_step; do \
 	  echo "== $$name"; $(BIN)/python "benchmarks/$$name.py" || exit 1; done
 
 compare: $(INSTALLED) ## Run every method and baseline side by side (PROTOCOL=tiny), and write table, plots and page.

@@ -72,10 +72,7 @@ class Stats:
             self._write({"step": begun, "steps": steps})
 
     def note(self, kind: str, reply: str, down: int, up: int, seconds: float) -> None:
-        """Count one task.
-
-        `kind`, `reply`: kinds of the task and of its answer.
-        """
+        """Count one task, by the kinds of the task and of its answer."""
         counts = self.counts
         counts["tasks"] += 1
         counts["failures"] += reply == "failure"

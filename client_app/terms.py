@@ -43,11 +43,7 @@ class Spent:
 
 
 def agreement_to(config: Config, largest_reply: int = 0) -> Agreement:
-    """Make the agreement to which an owner consents who consents to a run.
-
-    `largest_reply`: planned bytes of the method's largest reply; 0 where they are not known.
-    Returns: the narrowest one that allows the run.
-    """
+    """Make the narrowest agreement that allows a run, whose replies have at most a planned size; 0 for unknown."""
     asked = values(config)
     terms = Terms(
         methods=config.method.name,
@@ -63,11 +59,7 @@ def agreement_to(config: Config, largest_reply: int = 0) -> Agreement:
 
 
 def beyond(agreement: Agreement, config: Config, spent: Spent) -> list[str]:
-    """Say in which points a run asks for more than was agreed to.
-
-    `agreement`: what the owner agreed to.
-    Returns: a clause for each point; empty where the run is within the agreement.
-    """
+    """Say in which points a run asks for more than was agreed to, a clause for each; empty where it is within."""
     terms, asked = agreement.terms, values(config)
     if terms.methods == NONE:
         return ["no run was agreed to yet"]

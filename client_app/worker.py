@@ -93,11 +93,7 @@ def keep_temporary_files_in(cache: Path) -> None:
 
 
 def serve(folder: Path, host_pid: int) -> None:
-    """Serve until there is a reason to end.
-
-    `folder`: the runtime folder, with the spec in ``spec.json``.
-    `host_pid`: process id of the SuperNode.
-    """
+    """Serve until there is a reason to end; ``spec.json`` is in the runtime folder, `host_pid` is the SuperNode's."""
     host = psutil.Process(host_pid)
     spec = WorkerSpec(**json.loads((folder / "spec.json").read_text()))
     service = Service(spec)

@@ -49,15 +49,10 @@ class WorkerSpec:
 
 
 def ask_worker(spec: WorkerSpec, kind: str, payload: bytes, timeout: float, offer: str = "") -> tuple[str, bytes]:
-    """Send one task to this SuperNode's worker, starting or replacing it first where needed.
+    """Send one task to this SuperNode's worker, starting or replacing it first where it was started for something else.
 
-    A worker that dies on the task is replaced once and asked again: tasks are deterministic.
-
-    `spec`: what the worker must have been started for.
-    `timeout`: seconds for the answer, after which the worker is ended.
-    `offer`: of a stream, which the worker is to keep from now on; empty for none.
-    Returns: kind and encoding of the answer.
-    Raises `LinkError`: the worker does not start, does not answer in time, or died twice.
+    A worker that dies on the task is replaced once and asked again: tasks are deterministic. One that does not answer
+    in time is ended. An `offer` of a stream is for the worker to keep; empty for none.
     """
     folder = runtime_folder(_host_process())
     for attempt in (1, 2):
@@ -86,10 +81,7 @@ def ask_worker(spec: WorkerSpec, kind: str, payload: bytes, timeout: float, offe
 
 
 def runtime_folder(host: psutil.Process) -> Path:
-    """Return the folder of a SuperNode's worker, private to the user; made where absent.
-
-    Raises `ResourceError`: the folder cannot be made, or belongs to somebody else.
-    """
+    """Return the folder of a SuperNode's worker, private to the user; made where absent."""
     return private_runtime_folder(f"{host.pid}-{start_of(host.pid)}")
 
 

@@ -37,12 +37,7 @@ class Change:
 
 
 def compare_rounds(run: Path, first: int, second: int | None) -> Change:
-    """Rebuild the model after two rounds from a run's ledger and compare the weights; the run may not be over.
-
-    `first`: a round, 0 for the base model.
-    `second`: another one; the last committed one by default.
-    Raises `LedgerError`: there is no run, or it has not got so far.
-    """
+    """Rebuild the model after two rounds from a run's ledger and compare the weights; the last round by default."""
     ledger = Ledger.read(run)
     _, language, rebuild = open_run(run, ledger)
     rebuild(first)

@@ -26,10 +26,7 @@ class HeldOut:
 
 
 def load_held_out(config: Config, language: LanguageModel) -> HeldOut | None:
-    """Read and tokenise ``eval.data``; None where it is empty.
-
-    Raises `DataError`: the file is missing, empty or malformed.
-    """
+    """Read and tokenise ``eval.data``; None where it is empty."""
     if not config.eval.data:
         return None
     rows = read_rows(Path(config.eval.data), config.eval.format)
@@ -46,13 +43,7 @@ def _spread(rows: Sequence[Row], count: int) -> Sequence[Row]:
 
 
 def evaluate(language: LanguageModel, held_out: HeldOut, config: Config, *, with_answers: bool) -> dict[str, Any]:
-    """Measure the model as it is.
-
-    `with_answers`: also answer greedily and measure Rouge-L, unless the held-out data is plain text.
-    Returns: ``eval/loss`` (nats a token), ``eval/perplexity``, ``seconds``; with answers also ``eval/rougeL`` (F1, 0 to
-        1), ``cut_prompts`` (how many prompts did not fit whole beside an answer) and some ``answers`` beside their
-        prompts and references.
-    """
+    """Measure the loss of the model as it is, and greedy answers too where the held-out data has some."""
     start = time.monotonic()
     loss = evaluate_loss(language.model, held_out.loss, config.eval.batch_size)
     facts: dict[str, Any] = {

@@ -28,16 +28,10 @@ def export_model(
     *,
     without: Sequence[str] = (),
 ) -> Path:
-    """Write the model as it is into a folder that ``AutoModelForCausalLM.from_pretrained`` loads.
+    """Write the global model after a round into a folder that ``AutoModelForCausalLM.from_pretrained`` loads.
 
-    The folder appears whole or not at all: it is written beside its place and then renamed.
-
-    `language`: the global model after `round`.
-    `config`: the run configuration, for the model card.
-    `ledger`: the run's ledger, for the model card.
-    `folder`: where to write; an earlier export there is replaced.
-    `without`: names of nodes that were left out of the model, for the model card.
-    Raises `ResourceError`: the disk is full or read-only, or there is something in the place that FedTune did not make.
+    The folder appears whole or not at all: it is written beside its place and then renamed. An earlier export there is
+    replaced. The model card names the nodes in `without` as left out.
     """
     folder = Path.cwd() / folder if folder.name else folder.resolve()  # "." has no name beside which to write
     check_ours(folder)
@@ -54,13 +48,7 @@ def export_model(
 
 
 def export_round(run: Path, round: int | None, folder: Path, model: str = "") -> int:
-    """Rebuild the model after a round from a run's ledger and export it; the run may still be going on.
-
-    `round`: the round, 0 for the base model; the last committed one by default.
-    `model`: where the base model is, if not where it was.
-    Raises `LedgerError`: there is no run, or it has not got so far.
-    Raises `ModelError`: the run's base model is not there any more.
-    """
+    """Rebuild the model after a round (by default the last) from a run's ledger and export it, also during the run."""
     ledger = Ledger.read(run)
     config, language, rebuild = open_run(run, ledger, model)
     done = rebuild(round)
@@ -69,13 +57,9 @@ def export_round(run: Path, round: int | None, folder: Path, model: str = "") ->
 
 
 def open_run(run: Path, ledger: Ledger, model: str = "") -> tuple[Config, LanguageModel, Callable[[int | None], int]]:
-    """Load a run's base model, to be taken to any of its rounds.
+    """Load a run's configuration, its base model, and a function that takes the model to a round and names it.
 
-    `ledger`: its ledger, open for reading.
-    `model`: where the base model is, if not where it was.
-    Returns: the run's configuration, its model, and a function that takes the model to a round (the last committed one
-        for None) and returns that round.
-    Raises `LedgerError`: the run has not started; the function raises it where the run has not got so far.
+    It goes to the last round for None. `model` is where the base model is, if not where it was.
     """
     started = ledger.last("start")
     if started is None:
@@ -98,10 +82,7 @@ def open_run(run: Path, ledger: Ledger, model: str = "") -> tuple[Config, Langua
 
 
 def model_card(config: Config, ledger: Ledger, round: int, without: Sequence[str] = ()) -> str:
-    """Describe how a model came about, as a Hugging Face model card.
-
-    Returns: markdown with a YAML header.
-    """
+    """Describe how a model came about, as a Hugging Face model card."""
     # A path says something about the operator's machine, and nothing to anybody else.
     name = Path(config.model.name).name if Path(config.model.name).is_absolute() else config.model.name
     pattern = getattr(config.train, "parameters", "")

@@ -27,10 +27,7 @@ def listed_members() -> Members | None:
 
 
 def read_members(file: Path) -> Mapping[int, str]:
-    """Read the list; a federation that nobody has joined yet has none.
-
-    Raises `ResourceError`: it cannot be read.
-    """
+    """Read the list; a federation that nobody has joined yet has none."""
     if not file.exists():
         return {}
     try:

@@ -37,18 +37,12 @@ class Replayed:
 def replay(
     run: Path, without: Collection[str] = (), round: int | None = None, out: Path | None = None, model: str = ""
 ) -> Replayed:
-    """Fold a run's replies again.
+    """Fold a run's replies again, up to a round, and export the model where `out` says.
 
     With nobody left out, the replies must make the very model that the ledger holds, bit for bit. With nodes left out,
     the model is the sum of what the others contributed, as they computed it: the others' replies were made on weights
     in which the left-out nodes had a part, so this is not the run that would have been without them. Under FedKSeed it
     is exactly what the server would have made of the same replies.
-
-    `without`: names of nodes to leave out.
-    `round`: the last round to fold; the last committed one by default.
-    `out`: where to export the model; nowhere by default.
-    `model`: where the base model is, if not where it was.
-    Raises `LedgerError`: there is no such run, round or node; or the recorded replies do not make the recorded model.
     """
     ledger = Ledger.read(run)
     started = ledger.last("start")

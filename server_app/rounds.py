@@ -56,19 +56,12 @@ class _Finished(Exception):  # noqa: N818
 def run_rounds(
     run: Run, place: Callable[[int, ArrayRecord], None], evaluate: Callable[[], None], guard: Guard
 ) -> tuple[int, str]:
-    """Run all rounds that the ledger does not hold yet.
+    """Run all rounds that the ledger does not hold yet; returns the last one, and why the run ended early.
 
-    A round is evaluated while the nodes work on the next one.
-
-    `run`: what the rounds work with.
-    `place`: called with (round, arrays) before the first round and after every round; it puts the weights in place,
-        which also gives the strategy the fingerprint that it expects of the nodes.
-    `evaluate`: evaluates the weights that are in place, unless the ledger has that already.
-    `guard`: asked after every evaluation whether to continue.
-    Returns: the last round, and why the run ended before all rounds were done; empty where it did not.
-    Raises `DivergenceError`: tuning makes the model worse.
-    Raises `NodesError`: too few nodes, or too few usable replies in all attempts of a round. The ledger keeps what was
-        committed.
+    A round is evaluated while the nodes work on the next one, unless the ledger has that already. `place` is called
+    with (round, arrays) before the first round and after every round; it puts the weights in place, which also gives
+    the strategy the fingerprint that it expects of the nodes. `guard` is asked after every evaluation whether to
+    continue.
     """
     last = run.config.num_server_rounds
     done, arrays = restore(run.strategy, run.ledger)
@@ -93,12 +86,7 @@ def run_rounds(
 
 
 def restore(strategy: TuningStrategy, ledger: Ledger, round: int | None = None) -> tuple[int, ArrayRecord]:
-    """Fold the ledger into a strategy.
-
-    `round`: stop after this round; the last committed one by default.
-    Returns: the round and the global model after it; round 0 is the base model.
-    Raises `LedgerError`: a stored file is missing or damaged.
-    """
+    """Fold the ledger, up to a round, into a strategy; returns the round (0: the base model) and the global model."""
     files: dict[str, str] = {}
     newest: Record | None = None
     for record in ledger.records("round"):

@@ -126,19 +126,13 @@ class RunView:
 
     @classmethod
     def of(cls, folder: Path) -> RunView:
-        """Read a run as far as it has got.
-
-        Raises `LedgerError`: there is no ledger, or it cannot be read.
-        """
+        """Read a run as far as it has got."""
         view = cls(folder)
         view.update()
         return view
 
     def update(self) -> bool:
-        """Take up what was written since; returns whether there was anything.
-
-        Raises `LedgerError`: there is no ledger, or it cannot be read.
-        """
+        """Take up what was written since; returns whether there was anything."""
         with contextlib.closing(Ledger.read(self.folder)) as ledger:
             records = ledger.records(after=max(0, self.seq - 1))
             if self.seq and getattr(next(records, None), "time", None) != self.updated:

@@ -28,12 +28,9 @@ log = logging.getLogger("fedtune")
 
 @contextlib.contextmanager
 def tracking(config: Config, ledger: Ledger, settings: dict[str, Any]) -> Iterator[Callable[[], None]]:
-    """Open the tracker of ``run.report-to``.
+    """Open the tracker of ``run.report-to``; yields what reports all that the ledger has got since the last call.
 
-    `settings`: the flat run configuration, shown by the tracker.
-    Yields: call it to report what the ledger has got since the last call. It never raises: a tracker that fails is
-        named in the log and left alone, the run continues.
-    Raises `ConfigError`: the tracker is not installed, or does not start.
+    That never raises: a tracker that fails is named in the log and left alone, the run continues.
     """
     name = config.run.report_to
     if name == "none":

@@ -100,12 +100,7 @@ def watched(meters: list[Meter]) -> Iterator[Watch]:
 
 
 def run_once(settings: dict[str, Any], files: list[Path], folder: Path) -> dict[str, Any]:
-    """Run a federation in this process.
-
-    `files`: one data file for each node.
-    `folder`: used by the run, removed at its end.
-    Returns: ``curve``: at every evaluation loss, total bytes and processor seconds; ``evaluating``: its seconds in all.
-    """
+    """Run a federation in this process, one data file a node, in a folder that is removed at the end."""
     shutil.rmtree(folder, ignore_errors=True)
     flat = settings | {"run.dir": str(folder)}
     nodes = {i: Node(flat, {"name": f"node-{i}", "data": str(file)}, i) for i, file in enumerate(files)}

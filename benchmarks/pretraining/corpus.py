@@ -78,10 +78,7 @@ Document = list[tuple[str, str]]
 
 
 def documents(seed: int) -> Iterator[Document]:
-    """Write pretraining documents without end.
-
-    Yields: a conversation of one turn, or a sheet of solved exercises.
-    """
+    """Write pretraining documents without end: conversations of one turn, and sheets of solved exercises."""
     rng = random.Random(f"{seed}/pretrain")
     while True:
         task = rng.choice((*TASKS, UNSEEN))

@@ -26,10 +26,7 @@ Encoded = tuple[list[int], list[int]]
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Learn byte-level pairs until every word of the corpus is one token; any other text falls back to its bytes.
-
-    Returns: begins a text with ``<s>``; has ``</s>`` and ``<pad>``.
-    """
+    """Learn byte-level pairs until every word of the corpus is one token; any other text falls back to its bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -49,11 +46,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Make the untrained model: four Llama layers, input and output embedding tied.
-
-    `tokenizer`: gives the vocabulary's size and the special tokens.
-    Returns: about 2.1 million parameters, float32.
-    """
+    """Make the untrained model: four Llama layers, about 2.1 million parameters, input and output embedding tied."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
@@ -72,10 +65,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def encode(document: Document, tokenizer: PreTrainedTokenizerFast) -> Encoded:
-    """Turn a document into token ids and labels.
-
-    Returns: the ids from ``<s>`` to ``</s>``, and the labels: -100 where the model is given the text.
-    """
+    """Turn a document into token ids from ``<s>`` to ``</s>`` and labels, -100 where the model is given the text."""
     pieces = tokenizer([text for turn in document for text in turn], add_special_tokens=False)["input_ids"]
     ids, labels = [tokenizer.bos_token_id], [IGNORE]
     for given, said in zip(pieces[::2], pieces[1::2], strict=True):
@@ -87,11 +77,7 @@ def encode(document: Document, tokenizer: PreTrainedTokenizerFast) -> Encoded:
 def batches(
     corpus: Iterator[Document], tokenizer: PreTrainedTokenizerFast, size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield batches of documents of like length.
-
-    `corpus`: read eight batches at a time; each eight are sorted by length.
-    Yields: token ids and labels, int64, shape (size, longest).
-    """
+    """Yield batches of documents of like length: eight are read at a time, and sorted by length."""
     shuffle = random.Random(0)
     while encoded := [encode(document, tokenizer) for document in islice(corpus, 8 * size)]:
         encoded.sort(key=lambda item: len(item[0]))
@@ -107,10 +93,7 @@ def batches(
 def train_model(
     model: LlamaForCausalLM, stream: Iterator[tuple[torch.Tensor, torch.Tensor]], steps: int, peak_lr: float
 ) -> None:
-    """Pretrain in place with AdamW: a warm-up, a constant learning rate, and a decay to zero over the last 20 %.
-
-    `steps`: how many batches to learn from.
-    """
+    """Pretrain in place with AdamW: a warm-up, a constant learning rate, and a decay to zero over the last 20 %."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 100, (steps - step) / (0.2 * steps))

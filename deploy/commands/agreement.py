@@ -66,10 +66,7 @@ def ask_about(membership: Any, run: Mapping[str, Any], yes: bool, form: Format) 
 
 
 def agree_to_waiting(membership: Any, yes: bool, form: Format) -> None:
-    """Show the run that waits for its owner, and ask.
-
-    Raises `ConfigError`: none waits.
-    """
+    """Show the run that waits for its owner, and ask."""
     run = membership.history.waiting()
     if run is None:
         raise ConfigError(f"no run waits for your agreement at {membership.address}")

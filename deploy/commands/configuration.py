@@ -41,10 +41,7 @@ def config(
 
 
 def with_run_config(project: str, table: str) -> str:
-    """Replace the ``[tool.flwr.app.config]`` table in the text of a pyproject.toml.
-
-    Raises `ConfigError`: the text has no such table.
-    """
+    """Replace the ``[tool.flwr.app.config]`` table in the text of a pyproject.toml."""
     heading = "[tool.flwr.app.config]\n"
     before, found, after = project.partition(heading)
     if not found:

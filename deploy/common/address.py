@@ -10,10 +10,7 @@ from fedtune_strategies.errors import ConfigError, LinkError
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Split ``host:port`` or ``[host]:port``.
-
-    Raises `LinkError`: it is neither.
-    """
+    """Split ``host:port`` or ``[host]:port``."""
     host, found, port = address.rpartition(":")
     if not found or not port.isdigit() or not 0 < int(port) < 65536 or not host:
         raise LinkError(f"address {address!r}: write it as host:port, such as my.server.example:9092")
@@ -21,10 +18,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def split_listen(where: str) -> tuple[str, int]:
-    """Split ``host:port`` or ``[host]:port`` of an address to listen on; port 0 is a free one.
-
-    Raises `ConfigError`: it is neither.
-    """
+    """Split ``host:port`` or ``[host]:port`` of an address to listen on; port 0 is a free one."""
     host, found, port = where.rpartition(":")
     host = host.strip("[]")
     if not found or not port.isdigit() or int(port) > 65535 or not host:

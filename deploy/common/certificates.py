@@ -80,10 +80,7 @@ def server_files(folder: Path, names: Sequence[str] = (), now: datetime | None =
 
 
 def node_key(folder: Path, name: str) -> NodeKey:
-    """Make, or reuse, a node's key pair (P-384) as ``folder/name`` and ``folder/name.pub``.
-
-    Raises `LinkError`: the private key that is there cannot be read as an elliptic-curve key.
-    """
+    """Make, or reuse, a node's key pair (P-384) as ``folder/name`` and ``folder/name.pub``."""
     private_folder(folder)
     pair = NodeKey(folder / name, folder / f"{name}.pub")
     if pair.private.exists():

@@ -51,12 +51,7 @@ class Control:
     environment: dict[str, str]  # the environment for Flower's commands
 
     def submit(self, app: Path, run_config: Mapping[str, str | int | float | bool]) -> int:
-        """Submit a run with ``flwr run`` and return its id.
-
-        `app`: folder with the app's ``pyproject.toml``.
-        `run_config`: keys that differ from the app's own configuration.
-        Raises `ConfigError`: Flower refused the app or a key.
-        """
+        """Submit a run of an app with ``flwr run``, with keys that differ from the app's own, and return its id."""
         overrides = self.folder / "run.toml"
         # Strings, numbers and booleans are written alike in JSON and TOML.
         lines = [f"{key} = {json.dumps(value)}\n" for key, value in run_config.items()]

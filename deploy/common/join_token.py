@@ -61,11 +61,7 @@ class JoinToken:
 
 
 def decode_token(text: str) -> JoinToken:
-    """Read a token.
-
-    Raises `LinkError`: it is none, or not whole; the line never quotes it.
-    Raises `ProtocolError`, `LinkError`: it is whole, but bears a name or an address that is none.
-    """
+    """Read a token; an error never quotes it."""
     word = "".join(text.split())
     if not word.startswith(PREFIX):
         raise LinkError(f"this is no join token: it must begin with {PREFIX}, as `fedtune serve` printed it")

@@ -9,10 +9,7 @@ _HANDSHAKE, _CLIENT_HELLO, _SERVER_NAME, _ALPN = 22, 1, 0, 16
 
 
 async def read_hello(reader: asyncio.StreamReader) -> bytes:
-    """Read the first TLS record, which holds the client's hello.
-
-    Raises `ValueError`: it is something else.
-    """
+    """Read the first TLS record, which holds the client's hello; a ValueError where it is something else."""
     head = await reader.readexactly(5)
     kind, _, length = struct.unpack(">BHH", head)
     if kind != _HANDSHAKE or not 0 < length <= 1 << 14:
@@ -21,11 +18,7 @@ async def read_hello(reader: asyncio.StreamReader) -> bytes:
 
 
 def protocols(hello: bytes) -> list[str]:
-    """Return the application protocols that a client's hello offers (RFC 7301 section 3.1).
-
-    Returns: in the client's order; empty where it names none.
-    Raises `ValueError`: it is not a client's hello, or not whole.
-    """
+    """Return the application protocols that a client's hello offers, in its order (RFC 7301 section 3.1)."""
     names, found, at = _extensions(hello).get(_ALPN, b"")[2:], [], 0
     while at < len(names):
         found.append(names[at + 1 : at + 1 + names[at]].decode("latin-1"))
@@ -34,10 +27,7 @@ def protocols(hello: bytes) -> list[str]:
 
 
 def server_name(hello: bytes) -> str:
-    """Return the host name that a client's hello asks for (RFC 6066 section 3); empty where it names none.
-
-    Raises `ValueError`: it is not a client's hello, or not whole.
-    """
+    """Return the host name that a client's hello asks for (RFC 6066 section 3); empty where it names none."""
     entry = _extensions(hello).get(_SERVER_NAME, b"")  # length of the list, kind of the name, length, name
     return entry[5 : 5 + int.from_bytes(entry[3:5], "big")].decode("latin-1")
 

@@ -89,11 +89,7 @@ class _Secured:
 def serving(
     pages: Starlette, host: str, port: int, *, certificate: Path | None = None, key: Path | None = None
 ) -> Iterator[str]:
-    """Serve a site in a thread until left; port 0 takes a free one, certificate and key make it HTTPS.
-
-    Raises `ConfigError`: certificate and key do not fit.
-    Raises `PortError`: the address cannot be bound.
-    """
+    """Serve a site in a thread until left; port 0 takes a free one, certificate and key make it HTTPS."""
     tls = _tls(certificate, key) if certificate and key else None
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)

@@ -70,10 +70,7 @@ class Federation(Control):
             raise NodesError("no node is left: " + _ended(name, process, self.logs))
 
     def tune(self, settings: Mapping[str, Scalar], *, to_stderr: bool = False) -> None:
-        """Tune a model by ``fedtune run``, which shows its progress where we show ours.
-
-        Raises `FedTuneError`: the run failed, for the reason that it has shown; of the kind that its exit code names.
-        """
+        """Tune a model by ``fedtune run``, which shows its progress where we show ours; its exit code tells why not."""
         file = self.logs / "run.toml"
         # Strings, numbers and booleans are written alike in JSON and TOML.
         file.write_text("".join(f"{json.dumps(key)} = {json.dumps(value)}\n" for key, value in settings.items()))
@@ -97,17 +94,11 @@ def federation(
     port: int = 0,
     threads: int = 1,
 ) -> Iterator[Federation]:
-    """Serve, let the nodes join, wait until all are online, and stop everything when left.
+    """Serve, let the nodes join, each with its data file, wait until all are online, and stop everything when left.
 
     All of it is stopped on every way out: the end of the block, an error, Ctrl-C, SIGTERM, SIGHUP and, by a watchdog
-    process, kill -9 of this process.
-
-    `folder`: state of the federation, a folder for the operator and each owner. An earlier federation's is replaced.
-    `data`: data file of each node by the node's name.
-    `port`: the server's published port; 0 takes a free one.
-    `threads`: threads of numerical libraries in each node's processes.
-    Raises `PortError`: the port is in use.
-    Raises `LinkError`: a process ended while it started, or was not ready in time; the line quotes the end of its log.
+    process, kill -9 of this process. The folder gets one for the operator and for each owner; an earlier federation's
+    is replaced. `threads` are those of numerical libraries in each node's processes.
     """
     if not data:
         raise NodesError("a federation needs at least one node: name its data file")

@@ -41,10 +41,7 @@ class Result:
 
 
 def summarise(folder: Path, method: str, nodes: int, traffic: Traffic, seconds: float) -> Result:
-    """Read a finished run's ledger.
-
-    Raises `RunError`: the run has not finished, or was not evaluated.
-    """
+    """Read the ledger of a run that has finished and was evaluated."""
     view = RunView.of(folder)
     evaluations = list(view.evaluations.values())
     if view.end is None or view.end.kind != "finished" or len(evaluations) < 2:

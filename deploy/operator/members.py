@@ -60,10 +60,7 @@ class Members:
         return {name: Member(**facts) for name, facts in json.loads(self._file.read_text()).items()}
 
     def get(self, name: str) -> Member:
-        """One member.
-
-        Raises `NodesError`: there is none of this name.
-        """
+        """One member."""
         members = self.all()
         if name not in members:
             raise NodesError(f"no node {name!r}: `fedtune nodes` lists {', '.join(members) or 'none yet'}")
@@ -77,12 +74,7 @@ class Members:
         )
 
     def invite(self, name: str, lifetime: float) -> tuple[bytes, int]:
-        """Make a registration secret for a name; an earlier one of that name is void.
-
-        Returns: the secret, and when it expires.
-        Raises `ConfigError`: the name is not a plain word.
-        Raises `NodesError`: a node of this name has joined.
-        """
+        """Make a registration secret for a name, and say when it expires; an earlier one of that name is void."""
         if not NAME.fullmatch(name):
             raise ConfigError(f"node name {name!r}: use letters, digits, dots, hyphens and underscores, at most 63")
         secret, expires = secrets.token_bytes(16), int(time.time() + lifetime)
@@ -95,14 +87,7 @@ class Members:
         return secret, expires
 
     def apply(self, secret: bytes, public_key: str, *, approval: bool, now: float | None = None) -> Member:
-        """Take up a node's key under a secret. Asking again with the same key gives the same answer.
-
-        `public_key`: OpenSSH public key on a NIST curve.
-        `approval`: let the node wait until the operator approves it.
-        `now`: the time, seconds since the epoch.
-        Returns: in state ``waiting``, ``approved`` or ``member``.
-        Raises `LinkError`: the secret is unknown, expired, or was used with another key.
-        """
+        """Take up a node's key under a secret. Asking again with the same key gives the same answer."""
         _check_key(public_key)
         with self._changing() as members:
             known = [member for member in members.values() if secrets.compare_digest(member.secret_hash, _hash(secret))]
@@ -124,10 +109,7 @@ class Members:
     def change(
         self, name: str, state: str, *, expected: tuple[str, ...], node_id: int | None = None, key: str = ""
     ) -> Member:
-        """Move a member to another state; only while it has this key, where one is given.
-
-        Raises `NodesError`: there is no such member, or it is in none of the expected states.
-        """
+        """Move a member from an expected state to another; only while it has this key, where one is given."""
         with self._changing() as members:
             if name not in members or members[name].state not in expected or key not in ("", members[name].public_key):
                 found = members[name].state if name in members else "unknown"
@@ -155,9 +137,7 @@ def admit(
 ) -> Member:
     """Register an approved member's key with the SuperLink; take it back if the member was revoked meanwhile.
 
-    `member`: as `Members.apply` returned it; one that is not approved stays as it is.
-    `register`: takes key and name, gives Flower's id; registering again gives the same.
-    Raises `NodesError`: it was revoked meanwhile.
+    `register` takes key and name and gives Flower's id; registering again gives the same.
     """
     if member.state != "approved":
         return member

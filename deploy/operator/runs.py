@@ -35,10 +35,7 @@ def new_folder(method: str) -> Path:
 
 
 def find_run(run: Path | None) -> Path:
-    """The folder of a run: as named, by its name below the runs, or the newest.
-
-    Raises `LedgerError`: there is none.
-    """
+    """The folder of a run: as named, by its name below the runs, or the newest."""
     for folder in [run.expanduser(), runs_folder() / run] if run else [runs_folder()]:
         if folder.is_dir() and (found := newest_runs(folder)):
             return found[0]
@@ -48,10 +45,7 @@ def find_run(run: Path | None) -> Path:
 
 
 def settings_of(folder: Path) -> dict[str, Scalar]:
-    """The run configuration with which a run was started last.
-
-    Raises `LedgerError`: it has not begun.
-    """
+    """The run configuration with which a run was started last."""
     view = RunView.of(folder)
     if not view.starts:
         raise LedgerError(f"the run in {folder} has not begun")

@@ -95,20 +95,13 @@ UNSEEN = Task("last", "Write the last word.", _last)  # evaluated, on no node
 
 
 def share_of(line: str) -> str:
-    """Name the share that an input belongs to.
-
-    `line`: an input as drawn by a task.
-    Returns: ``"pretrain"``, ``"tune"`` or ``"evaluate"``; the same on every machine.
-    """
+    """Name the share that an input belongs to: "pretrain", "tune" or "evaluate", the same on every machine."""
     tenth = hashlib.sha256(line.encode()).digest()[0] % 10
     return next(share for share, tenths in SHARES.items() if tenth in tenths)
 
 
 def draw_from(task: Task, share: str, rng: random.Random) -> Example:
-    """Draw an example whose input is in one share.
-
-    `rng`: source of randomness, advanced by the call.
-    """
+    """Draw an example whose input is in one share."""
     while True:
         example = task.draw(rng)
         if share_of(example[0]) == share:
@@ -116,11 +109,7 @@ def draw_from(task: Task, share: str, rng: random.Random) -> Example:
 
 
 def rows(task: Task, share: str, count: int, seed: int) -> list[dict[str, str]]:
-    """Write distinct rows of one task.
-
-    Returns: TRL's prompt/completion format, and the task's name: keys ``prompt``, ``completion``, ``task``.
-    Raises `DataError`: the task has fewer than `count` distinct inputs in this share.
-    """
+    """Write distinct rows of one task in TRL's prompt/completion format, with the task's name."""
     rng = random.Random(f"{seed}/{task.name}/{share}")
     examples: dict[str, str] = {}
     for _ in range(20 * count):
@@ -140,21 +129,12 @@ def rows(task: Task, share: str, count: int, seed: int) -> list[dict[str, str]]:
 
 
 def tasks_of_node(node: int, nodes: int) -> tuple[Task, ...]:
-    """Deal the tasks to nodes: each node has its own, and with more nodes than tasks they share by turns.
-
-    `node`, `nodes`: index of the node and number of nodes.
-    Returns: the tasks in this node's training data.
-    """
+    """Deal the tasks to nodes: each node has its own, and with more nodes than tasks they share by turns."""
     return TASKS[node::nodes] or (TASKS[node % len(TASKS)],)
 
 
 def node_rows(node: int, nodes: int, train_per_task: int, seed: int) -> list[dict[str, str]]:
-    """Write one node's training rows, shuffled; no row is on two nodes.
-
-    `node`, `nodes`: index of the node and number of nodes.
-    `train_per_task`: rows of each of the node's tasks.
-    `seed`: seed of the federation's data.
-    """
+    """Write one node's training rows, shuffled; no row is on two nodes."""
     turn, turns = node // len(TASKS), -(-nodes // len(TASKS))
     dealt = [
         row
@@ -168,12 +148,7 @@ def node_rows(node: int, nodes: int, train_per_task: int, seed: int) -> list[dic
 def write_federation(
     folder: str | Path, nodes: int = 4, train_per_task: int = 256, heldout_per_task: int = 24, seed: int = 0
 ) -> tuple[list[Path], Path]:
-    """Write a federation's data: one training file for each node, and the held-out file.
-
-    `nodes`: number of nodes, at least 1.
-    Returns: ``node_0.jsonl`` … and ``heldout.jsonl``, which covers all tasks and the unseen one.
-    Raises `DataError`: a task has too few distinct inputs for that many rows.
-    """
+    """Write a federation's data: a training file for each node, and a held-out file of all tasks and the unseen one."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     node_files = [folder / f"node_{node}.jsonl" for node in range(nodes)]
