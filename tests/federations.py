@@ -55,6 +55,14 @@ def final_state(settings):
     return rounds[-1].round, ledger.payload(rounds[-1]), [record.body["files"] for record in rounds]
 
 
+def assert_resumed_alike(settings, data_files, folder, first=1):
+    """Run again, to the end of round `first` and then on: it must end in the bits of the run that was not stopped."""
+    resumed = settings | {"run.dir": str(folder / "resumed")}
+    run(resumed | {"num-server-rounds": first}, data_files)
+    run(resumed, data_files)
+    assert final_state(resumed) == final_state(settings)
+
+
 def assert_resumes_exactly(settings, data_files, folder, first=2):
     """Run, then kill the server after every record from `first` on: each resumed run must end in the same bits."""
     run(settings, data_files)

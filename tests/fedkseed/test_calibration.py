@@ -12,7 +12,7 @@ from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.testing import InMemoryGrid
 from server_app.ledger import Ledger
 from server_app.run import execute
-from tests.federations import final_state, make_nodes, run
+from tests.federations import assert_resumed_alike, make_nodes, run
 
 AUTO = {"train.lr": "auto", "eval.answers": 0}
 
@@ -26,10 +26,7 @@ def test_a_run_finds_its_step_and_resumes_with_it(settings, data_files, tmp_path
     assert "found by 3 nodes: train.lr" in caplog.text
     losses = [record.body["eval/loss"] for record in ledger.records("evaluation")]
     assert losses[-1] < losses[0]
-    stopped = settings | {"run.dir": str(tmp_path / "stopped")}
-    run(stopped | {"num-server-rounds": 1}, data_files)
-    run(stopped, data_files)
-    assert final_state(stopped) == final_state(settings)
+    assert_resumed_alike(settings, data_files, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from server_app.export import export_round
 from server_app.ledger import Ledger
 from server_app.replay import replay
 from server_app.run import execute
-from tests.federations import final_state, make_grid, make_nodes, run
+from tests.federations import assert_resumed_alike, final_state, make_grid, make_nodes, run
 
 
 @pytest.fixture
@@ -26,10 +26,7 @@ def growing(settings):
 def test_a_run_stopped_as_a_pool_is_closed_goes_on_to_the_same_bits(growing, data_files, tmp_path):
     growing |= {"method.name": "fedkseed-pro", "strategy.aggregation": "fedadam"}
     run(growing, data_files)
-    stopped = growing | {"run.dir": str(tmp_path / "stopped")}
-    run(stopped | {"num-server-rounds": 2}, data_files)
-    run(stopped, data_files)
-    assert final_state(stopped) == final_state(growing)
+    assert_resumed_alike(growing, data_files, tmp_path, first=2)
     assert [len(files) for files in final_state(growing)[2]] == [0, 1, 1, 1, 1]
 
 

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from fedtune_strategies.errors import ConfigError, ModelError
 from fedtune_strategies.run_config import parse
-from tests.federations import final_state, run
+from tests.federations import assert_resumed_alike, run
 
 
 def test_only_matching_parameters_move(settings, data_files, tmp_path):
@@ -19,10 +19,7 @@ def test_only_matching_parameters_move(settings, data_files, tmp_path):
         name for (name, a), b in zip(base.named_parameters(), tuned.parameters(), strict=True) if not torch.equal(a, b)
     }
     assert moved == {name for name, _ in base.named_parameters() if "layers.1." in name and "proj" in name}
-    resumed = settings | {"run.dir": str(tmp_path / "resumed")}
-    run(resumed | {"num-server-rounds": 1}, data_files)
-    run(resumed, data_files)
-    assert final_state(resumed) == final_state(settings)
+    assert_resumed_alike(settings, data_files, tmp_path)
 
 
 def test_a_pattern_without_a_match_or_meaning(settings, data_files):
