@@ -54,6 +54,7 @@ def write_model(folder: Path, layers: int, width: int, **others: Any) -> Path:
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **others,
         )
     )  # fmt: skip
+    model.to(model.config.dtype)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

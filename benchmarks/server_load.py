@@ -2,6 +2,7 @@
 
     python benchmarks/server_load.py [--method fedkseed] [--nodes 100 1000 10000] [--seeds 4096] [--steps 200]
     python benchmarks/server_load.py --rounds 10000 [--folder /dev/shm]
+    python benchmarks/server_load.py --memory fedcybgd gradient fedkseed [--layers 12] [--width 768]
 
 One process for each number of nodes. Per round: configuring the tasks, checking the replies as they come, and
 aggregating them; the memory is the peak of the process less what it held before the first task, with all replies
@@ -9,18 +10,26 @@ in it as they are in the ledger's rows. Without network, ledger and evaluation.
 
 With ``--rounds``: one run of so many rounds, its main loop, ledger and guard, with four nodes that answer at once; what
 a round costs at the start and at the end of it.
+
+With ``--memory``: the anonymous memory of a server that tunes a random Llama in bfloat16 with a node in another
+process, against the bytes of that model; what it maps from files (base model, blocks, moved weights) is not in it. Held
+is the median over the last round, read a hundred times a second. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import logging
 import multiprocessing
+import re
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,12 +38,15 @@ import numpy as np
 import psutil
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
+from node import compile_kernels, write_model
+from node import serve as answer_tasks
 
 from fedtune_strategies.admission import Node
 from fedtune_strategies.fedkseed.config import FedKSeedRunConfig
 from fedtune_strategies.fedkseed.messages import SeedReply
 from fedtune_strategies.fedkseed.strategy import FedKSeed
 from fedtune_strategies.fleet import Fleet
+from fedtune_strategies.language.model_files import count_parameters, weight_files
 from fedtune_strategies.memory import peak_memory
 from fedtune_strategies.method import register_messages
 from fedtune_strategies.protocol import messages as protocol
@@ -174,6 +186,75 @@ def long_run(rounds: int, folder: Path) -> None:
     print(f"round 10: {1e3 * first:.2f} ms, round {rounds:,}: {1e3 * last:.2f} ms, {last / first:.2f} times")
 
 
+# FedCyBGD: embedding, then layers.
+MEMORY: dict[str, dict[str, Any]] = {
+    "fedcybgd": {"method.name": "fedcybgd", "num-server-rounds": 6, "train.local-steps": 1},
+    "gradient": {"fedkseed.estimator": "gradient", "num-server-rounds": 3, "train.local-steps": 1},
+    "fedkseed": {"num-server-rounds": 3, "train.local-steps": 2, "train.lr": 1e-7, "fedkseed.eps": 1e-2},
+}
+
+
+def memory_of_server(methods: list[str], layers: int, width: int) -> None:
+    """Print how much memory a server takes by method."""
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as name:
+        model, data = Path(name) / "model", Path(name) / "data.jsonl"
+        write_model(model, layers, width, dtype=torch.bfloat16)
+        data.write_text((json.dumps({"text": "a b c d " * 8}) + "\n") * 8)
+        weights = 2 * count_parameters(weight_files(model))
+        print(f"{weights / 2e6:.1f} M parameters in bfloat16, {weights / 1e6:.0f} MB\n")
+        print("| method | held, MB | of the model | peak, MB | of the model |\n| --- |" + " ---: |" * 4)
+        for method in methods:
+            settings = MEMORY[method] | {
+                "model.name": str(model), "run.dir": f"{name}/{method}", "train.seq-length": 32, "train.batch-size": 1,
+                "eval.data": str(data), "eval.answers": 0,
+            }  # fmt: skip
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                held, peak = pool.submit(anonymous_memory, settings, str(data)).result()
+            print(
+                f"| {method} | {held / 1e6:.0f} | {held / weights:.2f} | {peak / 1e6:.0f} | {peak / weights:.2f} |",
+                flush=True,
+            )
+
+
+def anonymous_memory(settings: dict[str, Any], data: str) -> tuple[int, int]:
+    """Run a server in this process; return what it held in its last round, and the most that it took, in bytes."""
+    from server_app.run import execute
+
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    compile_kernels()
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=answer_tasks, args=(theirs, settings, data, False))
+    process.start()
+    found: list[tuple[float, int]] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.01):
+            (kilobytes,) = re.findall(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+            found.append((time.time(), 1024 * int(kilobytes)))
+
+    threading.Thread(target=watch).start()
+    began = 0.0
+
+    def ask(kind: str, payload: bytes) -> tuple[str, bytes]:
+        nonlocal began
+        began = time.time()
+        pipe.send((kind, payload))
+        return cast(tuple[str, bytes], pipe.recv())
+
+    time.sleep(0.1)
+    before = found[-1][1]
+    execute(InMemoryGrid({1: ask}), settings, run_id=1)
+    over.set()
+    pipe.send(None)
+    process.join()
+    held = statistics.median(bytes_ for when, bytes_ in found if when >= began)
+    return int(held) - before, max(bytes_ for _, bytes_ in found) - before
+
+
 def timed(action: Callable[[], Any]) -> tuple[Any, float]:
     """Return what an action returns, and its processor seconds."""
     start = time.process_time()
@@ -188,11 +269,17 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, nargs="+", default=[100, 1000, 10_000])
     parser.add_argument("--rounds", type=int, default=0, help="drive one long run instead")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where its ledger is")
+    parser.add_argument("--memory", nargs="+", choices=sorted(MEMORY), help="measure a server's memory instead")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--seeds", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
     if args.rounds:
         long_run(args.rounds, args.folder)
+        return
+    if args.memory:
+        memory_of_server(args.memory, args.layers, args.width)
         return
     print("| replies | configure, s | accept, s | aggregate, s | aggregate, ms a reply | memory, MB | kB a reply |")
     print("| ---: |" + " ---: |" * 6)

@@ -21,7 +21,7 @@ from flwr.serverapp import Grid
 from fedtune_strategies.admission import Admission, Members, Node, label
 from fedtune_strategies.errors import FedTuneError, NodesError
 from fedtune_strategies.protocol import messages as protocol
-from fedtune_strategies.protocol.flower import WrappedGrid, answer
+from fedtune_strategies.protocol.flower import Deferred, WrappedGrid, answer
 from fedtune_strategies.protocol.records import from_record
 from fedtune_strategies.stream.grid import StreamedReply
 
@@ -161,6 +161,9 @@ class Fleet(WrappedGrid):
     def _push_next(self, queues: dict[int, deque[Message]], node_ids: Iterable[int]) -> dict[str, Message]:
         # One task at a time for a node: Flower does not promise to deliver several in their order.
         messages = [queues[node_id].popleft() for node_id in node_ids if queues[node_id]]
+        for message in messages:
+            if isinstance(message, Deferred):
+                message.fill()
         return dict(zip(self._grid.push_messages(messages), messages, strict=True)) if messages else {}
 
     def watch_named_steps(self, tell: Callable[[dict[str, tuple[int, int]]], None]) -> None:

@@ -151,6 +151,15 @@ class TuningStrategy(Strategy):
     def state(self) -> State:
         """Return what to store after the round that was just aggregated."""
 
+    def stored(self, load: Callable[[str], dict[str, Tensor] | None]) -> None:
+        """Take note that what `state` returned is on disk; most methods need not.
+
+        Parameters
+        ----------
+        load : callable
+            As for `restore`. Its tensors are mapped: a large part that is taken from there costs no memory.
+        """
+
     @abstractmethod
     def restore(self, tensors: dict[str, Tensor], load: Callable[[str], dict[str, Tensor] | None]) -> ArrayRecord:
         """Take up a stored state.
@@ -160,7 +169,7 @@ class TuningStrategy(Strategy):
         tensors : dict of str to Tensor
             The small state of the last round.
         load : callable
-            Gives the newest file of a label, None where there is none.
+            Gives the newest file of a label, mapped into memory and not to be written to; None where there is none.
 
         Returns
         -------

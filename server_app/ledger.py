@@ -180,10 +180,11 @@ class Ledger:
         return self._put(safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
     def get_file(self, name: str) -> dict[str, Tensor]:
-        """Load a stored file whose bytes are those that were stored."""
-        import safetensors.torch
+        """Map a stored file whose bytes are those that were stored: its pages are read when touched."""
+        from fedtune_strategies.language.model_files import map_tensors
 
-        return safetensors.torch.load(self._get(name))
+        self.check_file(name)
+        return map_tensors([self._file(name)])
 
     def check_file(self, name: str) -> None:
         """Raise `LedgerError` if a stored file is missing or damaged; holds little of it in memory."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,22 +95,20 @@ def restore(strategy: TuningStrategy, ledger: Ledger, round: int | None = None) 
         files |= record.body["files"]
         newest = record
 
-    def load(label: str) -> dict[str, Tensor] | None:
-        return ledger.get_file(files[label]) if label in files else None
-
     if newest is None:
-        done, arrays = 0, strategy.initial_arrays()
-    else:
-        done, arrays = newest.round, strategy.restore(safetensors.torch.load(ledger.payload(newest)), load)
-    return done, arrays
+        return 0, strategy.initial_arrays()
+    return newest.round, strategy.restore(safetensors.torch.load(ledger.payload(newest)), _loader(ledger, files))
 
 
-def as_messages(replies: list[Record], ledger: Ledger) -> list[Message]:
-    """Turn recorded replies into the messages that they were."""
-    return [
-        Message(to_record(record.body["kind"], ledger.payload(record)), dst_node_id=0, message_type=MessageType.TRAIN)
-        for record in replies
-    ]
+def _loader(ledger: Ledger, files: dict[str, str]) -> Callable[[str], dict[str, Tensor] | None]:
+    return lambda label: ledger.get_file(files[label]) if label in files else None
+
+
+def as_messages(replies: list[Record], ledger: Ledger) -> Iterator[Message]:
+    """Turn recorded replies into the messages that they were, each read when its turn comes."""
+    for record in replies:
+        content = to_record(record.body["kind"], ledger.payload(record))
+        yield Message(content, dst_node_id=0, message_type=MessageType.TRAIN)
 
 
 class _Round:
@@ -290,6 +288,7 @@ class _Round:
             "replies": [record.node for record in replies],
         }
         self.ledger.append("round", round=self.number, body=facts, blob=safetensors.torch.save(state.tensors))
+        self.strategy.stored(_loader(self.ledger, facts["files"]))
         if self.config.run.prune:
             self.ledger.forget_replies()
         log.info("round %d: %d replies, %s", self.number, len(replies), _brief(facts["metrics"]))

@@ -18,6 +18,7 @@ from fedtune_strategies.errors import DivergenceError, FedTuneError, LedgerError
 from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.folders import check_ours, temporary_files_in
 from fedtune_strategies.logs import about
+from fedtune_strategies.memory import prefer_memory
 from fedtune_strategies.method import register_messages
 from fedtune_strategies.model_transfer import ModelSource
 from fedtune_strategies.run_config import defaults, from_flower, parse
@@ -83,6 +84,7 @@ def _execute(fleet: Fleet, config: Config, ledger: Ledger, report: Callable[[], 
     from server_app.evaluation import evaluate, load_held_out
     from server_app.export import export_model
 
+    prefer_memory()
     language, base, base_fingerprint = load_base(config, ledger)
     if ledger.last(KIND) is None:
         ledger.append(KIND, body={"fingerprint": base_fingerprint})
@@ -90,6 +92,8 @@ def _execute(fleet: Fleet, config: Config, ledger: Ledger, report: Callable[[], 
     held_out = load_held_out(config, language)
     parameters = tuned_parameters(language.model)
     strategy = register_messages(config.method.name).strategy(config, language.model, base)
+    # No method sends more than every parameter in float32, and what describes it.
+    fleet.allow_replies(5 * sum(parameter.numel() for parameter in parameters.values()))
     fleet.know_base(base_fingerprint, ModelSource(language.folder).answer)
 
     fleet.watch_named_steps(lambda steps: write_steps(ledger.folder, steps))

@@ -86,8 +86,8 @@ def apply_delta(weights: Mapping[str, Tensor], delta: Mapping[str, Tensor], gamm
     The product and the sum are two operations, each rounded once (IEEE 754): a fused multiply-add, which some
     processors would use and others not, cannot come between them.
     """
-    changes = {name: delta[name].to(value.device, torch.float32) for name, value in weights.items()}
-    return {name: value.float() + changes[name] * gamma for name, value in weights.items()}
+    # One tensor after another, and each sum in the memory of its product: a block may be a third of the model.
+    return {n: (delta[n].to(value.device, torch.float32) * gamma).add_(value) for n, value in weights.items()}
 
 
 def weighted_mean(blocks: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:

@@ -34,8 +34,8 @@ class AdapterBlocks(FedCyBGD):
     def materialise(self, arrays: ArrayRecord, parameters: Mapping[str, Tensor]) -> str:
         """Write W_0 plus what the adapters add."""
         with torch.no_grad():
-            for weights in self.store.weights:
-                for name, value in weights.items():
+            for block in range(len(self.store.blocks)):
+                for name, value in self.store.weights(block).items():
                     self.adapted.get_parameter(name).copy_(value)
         merge_adapters(self.adapted, self.base, parameters)
         return fingerprint(parameters)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -35,7 +35,9 @@ class BlockStore:
         measure: Callable[[], Sequence[float]] = tuple,
     ) -> None:
         self.blocks = blocks
-        self.weights = [{name: base[name].to(torch.float32) for name in block.parameters} for block in blocks]
+        self._base = base
+        # Of the blocks that were committed: in memory until the run's record has them, then mapped from its files.
+        self._newest: dict[int, Mapping[str, Tensor]] = {}
         self.versions = torch.zeros(len(blocks), dtype=torch.int64)
         self._codec = codec
         self._dtype = dtype
@@ -43,16 +45,20 @@ class BlockStore:
         self._influence: Sequence[float] | None = None
         self._prints: dict[int, str] = {}
 
+    def weights(self, block: int) -> Mapping[str, Tensor]:
+        """Return a block's newest version; never write to it."""
+        return self._newest.get(block) or InFloat32(self._base, self.blocks[block].parameters)
+
     def commit(self, block: int, weights: dict[str, Tensor]) -> None:
         """Take up a block's next version."""
-        self.weights[block] = weights
+        self._newest[block] = weights
         self.versions = self.versions.clone()
         self.versions[block] += 1
         self._prints.pop(block, None)
 
     def coded(self, block: int) -> dict[str, Tensor]:
         """Return the parts of a frozen block; see `codecs.encode`."""
-        return encode(self.weights[block], self._codec)
+        return encode(self.weights(block), self._codec)
 
     def absent_layers(self, trained: int) -> tuple[int, ...]:
         """Return the layers that are left out while a block is trained."""
@@ -69,12 +75,12 @@ class BlockStore:
         absent = self.absent_blocks(trained)
         present = [block.index for block in self.blocks if block.index not in absent]
         return turn_fingerprint(
-            fingerprint(self.weights[index]) if index == trained else self._frozen_print(index) for index in present
+            fingerprint(self.weights(index)) if index == trained else self._frozen_print(index) for index in present
         )
 
     def state(self, changed: Collection[int]) -> dict[str, dict[str, Tensor]]:
         """Return the files to store: the blocks that changed, and the calibration, by label."""
-        files = {_label(index): self.weights[index] for index in changed}
+        files = {_label(index): dict(self.weights(index)) for index in changed}
         if self._codec.drop:
             files[CALIBRATION] = {"influence": torch.tensor(self._measured(), dtype=torch.float64)}
         return files
@@ -83,11 +89,16 @@ class BlockStore:
         """Take up versions and the newest files."""
         self.versions = versions
         self._prints = {}
-        for index in range(len(self.blocks)):
-            self.weights[index] = load(_label(index)) or self.weights[index]
+        self.take_stored(range(len(self.blocks)), load)
         stored = load(CALIBRATION)
         if stored is not None:
             self._influence = stored["influence"].tolist()
+
+    def take_stored(self, blocks: Iterable[int], load: Callable[[str], dict[str, Tensor] | None]) -> None:
+        """Hold blocks as their newest files have them, instead of in memory."""
+        for block in blocks:
+            if found := load(_label(block)):
+                self._newest[block] = found
 
     def _measured(self) -> Sequence[float]:
         if self._influence is None:
@@ -96,8 +107,24 @@ class BlockStore:
 
     def _frozen_print(self, block: int) -> str:
         if block not in self._prints:
-            self._prints[block] = fingerprint(frozen_form(self.weights[block], self._codec, self._dtype))
+            self._prints[block] = fingerprint(frozen_form(self.weights(block), self._codec, self._dtype))
         return self._prints[block]
+
+
+class InFloat32(Mapping[str, Tensor]):
+    """Some of the base model's tensors, each converted when it is asked for: so one at a time takes memory."""
+
+    def __init__(self, base: Mapping[str, Tensor], names: Sequence[str]) -> None:
+        self._base, self._names = base, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._base[name].to(torch.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _label(block: int) -> str:

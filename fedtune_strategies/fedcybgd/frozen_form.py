@@ -7,7 +7,7 @@ trained it itself: what a node computes depends on the versions of the blocks al
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -16,13 +16,14 @@ from fedtune_strategies.blocks.codec_config import Codec
 from fedtune_strategies.blocks.codecs import decode, encode
 
 
-def frozen_form(weights: Mapping[str, Tensor], codec: Codec, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return a block as it takes part in a turn in which it is not trained.
+def frozen_form(weights: Mapping[str, Tensor], codec: Codec, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a block, one at a time, as they take part in a turn in which it is not trained.
 
     `codec`: coding of the frozen rest.
     `dtype`: type of the node's model.
     """
-    return {name: value.to(dtype) for name, value in decode(encode(weights, codec)).items()}
+    for name, weight in weights.items():
+        yield name, decode(encode({name: weight}, codec))[name].to(dtype)
 
 
 def turn_fingerprint(blocks: Iterable[str]) -> str:

@@ -35,7 +35,7 @@ from fedtune_strategies.fedcybgd.screening import (
 from fedtune_strategies.fedcybgd.staleness import rebased
 from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.protocol import messages as protocol
-from fedtune_strategies.protocol.flower import decoded, task
+from fedtune_strategies.protocol.flower import Deferred, decoded
 from fedtune_strategies.seed_space import fingerprint
 from fedtune_strategies.strategy import (
     State,
@@ -120,15 +120,15 @@ class FedCyBGD(TuningStrategy):
         prints = {block: self.store.turn_fingerprint(block) for block in self.plan.values()}
         for name, block in self.plan.items():
             self.leases[server_round, name] = Lease(block, int(self.store.versions[block]), prints[block])
-            for message in self._turn(server_round, name, block, lr):
-                yield task(grid.nodes[name].id, message, server_round)
+            for make in self._turn(server_round, name, block, lr):
+                yield Deferred(grid.nodes[name].id, BlockTask.kind, make, server_round)
         # Idle nodes get what they will lack next round while others compute. What is being trained now is left out: it
         # is about to change.
         if self.settings.prefetch and server_round < self.config.num_server_rounds:
             for name, block in self._plan(server_round + 1, nodes).items():
                 if name not in self.plan:
-                    for message in self._ahead(server_round, name, block):
-                        yield task(grid.nodes[name].id, message, server_round)
+                    for make in self._ahead(server_round, name, block):
+                        yield Deferred(grid.nodes[name].id, BlockTask.kind, make, server_round)
 
     def settled(self, answered: Collection[str]) -> bool:
         """Say whether all turns are there: who is still busy fetches ahead."""
@@ -166,7 +166,7 @@ class FedCyBGD(TuningStrategy):
                 "the reply is left out."
             )
         # A few coded bytes may claim any shape: nothing is decoded before it fits.
-        if not fits(reply.delta, self.store.weights[reply.block], self.config.train.upload):
+        if not fits(reply.delta, self.store.weights(reply.block), self.config.train.upload):
             raise ProtocolError(f"{reply.node} sent other tensors than block {reply.block} has: the reply is left out.")
         delta = decode(reply.delta)
         if reply.steps < 1 or not all(value.isfinite().all() for value in delta.values()):
@@ -220,8 +220,8 @@ class FedCyBGD(TuningStrategy):
     def materialise(self, arrays: ArrayRecord, parameters: Mapping[str, Tensor]) -> str:
         """Copy the newest version of every block into the model."""
         with torch.no_grad():
-            for block in self.store.weights:
-                for name, value in block.items():
+            for block in range(len(self.store.blocks)):
+                for name, value in self.store.weights(block).items():
                     parameters[name].copy_(value)
         return fingerprint(parameters)
 
@@ -234,6 +234,10 @@ class FedCyBGD(TuningStrategy):
             "sizes": torch.tensor(self.sizes, dtype=torch.float32),
         }
         return State(tensors | self.node_states.state(), self.store.state(self._changed))
+
+    def stored(self, load: Callable[[str], dict[str, Tensor] | None]) -> None:
+        """Hold the blocks that changed as mapped files."""
+        self.store.take_stored(self._changed, load)
 
     def restore(self, tensors: dict[str, Tensor], load: Callable[[str], dict[str, Tensor] | None]) -> ArrayRecord:
         """Take up what `state` returned, with the newest file of every block."""
@@ -268,21 +272,18 @@ class FedCyBGD(TuningStrategy):
             return blocks * own.nodes_per_round
         return [*blocks, *(block for block in self.owed if block not in blocks)]
 
-    def _turn(self, round: int, node: str, block: int, lr: float) -> Iterator[BlockTask]:
-        """Make the messages that let a node train a block."""
-        version = int(self.store.versions[block])
+    def _turn(self, round: int, node: str, block: int, lr: float) -> Iterator[Callable[[], BlockTask]]:
+        """Yield what makes the messages that let a node train a block."""
         # Version 0 is the base model, which every node has; and who trained the block last can make it itself.
-        exact = {} if version == 0 or self.node_states.of(node).exact == (block, version) else self.store.weights[block]
+        version = int(self.store.versions[block])
+        exact = None if version == 0 or self.node_states.of(node).exact == (block, version) else block
         parts = self._parts(node, block, {block})
         last = parts.pop()
         yield from self._offer(round, node, parts)
-        yield BlockTask(
-            round, block, self.store.versions, exact, self._coded(last), lr,
-            torch.tensor(self.store.absent_layers(block), dtype=torch.int64), self.node_states.of(node).committed,
-        )  # fmt: skip
+        yield self._message(round, node, last, exact, block, lr, self.store.absent_layers(block))
 
-    def _ahead(self, round: int, node: str, block: int) -> Iterator[BlockTask]:
-        """Make the messages that bring a node what it lacks for the next round, but for what is being trained now."""
+    def _ahead(self, round: int, node: str, block: int) -> Iterator[Callable[[], BlockTask]]:
+        """Yield what makes the messages with what a node lacks for the next round, but for what is trained now."""
         busy = set(self.plan.values())
         version = int(self.store.versions[block])
         exact = None if block in busy or version == 0 or self.node_states.of(node).exact == (block, version) else block
@@ -291,18 +292,28 @@ class FedCyBGD(TuningStrategy):
 
     def _offer(
         self, round: int, node: str, parts: Sequence[Sequence[int]], exact: int | None = None
-    ) -> Iterator[BlockTask]:
+    ) -> Iterator[Callable[[], BlockTask]]:
         held = self.node_states.of(node)
         held.offered.clear()
         for index, part in enumerate([*parts, *([] if exact is None else [[]])]):
-            last = index == len(parts)
-            pair = (exact, int(self.store.versions[exact])) if last and exact is not None else None
+            one = exact if index == len(parts) else None
+            pair = None if one is None else (one, int(self.store.versions[one]))
             held.offered.append(([(block, int(self.store.versions[block])) for block in part], pair))
-            weights = {} if pair is None else self.store.weights[pair[0]]
-            yield BlockTask(
-                round, -1, self.store.versions, weights, self._coded(part), 0.0,
-                torch.empty(0, dtype=torch.int64), held.committed,
-            )  # fmt: skip
+            yield self._message(round, node, part, one)
+
+    def _message(
+        self, round: int, node: str, part: Sequence[int], exact: int | None, block: int = -1, lr: float = 0.0,
+        absent: Sequence[int] = (),
+    ) -> Callable[[], BlockTask]:  # fmt: skip
+        """Return what makes a message: frozen blocks, maybe one exactly, and which one to train, if any."""
+        versions, committed = self.store.versions, self.node_states.of(node).committed
+
+        def make() -> BlockTask:
+            weights = {} if exact is None else dict(self.store.weights(exact))
+            left_out = torch.tensor(absent, dtype=torch.int64)
+            return BlockTask(round, block, versions, weights, self._coded(part), lr, left_out, committed)
+
+        return make
 
     def _parts(self, node: str, trained: int, without: set[int]) -> list[list[int]]:
         """Group the frozen blocks that a node lacks into messages of bounded size; at least one, maybe empty."""
@@ -334,7 +345,7 @@ class FedCyBGD(TuningStrategy):
         deltas: Mapping[str, Mapping[str, Tensor]],
     ) -> dict[str, Tensor]:
         """Move a block by gamma times the mean change of its newest version; then add those of the one before."""
-        nodes, weights = self.config.strategy, self.store.weights[block]
+        nodes, weights = self.config.strategy, self.store.weights(block)
         if fresh:
             changes = [deltas[answer.node] for answer in fresh]
             mean = changes[0] if len(changes) == 1 else weighted_mean(changes, shares(fresh, nodes.weighting))

@@ -28,7 +28,7 @@ from fedtune_strategies.fedkseed.moved import Moved
 from fedtune_strategies.fedkseed.screening import running_amplitude
 from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.protocol import messages as protocol
-from fedtune_strategies.protocol.flower import address, decoded
+from fedtune_strategies.protocol.flower import Deferred, address, decoded
 from fedtune_strategies.seed_gradient import decode, default_step, encode, packed_bytes
 from fedtune_strategies.seed_space import fingerprint
 from fedtune_strategies.strategy import (
@@ -96,12 +96,12 @@ class SeedGradient(TuningStrategy):
         self.offered |= whole
         since |= dict.fromkeys(whole, server_round - 1)
         # Most nodes lack the same: what they are sent is encoded once.
-        parts = [protocol.encode(part) for part in self.moved.parts()] if whole else []
+        parts = list(self.moved.parts()) if whole else []
         lr = self.eta * share_of_step(config)
         payloads = {held: protocol.encode(self._task(server_round, held, lr)) for held in set(since.values())}
         for name in chosen:
             for part in parts if name in whole else ():
-                yield address(nodes[name].id, GradientWeights.kind, part, server_round)
+                yield Deferred(nodes[name].id, GradientWeights.kind, part, server_round)
             yield address(nodes[name].id, GradientTask.kind, payloads[since[name]], server_round)
 
     def note_asked(self, nodes: Mapping[str, int]) -> None:
@@ -184,7 +184,7 @@ class SeedGradient(TuningStrategy):
         self.spent.restore(tensors)
         self.held = {key.removeprefix("held/"): int(v) for key, v in tensors.items() if key.startswith("held/")}
         while (point := load(f"point-{len(self.points) + 1}")) is not None:
-            self.points.append((point["levels"], float(point["unit"])))
+            self.points.append((point["levels"].clone(), float(point["unit"])))  # no mapping for each of many rounds
         return arrays_of(theta=torch.from_numpy(self._decoded(self.points[-1])))
 
     def _task(self, round: int, held: int, lr: float) -> GradientTask:

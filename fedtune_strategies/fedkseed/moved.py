@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -63,12 +64,12 @@ class Moved:
         add = self._size * (WALSH_S if own.pool == "walsh" else GAUSSIAN_S * own.seeds)
         return 4 * self._size / LINK < points * (add + packed_bytes(own.seeds, own.down_bits) / LINK)
 
-    def parts(self) -> Iterator[GradientWeights]:
-        """Cut the weights into messages."""
+    def parts(self) -> Iterator[Callable[[], GradientWeights]]:
+        """Cut the weights into messages: yields what makes each."""
         flat, round = self.weights.flat, self.rounds + 1
         whole = tensor_fingerprint(flat)
         for start in range(0, len(flat), PART):
-            yield GradientWeights(round, start, flat[start : start + PART], whole)
+            yield partial(GradientWeights, round, start, flat[start : start + PART], whole)
 
     def receive(self, part: GradientWeights) -> bool:
         """Take one of `parts`, the last of which completes the weights; says whether it was the one that comes next."""

@@ -28,6 +28,18 @@ def address(node_id: int, kind: str, payload: bytes, round: int) -> Message:
     return Message(to_record(kind, payload), node_id, MessageType.TRAIN, group_id=str(round))
 
 
+class Deferred(Message):
+    """A task that is made and encoded when its turn comes: of a node's many large ones, one is in memory."""
+
+    def __init__(self, node_id: int, kind: str, make: Callable[[], protocol.Message], round: int) -> None:
+        super().__init__(to_record(kind, b""), node_id, MessageType.TRAIN, group_id=str(round))
+        self._kind, self._make = kind, make
+
+    def fill(self) -> None:
+        """Become what it stands for."""
+        self.content = to_record(self._kind, protocol.encode(self._make()))
+
+
 def query(node_id: int, message: protocol.Message, seconds: float) -> Message:
     """Address a question to a node that takes no part yet; it is given up after so many seconds."""
     return Message(to_record(message.kind, protocol.encode(message)), node_id, MessageType.QUERY, ttl=seconds)
@@ -89,6 +101,11 @@ class WrappedGrid(Grid):
         """Have it told now and then how far nodes are: steps begun of how many, by node; only streams say it."""
         if isinstance(self._grid, WrappedGrid):
             self._grid.watch_steps(tell)
+
+    def allow_replies(self, size: int) -> None:
+        """Let a reply have so many bytes; by default only what fits any but a large model comes over a stream."""
+        if isinstance(self._grid, WrappedGrid):
+            self._grid.allow_replies(size)
 
     def set_run(self, run: Run) -> None:
         """See Flower."""
