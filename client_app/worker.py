@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -26,7 +26,17 @@ import psutil
 from client_app.node import Node, note_failure, with_folder
 from client_app.stats import Stats, stream_is_open
 from client_app.stream import Stream
-from client_app.worker_client import DO, FOLLOW, GRPC_OPTIONS, SERVICE, WorkerSpec, running_worker, start_of
+from client_app.worker_client import (
+    DO,
+    FOLLOW,
+    GRPC_OPTIONS,
+    SERVICE,
+    WorkerSpec,
+    joined,
+    pieces,
+    running_worker,
+    start_of,
+)
 from fedtune_strategies.config.node import parse_node
 from fedtune_strategies.errors import FedTuneError, ProtocolError, ResourceError
 from fedtune_strategies.folders import keep_private, make_folder, remove_folder
@@ -140,10 +150,8 @@ def _watch(host: psutil.Process, folder: Path, service: Service, ending: SimpleQ
 def _handlers(service: Service, stream: Stream) -> grpc.GenericRpcHandler:
     """Route the messenger's two calls: a task, and an offer of a stream."""
 
-    def do(request: bytes, context: grpc.ServicerContext) -> bytes:
-        kind, _, payload = request.partition(b"\0")
-        name, body = service.do(kind.decode(errors="replace"), payload)
-        return b"\0".join([name.encode(), body])
+    def do(request: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        return pieces(*service.do(*joined(request)))
 
     def follow(request: bytes, context: grpc.ServicerContext) -> bytes:
         try:
@@ -152,9 +160,8 @@ def _handlers(service: Service, stream: Stream) -> grpc.GenericRpcHandler:
             log.warning("%s", error)  # the task that came with it is done all the same
         return b""
 
-    methods = {DO: do, FOLLOW: follow}
-    unary = {name: grpc.unary_unary_rpc_method_handler(method) for name, method in methods.items()}
-    return grpc.method_handlers_generic_handler(SERVICE, unary)
+    methods = {DO: grpc.stream_stream_rpc_method_handler(do), FOLLOW: grpc.unary_unary_rpc_method_handler(follow)}
+    return grpc.method_handlers_generic_handler(SERVICE, methods)
 
 
 if __name__ == "__main__":

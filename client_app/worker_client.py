@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,7 @@ from fedtune_strategies.folders import private_runtime_folder, remove_folder
 SERVICE, DO, FOLLOW = "fedtune.Worker", "Do", "Follow"
 GRPC_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 SOCKET_PATH_BYTES = 100  # 104 on macOS and 108 on Linux, with the closing zero
+PIECE_BYTES = 64 * 2**20  # of a message between messenger and worker: gRPC carries no more than 2 GB at once
 _START_SECONDS = 120.0
 _STOP_SECONDS = 5.0
 
@@ -59,11 +61,11 @@ def ask_worker(spec: WorkerSpec, kind: str, payload: bytes, timeout: float, offe
         with FileLock(folder / "lock"):
             socket = _ensure_worker(folder, spec)
         with grpc.insecure_channel(f"unix:{socket}", options=GRPC_OPTIONS) as channel:
-            follow, do = (channel.unary_unary(f"/{SERVICE}/{name}") for name in (FOLLOW, DO))
+            follow, do = channel.unary_unary(f"/{SERVICE}/{FOLLOW}"), channel.stream_stream(f"/{SERVICE}/{DO}")
             try:
                 if offer:
                     follow(offer.encode(), timeout=timeout)
-                answer = do(b"\0".join([kind.encode(), payload]), timeout=timeout)
+                answer = joined(do(pieces(kind, payload), timeout=timeout))
                 break
             except grpc.RpcError as error:
                 _stop(folder)
@@ -76,8 +78,19 @@ def ask_worker(spec: WorkerSpec, kind: str, payload: bytes, timeout: float, offe
                         "the worker died twice on one task: look for 'out of memory' in the system's log and for "
                         f"lines of the worker in the SuperNode's log ({error.details()})."
                     ) from None
-    name, _, body = answer.partition(b"\0")
-    return name.decode(), body
+    return answer
+
+
+def pieces(kind: str, payload: bytes) -> Iterator[bytes]:
+    """Cut a message, to be `joined` on the other side of the socket."""
+    yield kind.encode()
+    for start in range(0, len(payload), PIECE_BYTES):
+        yield payload[start : start + PIECE_BYTES]
+
+
+def joined(pieces: Iterator[bytes]) -> tuple[str, bytes]:
+    """Return kind and payload of a message that came in `pieces`."""
+    return next(pieces, b"").decode(errors="replace"), b"".join(pieces)
 
 
 def runtime_folder(host: psutil.Process) -> Path:

@@ -94,6 +94,11 @@ class StreamGrid(WrappedGrid):
         if self._server:
             self._server.on_steps = tell
 
+    def allow_replies(self, size: int) -> None:
+        """See `WrappedGrid`."""
+        if self._server:
+            self._server.most_bytes = max(self._server.most_bytes, size)
+
     def _stream(self, message: Message) -> str:
         """Send a message over its node's stream; returns its id, or nothing where there is no stream."""
         metadata = message.metadata

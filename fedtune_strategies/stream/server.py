@@ -33,7 +33,7 @@ log = logging.getLogger("fedtune")
 SILENT_S, IDLE_SILENT_S = 9.0, 75.0  # without a sign of life a node with a task, or without one, is lost
 RECONNECT_S = 4.0  # for which a broken connection is waited for
 HIDDEN_S = 60.0  # after which Flower has noticed a lost node too, or knows that it is there
-MOST_BYTES = 2**31  # of a reply
+MOST_BYTES = 2**31  # of a reply, unless the model is larger
 _LOOK_S = 1.0
 OPTIONS = [
     ("grpc.max_receive_message_length", LONGEST_FRAME),
@@ -96,6 +96,7 @@ class StreamServer:
         self._news = threading.Event()
         self._watch: asyncio.Task[None] | None = None
         self._steps: dict[int, tuple[int, int]] = {}
+        self.most_bytes = MOST_BYTES
         self.on_steps: Callable[[dict[int, tuple[int, int]]], None] = lambda steps: None
 
     def open(self) -> None:
@@ -211,7 +212,7 @@ class StreamServer:
         offer = Offer(self._address, self._socket is not None, self.name, self._certificate, secret.hex())
 
         def expects(part: Part) -> bool:
-            return part.note in session.waiting and part.size <= MOST_BYTES
+            return part.note in session.waiting and part.size <= self.most_bytes
 
         def on_message(message: Incoming) -> None:
             if key := session.waiting.pop(message.note, ""):

@@ -3,15 +3,17 @@
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import grpc
 import numpy as np
 import psutil
 import pytest
 import torch
 
-from client_app import worker_client
+from client_app import worker, worker_client
 from client_app.worker_client import WorkerSpec, ask_worker, running_worker, runtime_folder
 from fedtune_strategies.errors import DataError, LinkError, ResourceError
 from fedtune_strategies.fedkseed.messages import SeedTask
@@ -128,6 +130,27 @@ def test_a_path_too_long_for_a_socket_is_one_line(host, spec, monkeypatch, tmp_p
     with monkeypatch.context() as patch, pytest.raises(ResourceError, match="shorter path"):
         patch.setenv("XDG_RUNTIME_DIR", str(tmp_path / ("long" * 20)))
         ask(spec)
+
+
+def test_a_message_above_grpcs_limit_passes_between_messenger_and_worker_in_pieces(monkeypatch, tmp_path):
+    limits = [("grpc.max_receive_message_length", 1500), ("grpc.max_send_message_length", 1500)]
+    monkeypatch.setattr(worker_client, "PIECE_BYTES", 1000)
+
+    class Echo:
+        def do(self, kind, payload):
+            return kind[::-1], payload[::-1]
+
+    server = grpc.server(ThreadPoolExecutor(1), options=limits)
+    server.add_generic_rpc_handlers((worker._handlers(Echo(), None),))
+    server.add_insecure_port(f"unix:{tmp_path}/s")
+    server.start()
+    payload = bytes(range(256)) * 50
+    with grpc.insecure_channel(f"unix:{tmp_path}/s", options=limits) as channel:
+        do = channel.stream_stream(f"/{worker_client.SERVICE}/{worker_client.DO}")
+        for sent in (payload, payload[:1000], b""):
+            answer = worker_client.joined(do(worker_client.pieces("kind", sent), timeout=20))
+            assert answer == ("dnik", sent[::-1])
+    server.stop(None)
 
 
 def test_the_messenger_imports_no_torch():

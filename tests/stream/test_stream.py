@@ -9,7 +9,7 @@ from client_app.stream import Stream
 from deploy.common.processes import free_port
 from fedtune_strategies.errors import ProtocolError
 from fedtune_strategies.protocol.records import from_record
-from fedtune_strategies.stream.frames import METHOD, SECRET, SERVICE, Beat, decode, encode
+from fedtune_strategies.stream.frames import METHOD, SECRET, SERVICE, Beat, Part, Received, decode, encode
 from fedtune_strategies.stream.loop import call
 from fedtune_strategies.stream.offer import Offer, decode_offer
 from fedtune_strategies.stream.server import StreamServer
@@ -83,6 +83,21 @@ def test_a_large_message_goes_on_in_its_middle(streams, share):
     assert streams.ask(1, payload) == ("task-of-1", payload, True)
     assert streams.wire.cut_after is None, "the connection was not cut"
     assert streams.wire.carried - before < 2.6 * len(payload)
+
+
+def test_a_reply_as_large_as_the_model_allows_comes_and_a_larger_one_ends_the_stream(streams):
+    streams.connect(1, 2)
+    streams.server.most_bytes = 4
+    assert streams.pull(streams.push(1, b"12345"))[0].has_error()
+    streams.grid.allow_replies(5)
+    assert streams.ask(2, b"12345") == ("task-of-2", b"12345", True)
+
+
+@pytest.mark.parametrize(
+    "frame", [Part(1, 2, 2**40, 2**39, b"d" * 16, "kind", memoryview(b"x")), Received(2**31, 2**40)]
+)
+def test_frames_count_the_bytes_of_messages_above_4_gb(frame):
+    assert decode(encode(frame)) == frame
 
 
 def test_a_stream_that_stays_broken_is_replaced_by_flower(streams, quick):
