@@ -54,7 +54,8 @@ def write_model(folder: Path, layers: int, width: int, **others: Any) -> Path:
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **others,
         )
     )  # fmt: skip
-    model.to(model.config.dtype)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(others.get("dtype"))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fedtune_strategies.blocks.codec_config import coded_bytes
 from fedtune_strategies.config import Config
 from fedtune_strategies.cost import Cost, Fleet, Shape
 from fedtune_strategies.errors import ConfigError
 from fedtune_strategies.language.base import structure
+from fedtune_strategies.language.coded import CODECS
 from fedtune_strategies.language.model_files import weight_files, weights_dtype
 from fedtune_strategies.method import load_method
 
@@ -17,15 +19,20 @@ def shape_of(folder: Path, config: Config) -> Shape:
     model = structure(folder)
     text = model.config.get_text_config()
     hidden = text.hidden_size
+    parameters, width = list(model.parameters()), weights_dtype(folder, config.model.dtype).itemsize
+    count = sum(value.numel() for value in parameters)
+    base = config.model.base
+    codes = 0.0 if base == "exact" else coded_bytes([tuple(one.shape) for one in parameters], CODECS[base], width)
     return Shape(
-        parameters=sum(value.numel() for value in model.parameters()),
+        parameters=count,
         layers=text.num_hidden_layers,
         hidden=hidden,
         inner=getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden,
         vocabulary=text.vocab_size,
         model=model,
         stored=sum(file.stat().st_size for file in weight_files(folder)),
-        width=weights_dtype(folder, config.model.dtype).itemsize,
+        width=width,
+        weights=width * count + round(codes),
     )
 
 

@@ -30,6 +30,8 @@ class Shape:
         Bytes of the weight files.
     width : int
         Bytes of one parameter in memory.
+    weights : int
+        Bytes of all in memory, with those that ``model.base`` codes.
     """
 
     parameters: int
@@ -40,6 +42,7 @@ class Shape:
     model: nn.Module
     stored: int
     width: int
+    weights: int
 
     def activations(self, tokens: int) -> int:
         """Bytes that a forward pass holds at once."""
@@ -98,6 +101,10 @@ class Cost:
     replies: int = 0
     tasks: float = 1.0
     largest: int = 0
+
+    def record_bytes(self, rounds: int, prune: bool = False) -> int:
+        """Bytes of the server's record after so many rounds."""
+        return rounds * (self.record + (0 if prune else self.replies))
 
     def link_seconds(self, bits: float) -> float:
         """Seconds on the wire a round at so many bits a second each way."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -104,7 +105,9 @@ def _planned(
             lacking[name] = error
             continue
         facts = {"method": name, **asdict(one), "link_seconds": one.link_seconds(link * 1e6)}
-        facts |= {"rounds": config.num_server_rounds, "fits": one.memory <= available}
+        rounds, prune = config.num_server_rounds, config.run.prune
+        facts |= {"rounds": rounds, "fits": one.memory <= available, "run_record": one.record_bytes(rounds, prune)}
+        facts |= {"run_pruned": one.record_bytes(rounds, prune=True)}
         rows.append(facts | {"seconds": None, "run_seconds": None, "measured": ""})
     if not rows:
         raise next(iter(lacking.values()))
@@ -170,8 +173,12 @@ def _notes(facts: dict[str, Any], measure: float) -> str:
     late = [row["method"] for row in facts["methods"] if row["fits"] and row["run_seconds"] is None]
     more = f"Not measured within {measure:.0f} s (--measure): {', '.join(late)}.\n" if late and measure else ""
     more += "".join(f"Left out, {name}: {line}\n" for name, line in facts["left_out"].items())
+    records = [f"{row['method']} {size(row['run_record'])} ({size(row['run_pruned'])})" for row in facts["methods"]]
+    listed = ", ".join(record.replace(" ", "\N{NO-BREAK SPACE}") for record in records)
+    line = f"The server's record of the run takes (with run.prune = true): {listed}."
+    more += textwrap.fill(line, 80, break_on_hyphens=False)
     return (
         f"{facts['model']}, {counted(facts['nodes'], 'node')}. Of one node: memory and disk; of a round: payload\n"
         "up and down, and its time on the link; of this machine: time of a task and of the run.\n"
-        f"✓ is for {size(facts['memory'])} of memory.\n{more}"
+        f"✓ is for {size(facts['memory'])} of memory.\n{more}\n"
     )

@@ -60,15 +60,20 @@ def room(settings: Mapping[str, Scalar]) -> str:
     config = parse(settings)
     base = model_folder(config.model.name)
     needed = weights_dtype(base, config.model.dtype).itemsize * count_parameters(weight_files(base))  # the export
+    saved = 0
     if load_method(config.method.name).cost is not None:
         nodes = max(config.strategy.min_nodes, config.round.first_nodes)
         cost = plan(config, base, nodes, EXAMPLES)
-        needed += config.num_server_rounds * (cost.record + (0 if config.run.prune else cost.replies))
+        needed += cost.record_bytes(config.num_server_rounds, config.run.prune)
+        saved = 0 if config.run.prune else config.num_server_rounds * cost.replies
     folder = Path(config.run.dir).expanduser()
     there = next(parent for parent in [folder, *folder.parents] if parent.exists())
     free = shutil.disk_usage(there).free
     if free < needed:
-        raise ResourceError(f"{there} has {size(free)} free, the run needs about {size(needed)}: choose another --out")
+        remedy = f", or save {size(saved)} with --set run.prune=true" if saved >= needed - free else ""
+        raise ResourceError(
+            f"{there} has {size(free)} free, the run needs about {size(needed)}: choose another --out{remedy}"
+        )
     return f"{size(free)} free in {there}, about {size(needed)} needed"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +32,28 @@ FEEDBACK = ("int8", "sign")
 
 UPLOAD_WIDTHS = {"float32": 4.0, "bf16": 2.0, "int8": 1.0, "sign": 0.125}
 """Bytes of a value in it, the scales of the rows apart."""
+
+
+def kept_back_bytes(upload: str, parameters: int) -> int:
+    """Bytes of disk in which a node keeps what coding its changes lost, once it has sent a change of them all."""
+    return 4 * parameters if upload in FEEDBACK else 0
+
+
+def coded_bytes(tensors: Iterable[tuple[int, ...]], codec: Codec, width: int) -> float:
+    """Bytes of tensors of these shapes in a coding (`fedtune_strategies.blocks.codecs`); `width`: of an exact value."""
+    total = 0.0
+    for shape in tensors:
+        numel = math.prod(shape)
+        if len(shape) < 2:
+            total += width * numel
+            continue
+        kept = numel * (1 - codec.prune)
+        rows = numel / shape[-1]
+        value, scales = {"none": (width, 0.0), "bf16": (2, 0.0), "int8": (1, 4.0 * rows), "nf4": (0.5, kept / 16)}[
+            codec.quantisation
+        ]
+        total += kept * value + scales + (numel / 8 if codec.prune else 0)
+    return total
 
 
 def parse_codec(text: str) -> Codec:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from fedtune_strategies.blocks.codec_config import FEEDBACK, UPLOAD_WIDTHS
+from fedtune_strategies.blocks.codec_config import UPLOAD_WIDTHS, kept_back_bytes
 from fedtune_strategies.blocks.find import Block
 from fedtune_strategies.blocks.train import train_block
 from fedtune_strategies.cost import HEADER, PROCESS, Cost, Fleet, Shape
@@ -40,8 +40,8 @@ def cost(config: Any, shape: Shape, fleet: Fleet) -> Cost:
     up, down = round(UPLOAD_WIDTHS[upload] * trained) + heads, 4 * trained + heads
     asked = max(1, round(fleet.nodes * config.strategy.fraction_train))
     return Cost(
-        memory=PROCESS + shape.width * shape.parameters + own,
-        disk=shape.stored + (4 * trained if upload in FEEDBACK else 0),  # what coding kept back
+        memory=PROCESS + shape.weights + own,
+        disk=shape.stored + kept_back_bytes(upload, trained),
         up=up,
         down=down,
         record=down,

@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Callable
 
-from fedtune_strategies.blocks.codec_config import UPLOAD_WIDTHS, Codec, parse_codec
+from fedtune_strategies.blocks.codec_config import UPLOAD_WIDTHS, coded_bytes, kept_back_bytes, parse_codec
 from fedtune_strategies.blocks.find import Block
 from fedtune_strategies.blocks.train import train_block
 from fedtune_strategies.cost import HEADER, PROCESS, Cost, Fleet, Shape
@@ -37,11 +37,8 @@ def cost(config: FedCyBGDRunConfig, shape: Shape, fleet: Fleet) -> Cost:
     up = UPLOAD_WIDTHS[train.upload] * block + HEADER
     tokens = train.batch_size * train.seq_length
     return Cost(
-        memory=PROCESS
-        + shape.width * shape.parameters
-        + 20 * max(sizes)
-        + shape.kept_activations(tokens, shape.layers),
-        disk=shape.stored,
+        memory=PROCESS + shape.weights + 20 * max(sizes) + shape.kept_activations(tokens, shape.layers),
+        disk=shape.stored + kept_back_bytes(train.upload, sum(sizes)),
         up=round(turns * up),
         down=round(turns * (moved * rest + 4 * block * _trained_before(config, count, at_once, fleet.nodes) + HEADER)),
         record=round(4 * at_once * block),
@@ -49,23 +46,6 @@ def cost(config: FedCyBGDRunConfig, shape: Shape, fleet: Fleet) -> Cost:
         tasks=turns,
         largest=round(UPLOAD_WIDTHS[train.upload] * max(sizes)) + HEADER,
     )
-
-
-def coded_bytes(tensors: list[tuple[int, ...]], codec: Codec, width: int) -> float:
-    """Bytes of parameters in the coding of the rest (`fedtune_strategies.blocks.codecs`)."""
-    total = 0.0
-    for shape in tensors:
-        numel = math.prod(shape)
-        if len(shape) < 2:
-            total += width * numel
-            continue
-        kept = numel * (1 - codec.prune)
-        rows = numel / shape[-1]
-        value, scales = {"none": (width, 0.0), "bf16": (2, 0.0), "int8": (1, 4.0 * rows), "nf4": (0.5, kept / 16)}[
-            codec.quantisation
-        ]
-        total += kept * value + scales + (numel / 8 if codec.prune else 0)
-    return total
 
 
 def _trained_before(config: FedCyBGDRunConfig, blocks: int, at_once: int, nodes: int) -> float:

@@ -34,10 +34,7 @@ def cost(config: FedKSeedRunConfig | GradientRunConfig, shape: Shape, fleet: Fle
     odds = change_bytes(own.seeds, draws * config.num_server_rounds // 2, LEVEL_BITS) if pro else 0
     up = train.local_steps * own.scalar_bits // 8 + HEADER
     return Cost(
-        memory=PROCESS
-        + KERNELS
-        + shape.width * shape.parameters
-        + shape.activations(train.batch_size * train.seq_length),
+        memory=PROCESS + KERNELS + shape.weights + shape.activations(train.batch_size * train.seq_length),
         disk=shape.stored,
         up=up,
         down=change_bytes(own.seeds, draws, own.theta_bits) + odds + TASK_HEADER,
@@ -54,7 +51,7 @@ def _gradient_cost(config: GradientRunConfig, shape: Shape, fleet: Fleet) -> Cos
     return Cost(
         memory=PROCESS
         + KERNELS
-        + shape.width * shape.parameters
+        + shape.weights
         + shape.width * tokens * shape.hidden * shape.layers
         + shape.kept_activations(tokens, 1),
         disk=shape.stored + 4 * shape.parameters,

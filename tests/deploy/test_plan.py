@@ -5,9 +5,8 @@ import itertools
 import pytest
 
 from deploy.plan import plan, shape_of
-from fedtune_strategies.blocks.codec_config import parse_codec
+from fedtune_strategies.blocks.codec_config import UPLOADS, coded_bytes, parse_codec
 from fedtune_strategies.cost import Cost
-from fedtune_strategies.fedcybgd.cost import coded_bytes
 from fedtune_strategies.fedkseed.cost import change_bytes
 from fedtune_strategies.installed import own_methods
 from fedtune_strategies.language.model import load_model
@@ -59,6 +58,28 @@ def test_a_larger_block_dtype_or_batch_needs_more_memory(tiny_llama):
 
     assert memory(fedcybgd__layers_per_block=2) > memory() > memory(model__dtype="bfloat16")
     assert memory(train__batch_size=16) > memory()
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedcybgd"])
+def test_a_node_has_room_for_what_the_coding_of_its_changes_keeps_back(tiny_llama, method):
+    weights = shape_of(tiny_llama, parse({})).parameters
+    disk = {
+        upload: plan(parse({"method.name": method, "train.upload": upload}), tiny_llama, 4, 100).disk
+        for upload in UPLOADS
+    }
+    assert disk["bf16"] == disk["float32"] == disk["int8"] - 4 * weights == disk["sign"] - 4 * weights
+
+
+def test_a_coded_base_is_held_beside_the_model_that_it_makes(tiny_llama):
+    memory = {base: plan(parse({"model.base": base}), tiny_llama, 4, 100).memory for base in ("exact", "int8", "nf4")}
+    codes = load_model(str(tiny_llama), base="int8").coded.nbytes
+    assert memory["int8"] - memory["exact"] == pytest.approx(codes, rel=0.01)
+    assert memory["exact"] < memory["nf4"] < memory["int8"]
+
+
+def test_pruning_saves_what_nodes_send():
+    cost = Cost(memory=0, disk=0, up=30, down=0, record=100, replies=60)
+    assert (cost.record_bytes(10), cost.record_bytes(10, prune=True)) == (1600, 1000)
 
 
 def test_codings_cost_what_they_say():

@@ -22,6 +22,8 @@ def test_every_method_is_planned_without_measuring():
     weights = (model_folder("fedtune-tiny") / "model.safetensors").stat().st_size
     assert {row["disk"] for row in found["methods"]} == {weights}
     assert all(row["seconds"] is None and row["fits"] for row in found["methods"])
+    assert all(row["run_record"] == row["rounds"] * (row["record"] + row["replies"]) for row in found["methods"])
+    assert all(0 < row["run_pruned"] < row["run_record"] for row in found["methods"])
 
 
 def test_a_method_whose_library_is_not_here_is_left_out_with_what_to_do(monkeypatch):
