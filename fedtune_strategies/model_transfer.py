@@ -7,6 +7,7 @@ restart. Complete models stay in a cache of bounded size on the node's disk.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from fedtune_strategies.errors import ProtocolError, ResourceError
 from fedtune_strategies.folders import is_ours, make_folder, remove_folder
@@ -88,7 +90,7 @@ class ModelCache:
     def find(self, name: str) -> Path | None:
         """Return the folder of the model that last came under a name, None where there is none."""
         try:
-            found = self._folder / self._pointer(name).read_text()
+            found = self._folder / (self._pointer(name).read_text() or "empty")  # while it is written
             os.utime(found)
             return found
         except OSError:
@@ -103,8 +105,7 @@ class ModelCache:
         self._chunks = read_manifest(manifest)
         digest = hashlib.sha256(manifest.encode()).hexdigest()[:32]
         self._target = self._folder / digest
-        try:
-            self._target.parent.mkdir(parents=True, exist_ok=True)
+        with self._alone():
             if not self._target.is_dir():
                 self._make_room(sum(chunk.size for chunk in self._chunks))
                 make_folder(self._partial)
@@ -112,9 +113,7 @@ class ModelCache:
             else:
                 self._missing = []
             self._pointer(name).write_text(digest)
-        except OSError as error:
-            raise self._error(error) from None
-        return self._next(node)
+            return self._next(node)
 
     def take(self, node: str, number: int, data: bytes) -> Path | ModelRequest:
         """Keep a chunk; return the model's folder if it was the last one, else the next wanted chunk.
@@ -127,19 +126,27 @@ class ModelCache:
         chunk = self._chunks[number]
         if len(data) != chunk.size or hashlib.sha256(data).hexdigest() != chunk.sha256:
             raise ProtocolError(f"chunk {number} of a model is not what the server's list says.")
-        if self._target.is_dir():  # another node that shares the cache was faster
-            self._missing = []
-            return self._target
-        try:
+        with self._alone():
+            if self._target.is_dir():  # another node that shares the cache was faster
+                self._missing = []
+                return self._target
             path = self._partial / chunk.file
             path.touch()
             with path.open("r+b") as file:
                 file.seek(chunk.start)
                 file.write(data)
+            self._missing.remove(number)
+            return self._next(node)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other nodes that share the cache, in any process, from changing it meanwhile."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self._folder / "lock"):
+                yield
         except OSError as error:
             raise self._error(error) from None
-        self._missing.remove(number)
-        return self._next(node)
 
     @property
     def _partial(self) -> Path:

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -125,7 +127,7 @@ def test_a_list_of_more_than_the_cache_may_hold_writes_nothing(tmp_path):
     manifest = listed(*((A, i * CHUNK_BYTES, CHUNK_BYTES) for i in range(100)))
     with pytest.raises(ResourceError, match="cache-gb"):
         ModelCache(tmp_path, 99 * CHUNK_BYTES).start("n", "some/model", manifest)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
     with pytest.raises(ProtocolError, match="damaged list"):
         read_manifest(listed((A, 0, 1), sha256="../x"))
 
@@ -206,6 +208,19 @@ def test_the_cache_forgets_what_was_unused_longest(tmp_path):
     (tmp_path / "one" / "model.safetensors").write_bytes(bytes(3000))
     with pytest.raises(ResourceError, match="cache-gb"):
         cache.start("n", "one", ModelSource(tmp_path / "one").manifest)
+
+
+def test_nodes_that_fetch_into_one_cache_at_once_all_end_with_the_model(folder, tmp_path):
+    source = ModelSource(folder, chunk_bytes=10)
+    at_once = threading.Barrier(4)
+
+    def fetch(_):
+        at_once.wait()
+        return receive(ModelCache(tmp_path / "cache", 10**6), source)
+
+    with ThreadPoolExecutor(4) as threads:
+        (found,) = set(threads.map(fetch, range(4)))
+    assert (found / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
 def test_nodes_that_share_a_cache_do_not_take_each_others_downloads(tmp_path, monkeypatch):
