@@ -55,7 +55,7 @@ def write_model(folder: Path, layers: int, width: int, **others: Any) -> Path:
         )
     )  # fmt: skip
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(others.get("dtype"))
+        parameter.data = parameter.data.to(others.get("dtype", torch.float32))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
