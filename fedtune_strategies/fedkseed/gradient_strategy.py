@@ -29,7 +29,7 @@ from fedtune_strategies.fedkseed.screening import running_amplitude
 from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.flower import Deferred, address, decoded
-from fedtune_strategies.seed_gradient import decode, default_step, encode, packed_bytes
+from fedtune_strategies.seed_gradient import decode, default_step, encode, level_counts, packed_bytes
 from fedtune_strategies.seed_space import fingerprint
 from fedtune_strategies.strategy import (
     State,
@@ -60,6 +60,7 @@ class SeedGradient(TuningStrategy):
         self.forgot: set[str] = set()  # nodes that have shown since then that they need them all again
         self.offered: set[str] = set()  # nodes that have not answered since they were sent W_r whole
         self.unit = 0.0  # running median of the nodes' units
+        self.kept = 0.0  # share of the newest mean's energy that rounding kept
         self.fingerprint = ""
         self.spent = PrivacySpent(config)
         count = sum(tensor.numel() for tensor in base.values())
@@ -150,16 +151,17 @@ class SeedGradient(TuningStrategy):
         levels, unit = encode(mean.astype(np.float32), self.config.fedkseed.down_bits)
         self.points.append((levels, unit))
         theta = self._decoded(self.points[-1])
+        length = float(np.linalg.norm(mean))
+        self.kept = float(1 - np.square(theta - mean).sum() / length**2) if length else 0.0
         if metrics is not None:
             metrics.update({**mean_loss(answers, weights), **self.spent.metrics()})
-            length = float(np.linalg.norm(mean))
-            metrics["move/rms"] = float(np.linalg.norm(theta))
-            metrics["move/kept"] = float(1 - np.square(theta - mean).sum() / length**2) if length else 0.0
+            metrics.update({"move/rms": float(np.linalg.norm(theta)), "move/kept": self.kept})
         return arrays_of(theta=torch.from_numpy(theta)), metrics
 
     def skip(self, round: int, arrays: ArrayRecord) -> ArrayRecord:
         """Stay where the model is: the round had its own pool all the same."""
         self.points.append(encode(np.zeros(self.config.fedkseed.seeds, np.float32), self.config.fedkseed.down_bits))
+        self.kept = 0.0
         return self.initial_arrays()
 
     def materialise(self, arrays: ArrayRecord, parameters: Mapping[str, Tensor]) -> str:
@@ -171,12 +173,19 @@ class SeedGradient(TuningStrategy):
         return self.fingerprint
 
     def state(self) -> State:
-        """Return the running unit and what nodes hold; the newest point is a file, which will not change any more."""
+        """Return the running unit and what nodes hold; the newest point is a file, which will not change any more.
+
+        With them what the status page shows of the point: its unit, how many coefficients are at each level, and how
+        much rounding kept.
+        """
         tensors = {f"held/{node}": torch.tensor(rounds) for node, rounds in sorted(self.held.items())}
         levels, unit = self.points[-1]
         point = {"levels": levels, "unit": torch.tensor(unit, dtype=torch.float64)}
-        return State(tensors | self.spent.state() | {"unit": torch.tensor(self.unit, dtype=torch.float64)},
-                     {f"point-{len(self.points)}": point})  # fmt: skip
+        counts = level_counts(levels, self.config.fedkseed.down_bits, self.config.fedkseed.seeds)
+        shown = {"point/counts": torch.from_numpy(counts), "point/unit": point["unit"],
+                 "point/kept": torch.tensor(self.kept, dtype=torch.float64)}  # fmt: skip
+        own = self.spent.state() | {"unit": torch.tensor(self.unit, dtype=torch.float64)}
+        return State(tensors | own | shown, {f"point-{len(self.points)}": point})
 
     def restore(self, tensors: dict[str, Tensor], load: Callable[[str], dict[str, Tensor] | None]) -> ArrayRecord:
         """Take up what `state` returned."""

@@ -63,6 +63,7 @@ FEDKSEED = Method(
     cost=deferred("fedtune_strategies.fedkseed.cost:cost"),
     seconds=deferred("fedtune_strategies.fedkseed.cost:seconds"),
     by_layers=True,
+    panel=deferred("fedtune_strategies.fedkseed.panel:panel"),
 )
 FEDKSEED_PRO = Method(
     name="fedkseed-pro",

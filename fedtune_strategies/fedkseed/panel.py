@@ -1,19 +1,42 @@
-"""FedKSeed-Pro's odds on the status page, from the state that the ledger holds after a round."""
+"""What the status page shows of seed space, from the state that the ledger holds after a round."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import sqrt
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune_strategies.fedkseed.config import FedKSeedProRunConfig
+from fedtune_strategies.fedkseed.config import FedKSeedProRunConfig, FedKSeedRunConfig, GradientRunConfig
 from fedtune_strategies.fedkseed.seed_draws import levels, odds_of_levels
 from fedtune_strategies.method import Panel
 
 
-def panel(config: FedKSeedProRunConfig, state: Mapping[str, NDArray[Any]]) -> Panel | None:
+def panel(config: FedKSeedRunConfig | GradientRunConfig, state: Mapping[str, NDArray[Any]]) -> Panel | None:
+    """Return FedKSeed-Pro's odds or the gradient's newest point; None where there is none."""
+    if isinstance(config, GradientRunConfig):
+        return _point(state["point/counts"], float(state["point/unit"]), float(state["point/kept"]))
+    return _odds(config, state) if isinstance(config, FedKSeedProRunConfig) else None
+
+
+def _point(counts: NDArray[np.int64], unit: float, kept: float) -> Panel | None:
+    """Say how far the last round moved the model, and by which coefficients."""
+    levels = np.arange(counts.size) - counts.size // 2 + 0.5
+    move = unit * sqrt(float(counts @ np.square(levels)))
+    if not move:
+        return None
+    return Panel(
+        title="Coefficients of the newest round's point",
+        note=f"It moved the weights by {move:.2%} of their root mean square. Rounding to {counts.size} levels, "
+        f"{unit:.2g} apart, kept {kept:.1%} of the energy of the nodes' mean.",
+        columns=[(f"{level:+g}", float(count)) for level, count in zip(levels, counts, strict=True)],
+        unit="directions",
+    )
+
+
+def _odds(config: FedKSeedProRunConfig, state: Mapping[str, NDArray[Any]]) -> Panel | None:
     """Say how the next round draws its seeds; None before the first reply."""
     odds = odds_of_levels()[levels(state["sums"], state["count"], config.fedkseed.pro_mean)]
     if not odds.size:

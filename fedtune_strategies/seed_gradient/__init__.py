@@ -10,9 +10,9 @@
     How long a step should be.
 """
 
-from fedtune_strategies.seed_gradient.coding import decode, encode, packed_bytes
+from fedtune_strategies.seed_gradient.coding import decode, encode, level_counts, packed_bytes
 from fedtune_strategies.seed_gradient.slopes import slopes
 from fedtune_strategies.seed_gradient.step_size import default_step
 from fedtune_strategies.seed_gradient.walk import LocalWalk, local_walk
 
-__all__ = ["LocalWalk", "decode", "default_step", "encode", "local_walk", "packed_bytes", "slopes"]
+__all__ = ["LocalWalk", "decode", "default_step", "encode", "level_counts", "local_walk", "packed_bytes", "slopes"]

@@ -44,9 +44,18 @@ def decode(packed: Tensor, unit: float, bits: int, size: int) -> NDArray[np.floa
         raise ProtocolError(f"received {tuple(packed.shape)} of {packed.dtype}, not {size} levels of {bits} bits.")
     if not 0 <= unit < np.inf:
         raise ProtocolError(f"received levels with the unit {unit}.")
-    planes = np.unpackbits(packed.numpy(), count=size * bits, bitorder="little").reshape(size, bits)
-    levels = planes @ (1 << np.arange(bits)) - (1 << (bits - 1))
+    levels = _unpack(packed, bits, size) - (1 << (bits - 1))
     return ((levels + 0.5) * unit).astype(np.float32)
+
+
+def level_counts(packed: Tensor, bits: int, size: int) -> NDArray[np.int64]:
+    """Return how many coefficients are at each level, int64 [2^bits], the lowest level first."""
+    return np.bincount(_unpack(packed, bits, size), minlength=1 << bits)
+
+
+def _unpack(packed: Tensor, bits: int, size: int) -> NDArray[np.int64]:
+    planes = np.unpackbits(packed.numpy(), count=size * bits, bitorder="little").reshape(size, bits)
+    return planes @ (1 << np.arange(bits))
 
 
 def _levels(x: NDArray[np.float64], unit: float, bits: int) -> NDArray[np.float64]:

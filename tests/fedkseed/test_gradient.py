@@ -12,6 +12,7 @@ from fedtune_strategies.fedkseed import moved
 from fedtune_strategies.fedkseed.gradient_client import SeedGradientClient
 from fedtune_strategies.fedkseed.gradient_strategy import SeedGradient
 from fedtune_strategies.fedkseed.messages import GradientReply, GradientTask
+from fedtune_strategies.fedkseed.panel import panel
 from fedtune_strategies.method import NodeContext, register_messages
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.flower import task
@@ -262,6 +263,17 @@ def test_a_reply_that_does_not_fit_is_refused(strategy, bad, error):
     with pytest.raises(error):
         strategy.accept(1, bad(strategy.fingerprint))
     assert strategy.accept(1, reply("a", np.ones(K), print_=strategy.fingerprint))
+
+
+def test_the_status_page_shows_the_newest_point(strategy):
+    points = np.random.default_rng(0).normal(size=(2, K)) / 100
+    _, metrics = fold(strategy, 1, [reply("a", points[0]), reply("b", points[1])])
+    state = {name: tensor.numpy() for name, tensor in strategy.state().tensors.items()}
+    shown = panel(strategy.config, state)
+    assert sum(height for _, height in shown.columns) == K and len(shown.columns) == 16
+    assert f"by {metrics['move/rms']:.2%} of" in shown.note and f"kept {metrics['move/kept']:.1%} of" in shown.note
+    strategy.skip(2, strategy.initial_arrays())
+    assert panel(strategy.config, {name: tensor.numpy() for name, tensor in strategy.state().tensors.items()}) is None
 
 
 def test_a_restored_strategy_continues_with_the_same_bits(strategy):

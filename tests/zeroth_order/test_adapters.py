@@ -12,6 +12,7 @@ from fedtune_strategies.fedkseed.strategy import FedKSeed
 from fedtune_strategies.language.examples import Examples
 from fedtune_strategies.method import NodeContext
 from fedtune_strategies.run_config import parse
+from fedtune_strategies.seed_gradient import slopes
 from fedtune_strategies.seed_space import make_pool, tuned_parameters
 from fedtune_strategies.strategy import arrays_of
 from fedtune_strategies.zeroth_order import local_steps
@@ -49,6 +50,17 @@ def test_slopes_are_derivatives_along_the_adapter_alone(estimator):
         model, pool, loss, [IDS], [3, 8], eps=1e-3, lr=0.0, pattern=ADAPTER, estimator=estimator, directions=2
     )
     np.testing.assert_allclose(found.g, expected, rtol=0.05, atol=2e-3)
+
+
+def test_all_slopes_by_one_backward_pass_are_derivatives_along_the_adapter_alone():
+    model, pool = adapted(), make_pool("walsh", 3, K)
+    loss(model, IDS).backward()
+    tuned = tuned_parameters(model, ADAPTER)
+    expected = sum(pool.project(name, p.grad).double() for name, p in tuned.items())
+    model.zero_grad()
+    found = slopes(model, tuned, loss, IDS, pool)
+    np.testing.assert_allclose(found.g, expected, rtol=1e-4, atol=1e-5)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_server_and_node_agree_and_the_rest_stays():
