@@ -204,7 +204,8 @@ def _panel(view: RunView) -> dict[str, Any] | None:
         if panel is None or view.newest is None:
             return None
         with contextlib.closing(Ledger.read(view.folder)) as ledger:
-            shown = panel(parse(view.config), safetensors.numpy.load(ledger.payload(view.newest)))
+            state = ledger.payload(view.newest)
+        shown = panel(parse(view.config), safetensors.numpy.load(state)) if state else None
     except (FedTuneError, KeyError):
         return None
     return None if shown is None else asdict(shown)
