@@ -1,13 +1,9 @@
 """The machinery of the comparison, benchmarks/compare.py: search, resumption, counting, table."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 from comparison import runs
 from comparison.protocols import PROTOCOLS, Entrant, Files, Protocol
 from comparison.report import _apart, interval, read_lines, write_report
