@@ -47,7 +47,7 @@ from fedtune_strategies.fedkseed.messages import SeedReply
 from fedtune_strategies.fedkseed.strategy import FedKSeed
 from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.language.model_files import count_parameters, weight_files
-from fedtune_strategies.memory import peak_memory
+from fedtune_strategies.memory import peak_memory, prefer_memory
 from fedtune_strategies.method import register_messages
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.handshake import PROTOCOL_VERSION, Hello, HelloReply
@@ -93,6 +93,7 @@ def measure(count: int, method: str, seeds: int, steps: int) -> Load:
         "strategy.min-nodes": count,
     }
     config = parse(settings)
+    register_messages(method)
     base = {"weight": torch.zeros(64)}
     strategy = FedKSeed(cast(FedKSeedRunConfig, config), base)
     names = [f"node-{i:06d}" for i in range(count)]
@@ -224,6 +225,7 @@ def anonymous_memory(settings: dict[str, Any], data: str) -> tuple[int, int]:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     compile_kernels()
+    prefer_memory()  # as the ServerApp does
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     process = context.Process(target=answer_tasks, args=(theirs, settings, data, False))

@@ -19,9 +19,11 @@ def main(grid: Grid, context: Context) -> None:
     """
     from fedtune_strategies.folders import keep_private
     from fedtune_strategies.logs import json_handler
+    from fedtune_strategies.memory import prefer_memory
     from server_app.run import execute
 
     keep_private()
+    prefer_memory()  # what a commit frees would stay as much again as the model
     logging.getLogger("fedtune").addHandler(json_handler(sys.stdout) or _flower_handler())
     logging.getLogger("fedtune").setLevel(logging.INFO)
     # Libraries that set up the root logger would write every line a second time.

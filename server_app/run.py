@@ -18,7 +18,6 @@ from fedtune_strategies.errors import DivergenceError, FedTuneError, LedgerError
 from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.folders import check_ours, temporary_files_in
 from fedtune_strategies.logs import about
-from fedtune_strategies.memory import prefer_memory
 from fedtune_strategies.method import register_messages
 from fedtune_strategies.model_transfer import ModelSource
 from fedtune_strategies.run_config import defaults, from_flower, parse
@@ -84,7 +83,6 @@ def _execute(fleet: Fleet, config: Config, ledger: Ledger, report: Callable[[], 
     from server_app.evaluation import evaluate, load_held_out
     from server_app.export import export_model
 
-    prefer_memory()
     language, base, base_fingerprint = load_base(config, ledger)
     if ledger.last(KIND) is None:
         ledger.append(KIND, body={"fingerprint": base_fingerprint})
