@@ -1,8 +1,8 @@
 """Cost of a two-sided zeroth-order step against two plain forward passes, and its memory against plain inference.
 
-    python benchmarks/step.py [--dtype float32] [--tokens 512] [--threads 2] [--repeats 5]
+    python benchmarks/step.py [--model FOLDER] [--dtype float32] [--tokens 512] [--threads 2] [--repeats 5] [--no-memory]
 
-The model is a Llama of about 110 M parameters with random weights. Steps and forward passes take turns. Memory is the
+The model is a Llama of about 110 M parameters with random weights, where none is given. Steps and forward passes take turns. Memory is the
 peak of a fresh process for each way, counted (on Linux) from when the model, the libraries and the compiled kernels are
 loaded; the step may exceed inference by a twentieth and one layer.
 """
@@ -15,11 +15,14 @@ import statistics
 import subprocess
 import sys
 import time
+from math import nan
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from fedtune_strategies.language.examples import IGNORE
+from fedtune_strategies.language.loss import response_loss
 from fedtune_strategies.seed_space import make_pool
 from fedtune_strategies.zeroth_order import local_steps
 from fedtune_strategies.zeroth_order.steps import Loss
@@ -30,22 +33,24 @@ WAYS = {"in place": True, "layer by layer": False}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="folder of a model")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--wider", type=int, default=16, help="K times this to a block of the walsh pool")
+    parser.add_argument("--no-memory", action="store_true", help="measure times alone")
     parser.add_argument("--memory", help="used by the script itself")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.memory:
         print(peak(args))
         return
-    memory = {way: float(child(way)) for way in ("plain", *WAYS)}
+    memory = {way: nan if args.no_memory else float(child(way)) for way in ("plain", *WAYS)}
     times = measure(args)
     parameters = sum(p.numel() for p in model(args).parameters())
     print(
-        f"Llama, {parameters / 1e6:.0f} M parameters, {args.dtype}, 1 × {args.tokens} tokens,",
+        f"{args.model or 'Llama'}, {parameters / 1e6:.0f} M parameters, {args.dtype}, 1 × {args.tokens} tokens,",
         end=" ",
     )
     layer = max(sum(p.nbytes for p in module.parameters(recurse=False)) for module in model(args).modules())
@@ -70,6 +75,8 @@ def main() -> None:
 
 
 def model(args: argparse.Namespace) -> torch.nn.Module:
+    if args.model:
+        return AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
     config = LlamaConfig(
         hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, vocab_size=32000,
         tie_word_embeddings=True,
@@ -78,8 +85,9 @@ def model(args: argparse.Namespace) -> torch.nn.Module:
 
 
 def loss(tuned: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    # Logits of the response, here the last quarter, as in training.
-    return tuned(ids, logits_to_keep=ids.shape[1] // 4, use_cache=False).logits.float().square().mean()
+    labels = ids.clone()
+    labels[:, : -(ids.shape[1] // 4)] = IGNORE  # the response is the last quarter
+    return response_loss(tuned, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
 
 
 def run(way: str, tuned: torch.nn.Module, ids: torch.Tensor, steps: int, wider: int, loss: Loss) -> None:

@@ -67,6 +67,37 @@ def _as_bits(context, value):
     )
 
 
+@intrinsic
+def _wide(context, stored):
+    """A stored number as float32: itself, or the 16 bits of a bfloat16."""
+    if stored == types.float32:
+        return types.float32(stored), lambda context, builder, signature, args: args[0]
+
+    def codegen(context, builder, signature, args):
+        high = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(high, ir.FloatType())
+
+    return types.float32(types.uint16), codegen
+
+
+@intrinsic
+def _narrow(context, value, like):
+    """A float32 as it is stored beside `like`: itself, or the 16 bits of the nearest bfloat16, ties to even."""
+    if like == types.float32:
+        return types.float32(types.float32, like), lambda context, builder, signature, args: args[0]
+
+    def codegen(context, builder, signature, args):
+        word, half = ir.IntType(32), ir.IntType(16)
+        bits = builder.bitcast(args[0], word)
+        high = builder.lshr(bits, ir.Constant(word, 16))
+        odd = builder.and_(high, ir.Constant(word, 1))
+        nearest = builder.lshr(builder.add(bits, builder.add(odd, ir.Constant(word, 0x7FFF))), ir.Constant(word, 16))
+        is_nan = builder.fcmp_unordered("uno", args[0], args[0])  # whose bits could be rounded into a number's
+        return builder.trunc(builder.select(is_nan, ir.Constant(word, 0x7FC0), nearest), half)
+
+    return types.uint16(types.float32, types.uint16), codegen
+
+
 @_inline
 def _round(x0, x1, x2, x3, key0, key1):
     product0, product1 = M0 * np.uint64(x0), M1 * np.uint64(x2)
@@ -110,7 +141,7 @@ def _random_bit(number, keys, stream):
 @_compile
 def _copy(out, x):
     for i in range(len(x)):
-        out[i] = x[i]
+        out[i] = _narrow(_wide(x[i]), out[i])
 
 
 @_compile
@@ -120,9 +151,9 @@ def _add_signed(out, base, x, words):
     for w in range(n // 32):
         word = words[w]
         for i in range(32 * w, 32 * w + 32):
-            out[i] = base[i] + (-x[i] if (word >> U32(i & 31)) & U32(1) else x[i])
+            out[i] = _narrow(_wide(base[i]) + (-x[i] if (word >> U32(i & 31)) & U32(1) else x[i]), out[i])
     for i in range(n // 32 * 32, n):
-        out[i] = base[i] + (-x[i] if (words[i >> 5] >> U32(i & 31)) & U32(1) else x[i])
+        out[i] = _narrow(_wide(base[i]) + (-x[i] if (words[i >> 5] >> U32(i & 31)) & U32(1) else x[i]), out[i])
 
 
 @_compile
@@ -132,9 +163,9 @@ def _add_signed_in_place(out, x, words):
     for w in range(n // 32):
         word = words[w]
         for i in range(32 * w, 32 * w + 32):
-            out[i] += -x[i] if (word >> U32(i & 31)) & U32(1) else x[i]
+            out[i] = _narrow(_wide(out[i]) + (-x[i] if (word >> U32(i & 31)) & U32(1) else x[i]), out[i])
     for i in range(n // 32 * 32, n):
-        out[i] += -x[i] if (words[i >> 5] >> U32(i & 31)) & U32(1) else x[i]
+        out[i] = _narrow(_wide(out[i]) + (-x[i] if (words[i >> 5] >> U32(i & 31)) & U32(1) else x[i]), out[i])
 
 
 @_compile
@@ -317,17 +348,18 @@ def _direction_words(words, signs, e, k, columns, block, keys, seed_signs):
 
 
 @_compile
-def walsh_add(out, weight, in_place, seeds, factors, keys, element_signs, seed_signs, columns, block, start):
+def walsh_add(out, weight, seeds, factors, keys, element_signs, seed_signs, columns, block, start):
     """See `reference.walsh_add`."""
     signs, words = np.empty(TILE // 32, U32), np.empty(TILE // 32, U32)
+    wide = np.empty(TILE, F32)
     for low in range(0, len(weight), TILE):
-        x = out[low : low + TILE]
-        if not in_place:
-            _copy(x, weight[low : low + TILE])
+        x = wide[: min(TILE, len(weight) - low)]
+        _copy(x, weight[low : low + TILE])
         _random_words(signs, (start + low) // BITS, keys, element_signs)
         for t in range(len(seeds)):
             _direction_words(words, signs, start + low, seeds[t], columns, block, keys, seed_signs)
             _add_constant(x, factors[t], words)
+        _copy(out[low : low + TILE], x)
 
 
 @_compile
@@ -378,7 +410,7 @@ def gaussian_rebuild(out, base, seeds, factors, keys, stream, start):
             _normals(sums[0], sums[1], factors[t], a, b)
             _normals(sums[2], sums[3], factors[t], c, d)
         for i in range(min(TILE, len(base) - low)):
-            out[low + i] = base[low + i] + sums[i & 3, i >> 2]
+            out[low + i] = _narrow(_wide(base[low + i]) + sums[i & 3, i >> 2], out[low + i])
 
 
 @_compile

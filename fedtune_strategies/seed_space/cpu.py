@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fedtune_strategies.seed_space import compiled, reference
 from fedtune_strategies.seed_space.philox import BITS, ELEMENT_SIGNS, MASK, NORMALS, SEED_SIGNS, stream
-from fedtune_strategies.seed_space.reference import ANY_DTYPE, Moves
+from fedtune_strategies.seed_space.reference import Moves
 
 __all__ = [
-    "ANY_DTYPE",
+    "DTYPES",
     "gaussian_project",
     "gaussian_rebuild",
     "walsh_add",
@@ -27,6 +27,11 @@ __all__ = [
     "word_sums",
 ]
 
+DTYPES = {
+    torch.float32,
+    torch.bfloat16,
+}  # numba has no 16-bit numbers: those of bfloat16 are the high half of float32's
+
 
 def walsh_add(
     out: Tensor, weight: Tensor, moves: Moves, key: int, name: str, columns: int, block: int, start: int = 0
@@ -34,7 +39,7 @@ def walsh_add(
     """As `reference.walsh_add`; `start` a multiple of 128 and of `columns`."""
     signs = _pair(key), _stream(name, ELEMENT_SIGNS), _stream(name, SEED_SIGNS)
     seeds, factors = np.array([k for k, _ in moves], np.int64), np.array([c for _, c in moves], np.float32)
-    compiled.walsh_add(out.numpy(), weight.numpy(), out is weight, seeds, factors, *signs, columns, block, start)
+    compiled.walsh_add(_stored(out), _stored(weight), seeds, factors, *signs, columns, block, start)
 
 
 def walsh_rebuild(
@@ -42,7 +47,7 @@ def walsh_rebuild(
 ) -> None:
     """As `reference.walsh_rebuild`; `start` a multiple of 128 and of `columns`."""
     signs = _pair(key), _stream(name, ELEMENT_SIGNS), _stream(name, SEED_SIGNS)
-    compiled.walsh_rebuild(out.numpy(), base.numpy(), out is base, theta.numpy(), *signs, block, start)
+    compiled.walsh_rebuild(_stored(out), _stored(base), out is base, theta.numpy(), *signs, block, start)
 
 
 def gaussian_rebuild(
@@ -51,7 +56,7 @@ def gaussian_rebuild(
     """As `reference.gaussian_rebuild`."""
     order = seeds.numpy().astype(np.uint32)
     compiled.gaussian_rebuild(
-        out.numpy(), base.numpy(), order, factors.numpy(), _pair(key), _stream(name, NORMALS), start
+        _stored(out), _stored(base), order, factors.numpy(), _pair(key), _stream(name, NORMALS), start
     )
 
 
@@ -90,6 +95,10 @@ def _scratch(columns: int) -> tuple[np.ndarray, ...]:
         words = np.empty(columns // 32, np.uint32)
         _kept.columns, _kept.arrays = columns, (*(np.empty(columns, np.float32) for _ in range(3)), words)
     return _kept.arrays
+
+
+def _stored(tensor: Tensor) -> np.ndarray:
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def _pair(key: int) -> np.ndarray:

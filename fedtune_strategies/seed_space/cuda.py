@@ -18,7 +18,7 @@ from fedtune_strategies.seed_space.philox import BITS, ELEMENT_SIGNS, MASK, NORM
 from fedtune_strategies.seed_space.reference import Moves, gaussian_project, walsh_project, word_sums
 
 __all__ = [
-    "ANY_DTYPE",
+    "DTYPES",
     "gaussian_project",
     "gaussian_rebuild",
     "walsh_add",
@@ -27,7 +27,7 @@ __all__ = [
     "word_sums",
 ]
 
-ANY_DTYPE = True  # kernels load and store 16 bits too, and round once: one launch for a whole tensor
+DTYPES = {torch.float32, torch.bfloat16, torch.float16}  # rounded once: one launch serves a whole tensor
 LARGEST = 16384  # columns whose transform fits the registers of one program
 TILE = 1024  # elements of one program where there is no transform
 ROWS = 8  # rows of a block that share one transform

@@ -237,14 +237,14 @@ def _sweep(kernel: Callable[[Tensor, Tensor, int], None], source: Tensor, out: T
     flat, result = source.reshape(-1), out.detach().view(-1)
     if source.data_ptr() == out.data_ptr():
         flat = result
-    direct = flat.dtype == result.dtype == torch.float32 or kernels(flat.device).ANY_DTYPE
+    direct = {flat.dtype, result.dtype} <= kernels(flat.device).DTYPES
 
     def run(low: int, high: int) -> None:
         if direct:
             target = result[low:high]
             kernel(target, target if flat is result else flat[low:high], low)
             return
-        for start in range(low, high, chunk):  # 16 bits where kernels take float32: through a small scratch
+        for start in range(low, high, chunk):  # what kernels do not take: through a small scratch in float32
             stop = min(start + chunk, high)
             scratch = flat[start:stop].to(torch.float32, copy=True)  # the kernel works in place
             kernel(scratch, scratch, start)

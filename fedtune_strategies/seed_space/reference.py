@@ -26,7 +26,7 @@ from fedtune_strategies.seed_space.philox import (
 Moves = Sequence[tuple[int, float]]
 """Seeds and factors."""
 
-ANY_DTYPE = False  # kernels take float32 alone
+DTYPES = {torch.float32}  # what kernels load and store
 TILE = 1 << 18  # elements that are worked on at once: bounds the scratch memory
 
 

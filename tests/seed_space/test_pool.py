@@ -81,6 +81,14 @@ def test_16_bit_results_are_the_float32_ones_rounded_once(kind, transform, dtype
     assert torch.equal(rounded, pool.rebuild("w", base, theta))
 
 
+def test_what_is_no_number_and_what_is_infinite_stays_so_in_16_bits():
+    base = torch.full((4096,), torch.nan, dtype=torch.bfloat16)
+    base[1], base[2], base[3] = torch.inf, -torch.inf, torch.finfo(torch.bfloat16).max
+    pool, theta = make_pool("walsh", 1, 64), torch.full((64,), 1e36)
+    expected = pool.rebuild("w", base.float(), theta).bfloat16()
+    assert torch.equal(pool.rebuild("w", base, theta).view(torch.int16), expected.view(torch.int16))
+
+
 @kinds
 def test_in_place_out_of_place_and_strided_agree(kind, transform):
     pool, base = make_pool(kind, 2, 64, transform), torch.randn(30, 20)
