@@ -1,8 +1,9 @@
-"""Cost of a two-sided zeroth-order step against two plain forward passes, and its memory against plain inference.
+"""A two-sided zeroth-order step against two plain forward passes, and its memory against plain inference.
 
-    python benchmarks/step.py [--model FOLDER] [--dtype float32] [--tokens 512] [--threads 2] [--repeats 5] [--no-memory]
+    python benchmarks/step.py [--model FOLDER] [--dtype float32] [--tokens 512] [--threads 2] [--no-memory]
 
-The model is a Llama of about 110 M parameters with random weights, where none is given. Steps and forward passes take turns. Memory is the
+Without a model it is a Llama of about 110 M parameters with random weights.
+Steps and forward passes take turns. Memory is the
 peak of a fresh process for each way, counted (on Linux) from when the model, the libraries and the compiled kernels are
 loaded; the step may exceed inference by a twentieth and one layer.
 """

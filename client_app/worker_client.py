@@ -1,8 +1,8 @@
 """Find, start, replace and ask the worker of this SuperNode.
 
 A worker is bound to one SuperNode process, one FedTune version, one run configuration and one node configuration.
-Its folder is under the user's runtime directory, is named after the SuperNode's process and holds a lock, the
-worker's identity (``worker.json``) and its socket.
+Its folder is under the user's runtime directory, is named after the SuperNode's process and the node, and holds a
+lock, the worker's identity (``worker.json``) and its socket: several nodes may run under one process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import psutil
 from filelock import FileLock
 
 from fedtune_strategies.errors import LinkError, ResourceError
-from fedtune_strategies.folders import private_runtime_folder, remove_folder
+from fedtune_strategies.folders import is_ours, private_runtime_folder, remove_folder
 
 SERVICE, DO, FOLLOW = "fedtune.Worker", "Do", "Follow"
 GRPC_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
@@ -56,7 +56,7 @@ def ask_worker(spec: WorkerSpec, kind: str, payload: bytes, timeout: float, offe
     A worker that dies on the task is replaced once and asked again: tasks are deterministic. One that does not answer
     in time is ended. An `offer` of a stream is for the worker to keep; empty for none.
     """
-    folder = runtime_folder(_host_process())
+    folder = runtime_folder(_host_process(), spec.node_id)
     for attempt in (1, 2):
         with FileLock(folder / "lock"):
             socket = _ensure_worker(folder, spec)
@@ -93,9 +93,9 @@ def joined(pieces: Iterator[bytes]) -> tuple[str, bytes]:
     return next(pieces, b"").decode(errors="replace"), b"".join(pieces)
 
 
-def runtime_folder(host: psutil.Process) -> Path:
-    """Return the folder of a SuperNode's worker, private to the user; made where absent."""
-    return private_runtime_folder(f"{host.pid}-{start_of(host.pid)}")
+def runtime_folder(host: psutil.Process, node_id: int) -> Path:
+    """Return the folder of a node's worker, private to the user; made where absent."""
+    return private_runtime_folder(f"{host.pid}-{start_of(host.pid)}-{node_id & 0xFFFFFFFF:08x}")  # short, for sockets
 
 
 def start_of(pid: int) -> int:
@@ -150,17 +150,15 @@ def _ensure_worker(folder: Path, spec: WorkerSpec) -> Path:
 
 
 def _sweep(root: Path) -> None:
-    """Remove the folders of SuperNodes that are gone: a worker that was ended together with its node left its own."""
+    """Remove the folders of SuperNodes that are gone: a worker that was ended together with its node left its own.
+
+    Another release of FedTune may name folders otherwise: what counts is that no process has the id any more.
+    """
     for folder in root.iterdir():
-        pid, _, created = folder.name.partition("-")
-        if pid.isdigit() and created.isdigit():
-            try:
-                alive = start_of(int(pid)) == int(created)
-            except psutil.NoSuchProcess:
-                alive = False
-            if not alive:
-                with contextlib.suppress(OSError, ResourceError):
-                    remove_folder(folder)
+        pid = folder.name.partition("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)) and running_worker(folder) is None and is_ours(folder):
+            with contextlib.suppress(OSError, ResourceError):
+                remove_folder(folder)
 
 
 def _ready(socket: Path, seconds: float) -> bool:

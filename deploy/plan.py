@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedtune_strategies.blocks.codec_config import coded_bytes
 from fedtune_strategies.config import Config
-from fedtune_strategies.cost import Cost, Fleet, Shape
+from fedtune_strategies.cost import PROCESS, Cost, Fleet, Shape
 from fedtune_strategies.errors import ConfigError
 from fedtune_strategies.language.base import structure
 from fedtune_strategies.language.coded import CODECS
@@ -42,3 +42,11 @@ def plan(config: Config, folder: Path, nodes: int, examples: int) -> Cost:
     if method.cost is None:
         raise ConfigError(f"the method '{method.name}' does not say what it costs: ask its author.")
     return method.cost(config, shape_of(folder, config), Fleet(nodes, examples))
+
+
+def server_memory(config: Config, folder: Path) -> int:
+    """Bytes that the server takes to hold and evaluate a model; a method may need more."""
+    shape = shape_of(folder, config)
+    return (
+        PROCESS + shape.width * shape.parameters + shape.activations(config.eval.batch_size * config.train.seq_length)
+    )

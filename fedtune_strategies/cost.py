@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 PROCESS = 480 * 10**6  # bytes: a worker with torch and transformers imported, without a model
 ENVELOPE = 13_400  # bytes: what Flower adds to one task and its reply over gRPC, TLS included (docs/LOG.md)
+PROCESSES = 570 * 10**6  # bytes: join, Flower's SuperNode and executor, and a message's process, without mapped files
 HEADER = 142  # bytes: names, numbers and fingerprint of one message of ours
 RESPONSE = 0.5  # part of a sequence for which logits are computed: a guess, it depends on the data
 
@@ -87,6 +88,8 @@ class Cost:
         Bytes of payload a node and round, on average over nodes and rounds, Flower's envelope not included.
     record, replies : int
         Bytes that a round adds to the server's record of the run: for good; of replies, which `run.prune` removes.
+    flop : float
+        Floating-point operations of a task, of full sequences.
     tasks : float
         Messages a node and round.
     largest : int
@@ -99,6 +102,7 @@ class Cost:
     down: int
     record: int
     replies: int = 0
+    flop: float = 0.0
     tasks: float = 1.0
     largest: int = 0
 

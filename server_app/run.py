@@ -27,7 +27,7 @@ from server_app.guard import Guard
 from server_app.ledger import Ledger
 from server_app.members import listed_members
 from server_app.rounds import Run, restore, run_rounds
-from server_app.steps import write_steps
+from server_app.steps import write_measured, write_steps
 from server_app.tracking import tracking
 
 log = logging.getLogger("fedtune")
@@ -112,7 +112,12 @@ def _execute(fleet: Fleet, config: Config, ledger: Ledger, report: Callable[[], 
         if held_out is None or _is_evaluated(ledger, number, with_answers and held_out.answers is not None):
             return
         with about(round=number):
-            facts = evaluate(language, held_out, config, with_answers=with_answers)
+            answered = (record.body.get("answered", 0) for record in ledger.records("evaluation"))
+            facts = evaluate(
+                language, held_out, config, with_answers=with_answers,
+                most=next(filter(None, answered), 0),  # the same before and after
+                tell=lambda done, total: write_measured(ledger.folder, done, total),
+            )  # fmt: skip
             ledger.append("evaluation", round=number, body=facts | {"fingerprint": print_of_weights})
             loss, perplexity = facts["eval/loss"], facts["eval/perplexity"]
             log.info("round %d: held-out loss %.4f, perplexity %.2f", number, loss, perplexity)

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedtune_strategies.errors import LedgerError
 from server_app.ledger import Ledger, Record
-from server_app.steps import Steps, read_steps
+from server_app.steps import Steps, read_measured, read_steps
 
 TURNS = 60  # of the newest rounds it is kept what each node did: runs may be long and fleets large
 ENDS = ("finished", "failed", "stopped")
@@ -107,6 +107,7 @@ class RunView:
         self.folder = folder
         self.unreadable = ""
         self.steps: Steps = {}
+        self.measured: tuple[int, int] | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -139,11 +140,13 @@ class RunView:
                 # The ledger was cut back and continued differently.
                 self._clear()
                 records = ledger.records()
-            before = self.seq, self.steps
+            before = self.seq, self.steps, self.measured
             for record in records:
                 self._take(record)
         self.steps = self._read_steps()
-        return (self.seq, self.steps) != before
+        since = [start["time"] for start in self.starts[-1:]] + [one.committed for one in self.done[-1:]]
+        self.measured = read_measured(self.folder, max(since)) if since and not self.end else None
+        return (self.seq, self.steps, self.measured) != before
 
     def _read_steps(self) -> Steps:
         """How far the nodes are in the round that is open; they say so over their streams alone."""

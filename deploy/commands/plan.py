@@ -90,29 +90,33 @@ def _planned(
     import psutil
 
     from deploy.plan import plan as plan_method
+    from deploy.plan import server_memory
+    from fedtune_strategies.cost import PROCESSES
     from fedtune_strategies.errors import FedTuneError
     from fedtune_strategies.language.model import check_model
     from fedtune_strategies.run_config import parse
 
     folder, _ = check_model(model)
     available = memory * 1e9 if memory is not None else psutil.virtual_memory().available
-    rows, lacking = [], {}
+    rows, lacking, server = [], {}, 0
     for name in methods():
         try:
             config = parse(_keys_of(name, given))
             one = plan_method(config, folder, nodes, examples)
+            server = server or server_memory(config, folder)
         except FedTuneError as error:  # such as a library that only this method needs
             lacking[name] = error
             continue
         facts = {"method": name, **asdict(one), "link_seconds": one.link_seconds(link * 1e6)}
-        rounds, prune = config.num_server_rounds, config.run.prune
-        facts |= {"rounds": rounds, "fits": one.memory <= available, "run_record": one.record_bytes(rounds, prune)}
+        rounds, prune, fits = config.num_server_rounds, config.run.prune, one.memory + PROCESSES <= available
+        facts |= {"rounds": rounds, "fits": fits, "run_record": one.record_bytes(rounds, prune)}
         facts |= {"run_pruned": one.record_bytes(rounds, prune=True)}
         rows.append(facts | {"seconds": None, "run_seconds": None, "measured": ""})
     if not rows:
         raise next(iter(lacking.values()))
     left_out = {name: str(error) for name, error in lacking.items()}
-    return {"model": model, "nodes": nodes, "memory": available, "methods": rows, "left_out": left_out}
+    facts = {"model": model, "nodes": nodes, "memory": available, "methods": rows, "left_out": left_out}
+    return facts | {"beside": PROCESSES, "server_memory": server}
 
 
 def _measured(facts: dict[str, Any], given: dict[str, Any], examples: int, end: float) -> Iterator[dict[str, Any]]:
@@ -177,8 +181,10 @@ def _notes(facts: dict[str, Any], measure: float) -> str:
     listed = ", ".join(record.replace(" ", "\N{NO-BREAK SPACE}") for record in records)
     line = f"The server's record of the run takes (with run.prune = true): {listed}."
     more += textwrap.fill(line, 80, break_on_hyphens=False)
+    own, beside = size(facts["memory"]), size(facts["beside"])
     return (
-        f"{facts['model']}, {counted(facts['nodes'], 'node')}. Of one node: memory and disk; of a round: payload\n"
+        f"{facts['model']}, {counted(facts['nodes'], 'node')}. Of a node's worker: memory, disk; of a round: payload\n"
         "up and down, and its time on the link; of this machine: time of a task and of the run.\n"
-        f"✓ is for {size(facts['memory'])} of memory.\n{more}\n"
+        f"✓ is for {own} of memory, {beside} of it for what runs beside the worker.\n"
+        f"The server holds at least {size(facts['server_memory'])} in memory.\n{more}\n"
     )

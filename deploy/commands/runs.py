@@ -228,7 +228,7 @@ def _preflight(control: Any, settings: dict[str, Scalar]) -> None:
 
 def _checks(control: Any, settings: dict[str, Scalar]) -> Iterator[Any]:
     from deploy.common.checks import check
-    from deploy.operator.preflight import held_out_data, room, run_folder, run_model, who_is_there, with_config
+    from deploy.operator.preflight import held_out_data, in_time, room, run_folder, run_model, who_is_there, with_config
 
     config = check("settings", lambda: with_config(settings))
     yield config
@@ -237,6 +237,7 @@ def _checks(control: Any, settings: dict[str, Scalar]) -> Iterator[Any]:
         yield check("held-out", lambda: held_out_data(settings))
         yield check("folder", lambda: run_folder(settings))
         yield check("disk", lambda: room(settings))
+        yield check("time", lambda: in_time(settings))
     yield check("nodes", lambda: who_is_there(control, settings))
 
 

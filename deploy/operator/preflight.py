@@ -20,6 +20,8 @@ from fedtune_strategies.method import load_method
 from fedtune_strategies.run_config import parse
 from fedtune_strategies.words import counted
 
+FEW_CORES = 1e11  # floating-point operations in a second
+
 
 def with_config(settings: Mapping[str, Scalar]) -> str:
     """Check the run configuration."""
@@ -75,6 +77,19 @@ def room(settings: Mapping[str, Scalar]) -> str:
             f"{there} has {size(free)} free, the run needs about {size(needed)}: choose another --out{remedy}"
         )
     return f"{size(free)} free in {there}, about {size(needed)} needed"
+
+
+def in_time(settings: Mapping[str, Scalar]) -> str | None:
+    """Say how fast a node must be to answer before the round's deadline."""
+    config = parse(settings)
+    if load_method(config.method.name).cost is None:
+        return None
+    cost = plan(config, model_folder(config.model.name), max(config.strategy.min_nodes, 1), EXAMPLES)
+    rate = cost.flop / config.round.deadline
+    told = f"a task is at most {cost.flop / 1e12:,.1f} TFLOP: a node needs {rate / 1e9:,.1f} GFLOP/s to be in time"
+    if rate <= FEW_CORES:
+        return told
+    return f"{told}, a few cores do about 100: lower train.local-steps or train.batch-size, or raise round.deadline"
 
 
 def who_is_there(control: Control, settings: Mapping[str, Scalar]) -> str:

@@ -100,7 +100,9 @@ def phase(view: RunView) -> str:
         needed = view.config.get("strategy.min-nodes", 1)
         return f"waiting for nodes: {present} of {needed} there" if present < needed else ASKING
     measured = done in view.evaluations or not view.config.get("eval.data")
-    return "writing the model" if measured else "measuring the model"
+    if measured:
+        return "writing the model"
+    return "measuring the model" + (", {}/{}".format(*view.measured) if view.measured else "")
 
 
 def _seconds_left(view: RunView) -> float | None:

@@ -46,6 +46,7 @@ def cost(config: Any, shape: Shape, fleet: Fleet) -> Cost:
         down=down,
         record=down,
         replies=asked * up,
+        flop=(4.0 if isinstance(config, FedZORunConfig) else 6.0) * shape.parameters * train.local_steps * tokens,
     )
 
 

@@ -36,6 +36,7 @@ def cost(config: FedCyBGDRunConfig, shape: Shape, fleet: Fleet) -> Cost:
     block = sum(sizes) / count
     up = UPLOAD_WIDTHS[train.upload] * block + HEADER
     tokens = train.batch_size * train.seq_length
+    steps = train.local_steps or local_steps_rule(fleet.examples, train.batch_size, count)
     return Cost(
         memory=PROCESS + shape.weights + 20 * max(sizes) + shape.kept_activations(tokens, shape.layers),
         disk=shape.stored + kept_back_bytes(train.upload, sum(sizes)),
@@ -43,6 +44,7 @@ def cost(config: FedCyBGDRunConfig, shape: Shape, fleet: Fleet) -> Cost:
         down=round(turns * (moved * rest + 4 * block * _trained_before(config, count, at_once, fleet.nodes) + HEADER)),
         record=round(4 * at_once * block),
         replies=round(at_once * up),
+        flop=6.0 * shape.parameters * steps * own.accumulate * tokens,
         tasks=turns,
         largest=round(UPLOAD_WIDTHS[train.upload] * max(sizes)) + HEADER,
     )

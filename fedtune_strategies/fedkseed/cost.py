@@ -40,6 +40,7 @@ def cost(config: FedKSeedRunConfig | GradientRunConfig, shape: Shape, fleet: Fle
         down=change_bytes(own.seeds, draws, own.theta_bits) + odds + TASK_HEADER,
         record=8 * own.seeds,
         replies=up * max(1, round(fleet.nodes * config.strategy.fraction_train)),
+        flop=4.0 * shape.parameters * train.local_steps * train.batch_size * train.seq_length,
     )
 
 
@@ -59,6 +60,7 @@ def _gradient_cost(config: GradientRunConfig, shape: Shape, fleet: Fleet) -> Cos
         down=down,
         record=down,
         replies=up * max(1, round(fleet.nodes * config.strategy.fraction_train)),
+        flop=8.0 * shape.parameters * train.local_steps * tokens,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -46,13 +46,17 @@ class GenerationEvaluation:
 
 
 @torch.inference_mode()
-def evaluate_loss(model: torch.nn.Module, examples: Examples, batch_size: int = 8) -> Evaluation:
+def evaluate_loss(
+    model: torch.nn.Module, examples: Examples, batch_size: int = 8, tell: Callable[[int], object] = bool
+) -> Evaluation:
     """Measure the loss on held-out examples; every response token counts the same, in any batch."""
-    total, tokens = 0.0, 0
+    total, tokens, done = 0.0, 0, 0
     for indices in _by_length([len(ids) for ids in examples.tokens], batch_size):
         losses = token_losses(model, collate(examples, indices))
         total += losses.sum(dtype=torch.float64).item()
         tokens += losses.numel()
+        done += len(indices)
+        tell(done)
     loss = total / tokens
     return Evaluation(loss, math.exp(loss) if loss < 700 else math.inf, tokens, len(examples))
 
@@ -109,8 +113,12 @@ def evaluate_generation(
     prompts: Prompts,
     max_new_tokens: int = 64,
     batch_size: int = 8,
+    go_on: Callable[[int], bool] = lambda answered: True,
 ) -> GenerationEvaluation:
-    """Answer held-out prompts and compare with their references."""
+    """Answer held-out prompts and compare with their references.
+
+    `go_on` is asked after each batch, with how many are answered: where it says no, those are all.
+    """
     room = _prompt_room(model, max_new_tokens)
     cut = sum(len(ids) > room for ids in prompts.tokens)
     if cut:
@@ -118,8 +126,11 @@ def evaluate_generation(
             "%d of %d prompts lost their beginning: more than %d tokens, which leave no room for an answer of %d",
             cut, len(prompts), room, max_new_tokens,
         )  # fmt: skip
-    answers = generate_answers(model, tokenizer, prompts.tokens, max_new_tokens, batch_size)
-    return GenerationEvaluation(rouge_l(answers, prompts.references), answers, cut)
+    answers: list[str] = []
+    while not answers or (len(answers) < len(prompts.tokens) and go_on(len(answers))):
+        part = prompts.tokens[len(answers) : len(answers) + batch_size]
+        answers += generate_answers(model, tokenizer, part, max_new_tokens, batch_size)
+    return GenerationEvaluation(rouge_l(answers, prompts.references[: len(answers)]), answers, cut)
 
 
 class _ScriptTokenizer:

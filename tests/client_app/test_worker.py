@@ -1,5 +1,6 @@
 """The resident worker as real processes, beside a process that stands for the SuperNode."""
 
+import os
 import subprocess
 import sys
 import time
@@ -18,10 +19,11 @@ from client_app.worker_client import WorkerSpec, ask_worker, running_worker, run
 from fedtune_strategies.errors import DataError, LinkError, ResourceError
 from fedtune_strategies.fedkseed.messages import SeedTask
 from fedtune_strategies.fedkseed.packing import pack
-from fedtune_strategies.folders import make_folder
+from fedtune_strategies.folders import make_folder, remove_folder
 from fedtune_strategies.protocol import messages as protocol
 from tests.conftest import write_rows
 
+NODE_ID = 1
 HELLO = ("hello", protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION, "abcd")))
 
 
@@ -41,7 +43,7 @@ def host(monkeypatch, tmp_path):
 @pytest.fixture
 def spec(settings, tmp_path):
     own = {"name": "node-0", "data": str(write_rows(tmp_path / "data.jsonl", 9)), "folder": str(tmp_path / "own")}
-    return WorkerSpec(settings, own, 1)
+    return WorkerSpec(settings, own, NODE_ID)
 
 
 def wait_until(condition, seconds=15):
@@ -61,19 +63,29 @@ def gone(process):
 
 
 def worker_of(host):
-    return running_worker(runtime_folder(psutil.Process(host.pid)))[0]
+    return running_worker(runtime_folder(psutil.Process(host.pid), NODE_ID))[0]
 
 
 def test_life_of_a_worker(host, spec, tmp_path):
-    stale = runtime_folder(psutil.Process(host.pid)).parent / "999999999-1234567890"
+    root = runtime_folder(psutil.Process(host.pid), NODE_ID).parent
+    stale, strange = root / "999999999-1234567890", root / "999999998-1234567890"
+    # The second as another release might name it, of a process that is there.
+    other_release = make_folder(root / f"{os.getpid()}-1")
     make_folder(stale)
     (stale / "spec.json").write_text("{}")
+    strange.mkdir(exist_ok=True)
     reply = ask(spec)
     assert (reply.node, reply.num_examples) == ("node-0", 9)
     assert not stale.exists(), "what a SuperNode that is gone left behind stays for ever"
+    assert strange.exists() and other_release.exists(), "a folder without our mark, or whose owner lives, was removed"
+    strange.rmdir()
+    remove_folder(other_release)
     first = worker_of(host)
-    folder = runtime_folder(psutil.Process(host.pid))
+    folder = runtime_folder(psutil.Process(host.pid), NODE_ID)
     assert folder.stat().st_mode & 0o777 == 0o700
+    beside = runtime_folder(psutil.Process(host.pid), NODE_ID + 1)
+    assert beside != folder, "two nodes under one process end each other's worker"
+    remove_folder(beside)
 
     # It stays for the next task, and the answer comes without a new start.
     start = time.monotonic()

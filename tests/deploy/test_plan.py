@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from deploy.operator.preflight import in_time
 from deploy.plan import plan, shape_of
 from fedtune_strategies.blocks.codec_config import UPLOADS, coded_bytes, parse_codec
 from fedtune_strategies.cost import Cost
@@ -106,3 +107,9 @@ def test_a_task_is_timed_by_really_doing_its_parts(tiny_llama, method):
 
 def test_the_link_carries_payload_and_flowers_envelope():
     assert Cost(0, 0, 1000, 1000, 0).link_seconds(1e6) == pytest.approx(0.123, abs=0.001)
+
+
+def test_preflight_says_how_fast_a_node_must_be_to_be_in_time():
+    told = in_time({"method.name": "fedkseed", "train.local-steps": 200, "round.deadline": 1e-3})
+    assert "raise round.deadline" in told
+    assert "raise" not in in_time({"method.name": "fedkseed", "train.local-steps": 1, "round.deadline": 600.0})

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -29,6 +30,19 @@ def test_prompts_are_whole_where_the_reference_fills_the_sequence(settings, tmp_
     facts = evaluate(language, load_held_out(config, language), config, with_answers=True)
     assert "the cat sat on the mat" in facts["answers"][0]["prompt"]
     assert facts["cut_prompts"] == 0 and 0 <= facts["eval/rougeL"] <= 1
+
+
+def test_answers_end_where_they_would_take_too_long_and_the_last_ones_are_those_of_the_first(settings, tmp_path):
+    path = write_rows(tmp_path / "held.jsonl", 12)
+    config = parse(settings | {"eval.data": str(path), "eval.answers": 12, "eval.max-new-tokens": 1})
+    language = load_model(config.model.name, config.model.dtype)
+    held_out, told = load_held_out(config, language), []
+    hurried = replace(config, round=replace(config.round, deadline=1e-6))
+    first = evaluate(language, held_out, hurried, with_answers=True, tell=lambda *far: told.append(far))
+    assert first["answered"] == 8 and told == [(12, 12), (8, 12)]
+    last = evaluate(language, held_out, config, with_answers=True, most=first["answered"])
+    assert (last["answered"], last["answers"]) == (8, first["answers"])
+    assert evaluate(language, held_out, config, with_answers=True)["answered"] == 12
 
 
 @pytest.mark.parametrize(("rows", "count", "expected"), [(10, 5, [1, 3, 5, 7, 9]), (7, 2, [1, 5]), (3, 9, [0, 1, 2])])

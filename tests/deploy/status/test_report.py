@@ -12,7 +12,7 @@ from fedtune_strategies.run_config import defaults
 from server_app import run_view
 from server_app.ledger import Ledger
 from server_app.run_view import RunView
-from server_app.steps import write_steps
+from server_app.steps import write_measured, write_steps
 from tests.deploy.status.runs import NODES, begin, finished_run, play, pro_state, reply, report
 from tests.federations import run
 
@@ -145,6 +145,8 @@ def test_a_run_without_rounds_to_come_measures_and_writes_its_model(tmp_path):
     ledger.append("start", body={"config": {"num-server-rounds": 1, "eval.data": "held_out.jsonl"}, "run_id": "7"})
     ledger.append("round", round=1, body={"metrics": {}})
     assert report(tmp_path)["run"]["phase"] == "measuring the model"
+    write_measured(tmp_path, 3, 12)
+    assert report(tmp_path)["run"]["phase"] == "measuring the model, 3/12"
     ledger.append("evaluation", round=1, body={"eval/loss": 4.0, "eval/perplexity": 9.0})
     assert report(tmp_path)["run"]["phase"] == "writing the model"
     ledger.close()
