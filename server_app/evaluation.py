@@ -56,7 +56,7 @@ def evaluate(
     *,
     with_answers: bool,
     most: int = 0,
-    tell: Callable[[int, int], object] = max,
+    tell: Callable[[int, int], object] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Measure the loss of the model as it is, and greedy answers too where the held-out data has some.
 

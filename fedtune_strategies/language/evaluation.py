@@ -47,7 +47,7 @@ class GenerationEvaluation:
 
 @torch.inference_mode()
 def evaluate_loss(
-    model: torch.nn.Module, examples: Examples, batch_size: int = 8, tell: Callable[[int], object] = bool
+    model: torch.nn.Module, examples: Examples, batch_size: int = 8, tell: Callable[[int], object] = lambda done: None
 ) -> Evaluation:
     """Measure the loss on held-out examples; every response token counts the same, in any batch."""
     total, tokens, done = 0.0, 0, 0
