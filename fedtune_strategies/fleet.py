@@ -160,10 +160,8 @@ class Fleet(WrappedGrid):
 
     def _push_next(self, queues: dict[int, deque[Message]], node_ids: Iterable[int]) -> dict[str, Message]:
         # One task at a time for a node: Flower does not promise to deliver several in their order.
-        messages = [queues[node_id].popleft() for node_id in node_ids if queues[node_id]]
-        for message in messages:
-            if isinstance(message, Deferred):
-                message.fill()
+        tasks = [queues[node_id].popleft() for node_id in node_ids if queues[node_id]]
+        messages = [task.made() if isinstance(task, Deferred) else task for task in tasks]
         return dict(zip(self._grid.push_messages(messages), messages, strict=True)) if messages else {}
 
     def watch_named_steps(self, tell: Callable[[dict[str, tuple[int, int]]], None]) -> None:

@@ -2,11 +2,12 @@ import time
 
 import pytest
 import torch
+from flwr.app import Message
 
 from fedtune_strategies.errors import DataError, FedTuneError, FingerprintError, NodesError, TermsError
 from fedtune_strategies.fleet import Fleet
 from fedtune_strategies.protocol import messages as protocol
-from fedtune_strategies.protocol.flower import task
+from fedtune_strategies.protocol.flower import Deferred, task
 from fedtune_strategies.testing import InMemoryGrid
 
 
@@ -187,6 +188,24 @@ def test_tasks_carry_their_deadline():
     message = kept(fleet.nodes["a"])
     list(fleet.exchange([message], deadline=12.5))
     assert message.metadata.ttl == 12.5
+
+
+def test_a_task_that_is_made_when_its_turn_comes_is_sent_as_flower_s_own_message():
+    sent = []
+
+    class Grid(InMemoryGrid):
+        def push_messages(self, messages):
+            sent.extend(messages := list(messages))
+            return super().push_messages(messages)
+
+    fleet = Fleet(Grid({1: greeter("a")}), "base", poll_interval=0.01)
+    fleet.wait_for_nodes(1, wait=1)
+    sent.clear()
+    late = Deferred(fleet.nodes["a"].id, protocol.Ack.kind, lambda: protocol.Ack("a", 3), 3)
+    ((received,),) = fleet.exchange([late], deadline=12.5)
+    # Flower writes the class of a message into it, and no SuperLink takes another than its own.
+    assert type(sent[0]) is Message and sent[0].metadata.ttl == 12.5 and sent[0].metadata.group_id == "3"
+    assert received.message.round == 3
 
 
 def test_a_node_gets_one_task_at_a_time_in_order():

@@ -35,9 +35,11 @@ class Deferred(Message):
         super().__init__(to_record(kind, b""), node_id, MessageType.TRAIN, group_id=str(round))
         self._kind, self._make = kind, make
 
-    def fill(self) -> None:
-        """Become what it stands for."""
-        self.content = to_record(self._kind, protocol.encode(self._make()))
+    def made(self) -> Message:
+        """Return what it stands for: a plain message, since Flower writes a message's class into what it sends."""
+        content = to_record(self._kind, protocol.encode(self._make()))
+        own = self.metadata
+        return Message(content, own.dst_node_id, own.message_type, ttl=own.ttl, group_id=own.group_id)
 
 
 def query(node_id: int, message: protocol.Message, seconds: float) -> Message:

@@ -116,7 +116,7 @@ def test_a_strategy_that_goes_by_the_first_reply_is_caught(signvote, monkeypatch
     module, federation = signvote
     aggregate = module.SignVote.aggregate_train
     monkeypatch.setattr(
-        module.SignVote, "aggregate_train", lambda self, round, replies: aggregate(self, round, replies[:1])
+        module.SignVote, "aggregate_train", lambda self, round, replies: aggregate(self, round, list(replies)[:1])
     )
     with pytest.raises(AssertionError, match="another order"):
         assert_order_independent(federation)
@@ -127,6 +127,7 @@ def test_a_strategy_that_cannot_do_without_a_node_is_caught(signvote, monkeypatc
     aggregate = module.SignVote.aggregate_train
 
     def insist(self, round, replies):
+        replies = list(replies)
         arrays, metrics = aggregate(self, round, replies)
         if len(replies) < 3:
             self.current = {name: value * torch.nan for name, value in self.current.items()}

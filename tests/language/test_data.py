@@ -194,7 +194,7 @@ def test_dataset_without_train_split(tmp_path):
 
 def test_examples_of_the_guide_are_read(tmp_path):
     guide = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
-    lines = re.findall(r"```jsonl\n(.*?)```", guide, re.DOTALL)
+    lines = "".join(re.findall(r"```jsonl\n(.*?)```", guide, re.DOTALL)).splitlines()
     assert len(lines) == len(FORMATS)
     for name, line in zip(DATA_FORMATS, lines, strict=True):
         (tmp_path / "data.jsonl").write_text(line)
