@@ -11,7 +11,8 @@ from deploy.common.units import size
 from deploy.operator.announcement import EXAMPLES
 from deploy.operator.members import Members
 from deploy.plan import plan
-from fedtune_strategies.config import Scalar
+from fedtune_strategies.config import Config, Scalar
+from fedtune_strategies.cost import Cost
 from fedtune_strategies.errors import LedgerError, NodesError, ResourceError
 from fedtune_strategies.language.data import read_rows
 from fedtune_strategies.language.model import check_model
@@ -63,9 +64,7 @@ def room(settings: Mapping[str, Scalar]) -> str:
     base = model_folder(config.model.name)
     needed = weights_dtype(base, config.model.dtype).itemsize * count_parameters(weight_files(base))  # the export
     saved = 0
-    if load_method(config.method.name).cost is not None:
-        nodes = max(config.strategy.min_nodes, config.round.first_nodes)
-        cost = plan(config, base, nodes, EXAMPLES)
+    if cost := _cost(config):
         needed += cost.record_bytes(config.num_server_rounds, config.run.prune)
         saved = 0 if config.run.prune else config.num_server_rounds * cost.replies
     folder = Path(config.run.dir).expanduser()
@@ -82,14 +81,21 @@ def room(settings: Mapping[str, Scalar]) -> str:
 def in_time(settings: Mapping[str, Scalar]) -> str | None:
     """Say how fast a node must be to answer before the round's deadline."""
     config = parse(settings)
-    if load_method(config.method.name).cost is None:
+    if not (cost := _cost(config)):
         return None
-    cost = plan(config, model_folder(config.model.name), max(config.strategy.min_nodes, 1), EXAMPLES)
     rate = cost.flop / config.round.deadline
     told = f"a task is at most {cost.flop / 1e12:,.1f} TFLOP: a node needs {rate / 1e9:,.1f} GFLOP/s to be in time"
     if rate <= FEW_CORES:
         return told
     return f"{told}, a few cores do about 100: lower train.local-steps or train.batch-size, or raise round.deadline"
+
+
+def _cost(config: Config) -> Cost | None:
+    """Plan a run; None where its method does not say what it costs."""
+    if load_method(config.method.name).cost is None:
+        return None
+    nodes = max(config.strategy.min_nodes, config.round.first_nodes)
+    return plan(config, model_folder(config.model.name), nodes, EXAMPLES)
 
 
 def who_is_there(control: Control, settings: Mapping[str, Scalar]) -> str:
