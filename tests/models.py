@@ -1,5 +1,7 @@
 """Tiny random models of every architecture, batches for them, and a tokenizer of single characters."""
 
+from copy import deepcopy
+
 import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -66,7 +68,7 @@ def lm_loss(model, batch):
 def make_model(config):
     """Make a random model whose logits differ enough from token to token to tell answers apart."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(deepcopy(config))  # a model writes its dtype into its configuration
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.mul_(8)
