@@ -2,7 +2,7 @@
 
     python benchmarks/server_load.py [--method fedkseed] [--nodes 100 1000 10000] [--seeds 4096] [--steps 200]
     python benchmarks/server_load.py --rounds 10000 [--folder /dev/shm]
-    python benchmarks/server_load.py --memory fedcybgd gradient fedkseed [--layers 12] [--width 768]
+    python benchmarks/server_load.py --memory fedcybgd gradient fedkseed [--layers 12] [--width 768] [--model FOLDER]
 
 One process for each number of nodes. Per round: configuring the tasks, checking the replies as they come, and
 aggregating them; the memory is the peak of the process less what it held before the first task, with all replies
@@ -11,9 +11,10 @@ in it as they are in the ledger's rows. Without network, ledger and evaluation.
 With ``--rounds``: one run of so many rounds, its main loop, ledger and guard, with four nodes that answer at once; what
 a round costs at the start and at the end of it.
 
-With ``--memory``: the anonymous memory of a server that tunes a random Llama in bfloat16 with a node in another
-process, against the bytes of that model; what it maps from files (base model, blocks, moved weights) is not in it. Held
-is the median over the last round, read a hundred times a second. Linux only.
+With ``--memory``: the anonymous memory of a server that tunes a random Llama in bfloat16, or a model such as
+`large_rounds.py` writes, with a node in another process, against the bytes of that model; what it maps from files (base
+model, blocks, moved weights) is not in it. Held is the median over the last round, read a hundred times a second. Linux
+only.
 """
 
 from __future__ import annotations
@@ -195,12 +196,12 @@ MEMORY: dict[str, dict[str, Any]] = {
 }
 
 
-def memory_of_server(methods: list[str], layers: int, width: int) -> None:
+def memory_of_server(methods: list[str], layers: int, width: int, given: Path | None) -> None:
     """Print how much memory a server takes by method."""
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as name:
-        model, data = Path(name) / "model", Path(name) / "data.jsonl"
-        write_model(model, layers, width, dtype=torch.bfloat16)
+        data = Path(name) / "data.jsonl"
+        model = given or write_model(Path(name) / "model", layers, width, dtype=torch.bfloat16)
         data.write_text((json.dumps({"text": "a b c d " * 8}) + "\n") * 8)
         weights = 2 * count_parameters(weight_files(model))
         print(f"{weights / 2e6:.1f} M parameters in bfloat16, {weights / 1e6:.0f} MB\n")
@@ -274,6 +275,7 @@ def main() -> None:
     parser.add_argument("--memory", nargs="+", choices=sorted(MEMORY), help="measure a server's memory instead")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--model", type=Path, help="a folder instead of the random model")
     parser.add_argument("--seeds", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
@@ -281,7 +283,7 @@ def main() -> None:
         long_run(args.rounds, args.folder)
         return
     if args.memory:
-        memory_of_server(args.memory, args.layers, args.width)
+        memory_of_server(args.memory, args.layers, args.width, args.model)
         return
     print("| replies | configure, s | accept, s | aggregate, s | aggregate, ms a reply | memory, MB | kB a reply |")
     print("| ---: |" + " ---: |" * 6)

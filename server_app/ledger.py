@@ -16,12 +16,13 @@ import os
 import re
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from fedtune_strategies.errors import FedTuneError, LedgerError, ResourceError
 from server_app import ledger_file
@@ -105,7 +106,7 @@ class Ledger:
         """Append one record; it is on disk when this returns, or the ledger is as before."""
         text = json.dumps(body or {}, sort_keys=True, separators=(",", ":"))
         now = time.time()
-        file = self._put(blob) if len(blob) > INLINE_BYTES else ""
+        file = self._put(lambda path: path.write_bytes(blob)) if len(blob) > INLINE_BYTES else ""
         digest = ledger_file.digest(self._hash, now, kind, round, node, text, blob, "")
         if file:
             blob = b""
@@ -175,9 +176,10 @@ class Ledger:
 
     def put_file(self, tensors: dict[str, Tensor]) -> str:
         """Store tensors as an immutable safetensors file; returns the SHA-256 of its bytes, which is its name."""
-        import safetensors.torch
+        from safetensors.torch import save_file
 
-        return self._put(safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        return self._put(lambda path: save_file(whole, path))
 
     def get_file(self, name: str) -> dict[str, Tensor]:
         """Map a stored file whose bytes are those that were stored: its pages are read when touched."""
@@ -189,8 +191,7 @@ class Ledger:
     def check_file(self, name: str) -> None:
         """Raise `LedgerError` if a stored file is missing or damaged; holds little of it in memory."""
         try:
-            with self._file(name).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = _sha256(self._file(name))
         except OSError as error:
             raise LedgerError(f"{self._file(name)}: {error.strerror}; restore it from a backup.") from None
         if found != name:
@@ -250,24 +251,21 @@ class Ledger:
         except ledger_file.UNREADABLE as error:
             raise self._plain(error) from None
 
-    def _put(self, data: bytes) -> str:
-        name = hashlib.sha256(data).hexdigest()
-        path = self._file(name)
-        if path.exists():
-            return name
-        partial = path.with_suffix(f".{os.getpid()}.partial")
+    def _put(self, write: Callable[[Path], object]) -> str:
+        partial = self.folder / "files" / "new.partial"  # there is one writer
         try:
-            path.parent.mkdir(exist_ok=True)
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
+            partial.parent.mkdir(exist_ok=True)
+            write(partial)
+            with partial.open("rb") as file:
                 os.fsync(file.fileno())
-            partial.replace(path)
-            ledger_file.sync_folder(path.parent)
-        except OSError as error:
+            name = _sha256(partial)
+            partial.replace(self._file(name))
+            ledger_file.sync_folder(partial.parent)
+        except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
             raise ResourceError(
-                f"cannot write {path}: {error.strerror}; free space, then start the run again."
+                f"cannot write {partial.parent}: {getattr(error, 'strerror', error)}; "
+                "free space, then start the run again."
             ) from None
         return name
 
@@ -345,3 +343,8 @@ class Ledger:
         if "full" in text or "readonly" in text or "disk I/O" in text:
             return ResourceError(f"cannot write {self._path}: {text}; free space, then start the run again.")
         return LedgerError(f"{self._path}: {text}; restore it from a backup or choose another 'run.dir'.")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -24,7 +24,7 @@ for the means of ``sign``, which the sender alone takes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from fedtune_strategies.blocks.codec_config import Codec
 from fedtune_strategies.errors import ModelError, ProtocolError
 
 NF4_BLOCK = 64
+PIECE = 2**20  # elements that are in float32 at a time, beside a tensor of any size
 SIGN_ROW = 64  # fewest elements of a row for which a scale is worth its 32 bits
 
 # Quantiles of a standard normal, scaled to [-1, 1]: QLoRA (arXiv 2305.14314), appendix E.
@@ -71,19 +72,23 @@ def encode(tensors: Mapping[str, Tensor], codec: Codec) -> dict[str, Tensor]:
 
 def decode(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Undo `encode`, as far as its codec can be undone: float32 tensors in the order of the parts."""
+    return {name: tensor.float() for name, tensor in decode_each(parts)}
+
+
+def decode_each(parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield what `decode` returns one by one, with its bfloat16 tensors as they travel: so few take memory at once."""
     coded: dict[str, dict[str, Tensor]] = {}
     for part_name, part in parts.items():
         name, _, kind = part_name.partition(":")
         coded.setdefault(name, {})[kind] = part
-    tensors = {}
     for name, own in coded.items():
         try:
-            tensors[name] = _decode_tensor(own)
+            tensor = _decode_tensor(own)
         except (KeyError, IndexError, ValueError, RuntimeError):
             raise ProtocolError(
                 f"the coded parts of tensor {name} do not fit together; both sides must run the same version"
             ) from None
-    return tensors
+        yield name, tensor
 
 
 def decode_rows(parts: Mapping[str, Tensor], name: str, rows: slice | Tensor) -> Tensor:
@@ -135,7 +140,7 @@ def _quantise(tensor: Tensor, quantisation: str, kept: Tensor | None) -> dict[st
 
 def _decode_tensor(coded: Mapping[str, Tensor]) -> Tensor:
     if "" in coded:
-        return coded[""].float()
+        return coded[""]
     shape = coded["shape"].tolist() if "shape" in coded else list(coded["int8"].shape)
     kept = _unpack_bits(coded["kept"], shape) if "kept" in coded else None
     if "int8" in coded:
@@ -167,10 +172,15 @@ def _to_int8(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
     The experts of a layer are one tensor [experts, out, in], and each of their rows has its own scale.
     """
-    values = tensor.float()
-    scale = (values.abs().amax(dim=-1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    codes = (values / scale.unsqueeze(-1)).round_().clamp_(-127, 127)
-    return codes.to(torch.int8), scale
+    rows = tensor.flatten(0, -2)
+    codes, scale = torch.empty(rows.shape, dtype=torch.int8), torch.empty(len(rows))
+    # Some rows at a time: float32 of a whole embedding, and twice, may be as large as the model.
+    some = max(1, PIECE // rows.shape[-1])
+    for own, code, largest in zip(rows.split(some), codes.split(some), scale.split(some), strict=True):
+        values = own.float()
+        largest.copy_(values.abs().amax(dim=-1).div_(127).clamp_(min=torch.finfo(torch.float32).tiny))
+        code.copy_((values / largest.unsqueeze(-1)).round_().clamp_(-127, 127))
+    return codes.view(tensor.shape), scale.view(tensor.shape[:-1])
 
 
 def _to_signs(tensor: Tensor) -> dict[str, Tensor]:

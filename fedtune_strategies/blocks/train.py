@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedtune_strategies.blocks.codecs import PIECE
 from fedtune_strategies.blocks.find import Block
 from fedtune_strategies.blocks.gradients import LossFn, block_gradients
 
@@ -86,8 +87,7 @@ def apply_delta(weights: Mapping[str, Tensor], delta: Mapping[str, Tensor], gamm
     The product and the sum are two operations, each rounded once (IEEE 754): a fused multiply-add, which some
     processors would use and others not, cannot come between them.
     """
-    # One tensor after another, and each sum in the memory of its product: a block may be a third of the model.
-    return {n: (delta[n].to(value.device, torch.float32) * gamma).add_(value) for n, value in weights.items()}
+    return {name: _moved(value, delta[name], gamma) for name, value in weights.items()}
 
 
 def weighted_mean(blocks: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -100,6 +100,14 @@ def weighted_mean(blocks: Sequence[Mapping[str, Tensor]], weights: Sequence[floa
     for block, share in zip(blocks, shares, strict=True):
         mean = apply_delta(mean, block, share)
     return mean
+
+
+def _moved(weight: Tensor, change: Tensor, gamma: float) -> Tensor:
+    moved = change.to(weight.device, torch.float32, copy=True)
+    # In pieces, or weights of 16 bits would be there in float32 as well: an embedding may be a third of the model.
+    for own, old in zip(moved.view(-1).split(PIECE), weight.reshape(-1).split(PIECE), strict=True):
+        own.mul_(gamma).add_(old)
+    return moved
 
 
 def _step(stepper: torch.optim.Optimizer, master: list[Tensor], gradient: list[Tensor], lr: float) -> None:

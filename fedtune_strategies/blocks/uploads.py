@@ -8,6 +8,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fedtune_strategies.blocks.codec_config import FEEDBACK, Codec
@@ -82,13 +83,14 @@ class Residuals(MutableMapping[int, Mapping[str, Tensor]]):
         partial = path.with_suffix(".partial")
         try:
             make_folder(self._folder)
-            partial.write_bytes(safetensors.torch.save(dict(tensors)))
+            safetensors.torch.save_file(dict(tensors), partial)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             partial.replace(path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
-            raise ResourceError(f"cannot keep what coding held back in {self._folder}: {error.strerror}.") from None
+            reason = getattr(error, "strerror", error)
+            raise ResourceError(f"cannot keep what coding held back in {self._folder}: {reason}.") from None
 
     def __getitem__(self, key: int) -> Mapping[str, Tensor]:
         try:

@@ -1,4 +1,4 @@
-"""The server's copy of every block: exact, in float32, under a version number."""
+"""The server's copy of every block: exact, under a version number; the base model in its type, others in float32."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class BlockStore:
 
     def weights(self, block: int) -> Mapping[str, Tensor]:
         """Return a block's newest version; never write to it."""
-        return self._newest.get(block) or InFloat32(self._base, self.blocks[block].parameters)
+        return self._newest.get(block) or OneBlock(self._base, self.blocks[block].parameters)
 
     def commit(self, block: int, weights: dict[str, Tensor]) -> None:
         """Take up a block's next version."""
@@ -75,7 +75,7 @@ class BlockStore:
         absent = self.absent_blocks(trained)
         present = [block.index for block in self.blocks if block.index not in absent]
         return turn_fingerprint(
-            fingerprint(self.weights(index)) if index == trained else self._frozen_print(index) for index in present
+            self._exact_print(index) if index == trained else self._frozen_print(index) for index in present
         )
 
     def state(self, changed: Collection[int]) -> dict[str, dict[str, Tensor]]:
@@ -105,20 +105,23 @@ class BlockStore:
             self._influence = self._measure()
         return self._influence
 
+    def _exact_print(self, block: int) -> str:
+        return fingerprint((name, value.to(torch.float32)) for name, value in self.weights(block).items())
+
     def _frozen_print(self, block: int) -> str:
         if block not in self._prints:
             self._prints[block] = fingerprint(frozen_form(self.weights(block), self._codec, self._dtype))
         return self._prints[block]
 
 
-class InFloat32(Mapping[str, Tensor]):
-    """Some of the base model's tensors, each converted when it is asked for: so one at a time takes memory."""
+class OneBlock(Mapping[str, Tensor]):
+    """Some of the base model's tensors, each taken when it is asked for: a coded one takes memory only then."""
 
     def __init__(self, base: Mapping[str, Tensor], names: Sequence[str]) -> None:
         self._base, self._names = base, names
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._base[name].to(torch.float32)
+        return self._base[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

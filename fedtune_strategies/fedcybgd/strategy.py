@@ -7,6 +7,7 @@ does not hold yet; it sends back the block's change, and the block's version gro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedtune_strategies.blocks.codec_config import parse_codec
-from fedtune_strategies.blocks.codecs import decode, encoded_size
+from fedtune_strategies.blocks.codecs import decode_each, encoded_size
 from fedtune_strategies.blocks.find import Block
 from fedtune_strategies.blocks.train import apply_delta, weighted_mean
 from fedtune_strategies.blocks.uploads import fits
@@ -168,12 +169,12 @@ class FedCyBGD(TuningStrategy):
         # A few coded bytes may claim any shape: nothing is decoded before it fits.
         if not fits(reply.delta, self.store.weights(reply.block), self.config.train.upload):
             raise ProtocolError(f"{reply.node} sent other tensors than block {reply.block} has: the reply is left out.")
-        delta = decode(reply.delta)
-        if reply.steps < 1 or not all(value.isfinite().all() for value in delta.values()):
+        size = largest(reply.delta)
+        if reply.steps < 1 or not math.isfinite(size):
             raise DivergenceError(f"{reply.node} sent an update that is not finite: the reply is left out.")
-        if out_of_line(largest(delta), self.sizes):
+        if out_of_line(size, self.sizes):
             raise ProtocolError(
-                f"{reply.node} moved block {reply.block} by up to {largest(delta):.3g}, more than {FACTOR:g} times "
+                f"{reply.node} moved block {reply.block} by up to {size:.3g}, more than {FACTOR:g} times "
                 "what is usual in this run: the reply is left out."
             )
 
@@ -200,10 +201,9 @@ class FedCyBGD(TuningStrategy):
             # One block may have several changes: nodes that share a turn, and late ones of the round before.
             group = [answer for answer in answers if answer.block == block]
             fresh = [answer for answer in group if answer.node not in stale]
-            deltas = {answer.node: decode(answer.delta) for answer in group}
-            self.sizes = [*self.sizes, *map(largest, deltas.values())][-REMEMBERED:]
-            late = [deltas[answer.node] for answer in group if answer.node in stale]
-            self.store.commit(block, self._next(block, fresh, late, deltas))
+            late = [answer for answer in group if answer.node in stale]
+            self.sizes = [*self.sizes, *(largest(answer.delta) for answer in group)][-REMEMBERED:]
+            self.store.commit(block, dict(self._next(block, fresh, late)))
             for answer in group:
                 own = self.node_states.of(answer.node)
                 if answer.round == server_round:
@@ -338,19 +338,18 @@ class FedCyBGD(TuningStrategy):
         return {key: part for block in blocks for key, part in self.store.coded(block).items()}
 
     def _next(
-        self,
-        block: int,
-        fresh: Sequence[BlockReply],
-        late: Sequence[Mapping[str, Tensor]],
-        deltas: Mapping[str, Mapping[str, Tensor]],
-    ) -> dict[str, Tensor]:
+        self, block: int, fresh: Sequence[BlockReply], late: Sequence[BlockReply]
+    ) -> Iterator[tuple[str, Tensor]]:
         """Move a block by gamma times the mean change of its newest version; then add those of the one before."""
         nodes, weights = self.config.strategy, self.store.weights(block)
-        if fresh:
-            changes = [deltas[answer.node] for answer in fresh]
-            mean = changes[0] if len(changes) == 1 else weighted_mean(changes, shares(fresh, nodes.weighting))
-            weights = apply_delta(weights, mean, nodes.server_lr)
-        return rebased(weights, late, nodes.server_lr, nodes.late)
+        # Tensor by tensor: several copies of a block in float32 may be as large as the model.
+        for name, weight in weights.items():
+            moved: Mapping[str, Tensor] = {name: weight}
+            if fresh:
+                changes = [_change(answer, name) for answer in fresh]
+                mean = changes[0] if len(changes) == 1 else weighted_mean(changes, shares(fresh, nodes.weighting))
+                moved = apply_delta(moved, mean, nodes.server_lr)
+            yield name, rebased(moved, [_change(answer, name) for answer in late], nodes.server_lr, nodes.late)[name]
 
     def _metrics(self, answers: Sequence[BlockReply]) -> MetricRecord:
         metrics: dict[str, MetricRecordValues] = {
@@ -360,3 +359,7 @@ class FedCyBGD(TuningStrategy):
             "steps": sum(answer.steps for answer in answers),
         }
         return MetricRecord(metrics)
+
+
+def _change(answer: BlockReply, name: str) -> dict[str, Tensor]:
+    return dict(decode_each({key: part for key, part in answer.delta.items() if key.partition(":")[0] == name}))

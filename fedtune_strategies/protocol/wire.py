@@ -146,5 +146,7 @@ def _tensor(described: Any, data: memoryview) -> tuple[Tensor, memoryview]:
     return torch.frombuffer(elements, dtype=dtype).reshape(shape), data[size:]
 
 
-def _elements(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+def _elements(tensor: Tensor) -> memoryview:
+    """Return a tensor's bytes, which are not copied."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")

@@ -7,6 +7,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors.torch import load, save
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fedtune_strategies.blocks import codecs, train
 from fedtune_strategies.blocks.codec_config import Codec, parse_codec
 from fedtune_strategies.blocks.codecs import (
     NF4_VALUES,
@@ -14,6 +15,7 @@ from fedtune_strategies.blocks.codecs import (
     encode,
     encoded_size,
 )
+from fedtune_strategies.blocks.train import apply_delta
 from fedtune_strategies.errors import ConfigError, ModelError, ProtocolError
 from tests.conftest import quick
 
@@ -48,6 +50,22 @@ def test_int8_errs_by_half_a_step_of_its_row(tensor):
     step = tensor.flatten(1).abs().amax(dim=1).double() / 127
     error = (decoded(tensor, "int8").double() - tensor.double()).flatten(1).abs().amax(dim=1)
     assert (error <= step * 0.50001 + 1e-37).all()
+
+
+def test_int8_and_commits_are_the_same_bits_in_pieces_of_any_size(monkeypatch):
+    weight, change = torch.randn(2, 33, 7).bfloat16(), torch.randn(2, 33, 7).bfloat16()
+    found = []
+    for piece in (1, 20, 2**20):
+        monkeypatch.setattr(codecs, "PIECE", piece)
+        monkeypatch.setattr(train, "PIECE", piece)
+        found.append(
+            [*encode({"w": weight}, Codec("int8")).values(), *apply_delta({"w": weight}, {"w": change}, 0.3).values()]
+        )
+    scale = weight.float().abs().amax(dim=-1) / 127
+    codes = (weight / scale.unsqueeze(-1)).round().to(torch.int8)
+    for codes_, scale_, moved in found:
+        assert torch.equal(codes_, codes) and torch.equal(scale_, scale)
+        assert torch.equal(moved, change.float() * 0.3 + weight.float())
 
 
 @quick

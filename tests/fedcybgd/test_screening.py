@@ -85,8 +85,8 @@ def test_a_change_of_another_shape_is_refused_before_it_is_decoded(settings, dat
         decoded.append(parts)
         return honest(parts)
 
-    honest = fedcybgd.decode
-    monkeypatch.setattr(fedcybgd, "decode", spy)
+    honest = fedcybgd.largest
+    monkeypatch.setattr(fedcybgd, "largest", spy)
     ledger, reasons = attacked(settings, data_files, lambda reply: replace(reply, delta=delta))
     assert reasons and all("other tensors" in reason for reason in reasons)
     assert ledger.last("round").round == 6
