@@ -10,16 +10,18 @@ from fedtune_strategies.cost import PROCESS, Cost, Fleet, Shape
 from fedtune_strategies.errors import ConfigError
 from fedtune_strategies.language.base import structure
 from fedtune_strategies.language.coded import CODECS
-from fedtune_strategies.language.model_files import weight_files, weights_dtype
+from fedtune_strategies.language.model_files import is_only_described, weight_files, weights_dtype
 from fedtune_strategies.method import load_method
 
 
 def shape_of(folder: Path, config: Config) -> Shape:
-    """Read a model's shape; no weight is loaded."""
-    model = structure(folder)
+    """Read a model's shape; no weight is loaded, and there need be none: then its type is what ``config.json`` says."""
+    model, described = structure(folder), is_only_described(folder)
     text = model.config.get_text_config()
     hidden = text.hidden_size
-    parameters, width = list(model.parameters()), weights_dtype(folder, config.model.dtype).itemsize
+    parameters = list(model.parameters())
+    own = described and config.model.dtype == "auto"
+    width = (parameters[0].dtype if own else weights_dtype(folder, config.model.dtype)).itemsize
     count = sum(value.numel() for value in parameters)
     base = config.model.base
     codes = 0.0 if base == "exact" else coded_bytes([tuple(one.shape) for one in parameters], CODECS[base], width)
@@ -30,7 +32,7 @@ def shape_of(folder: Path, config: Config) -> Shape:
         inner=getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden,
         vocabulary=text.vocab_size,
         model=model,
-        stored=sum(file.stat().st_size for file in weight_files(folder)),
+        stored=width * count if described else sum(file.stat().st_size for file in weight_files(folder)),
         width=width,
         weights=width * count + round(codes),
     )

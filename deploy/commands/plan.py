@@ -41,6 +41,8 @@ def plan(
     """
     given = dict(map(setting, changes or [])) | {"model.name": model}
     facts = _planned(model, given, nodes, examples, memory, link)
+    if not facts["weights"]:
+        measure = 0.0
     end = time.monotonic() + measure
     if form is Format.text and console.is_terminal:
         with Live(_table(facts), console=console, auto_refresh=False) as live:
@@ -48,8 +50,6 @@ def plan(
                 live.update(_table(facts), refresh=True)
         console.print(_notes(facts, measure), end="")
         return
-    if form is Format.text:
-        console.print(_table(facts))
     for row in _measured(facts, given, examples, end):
         log(f"{row['method']}: {row['measured']}")
     show(facts, form, lambda: console.print(_table(facts), _notes(facts, measure), sep="\n", end=""))
@@ -94,9 +94,13 @@ def _planned(
     from fedtune_strategies.cost import PROCESSES
     from fedtune_strategies.errors import FedTuneError
     from fedtune_strategies.language.model import check_model
+    from fedtune_strategies.language.model_files import is_only_described, model_folder
     from fedtune_strategies.run_config import parse
 
-    folder, _ = check_model(model)
+    folder = model_folder(model)
+    described = is_only_described(folder)
+    if not described:
+        check_model(model)
     available = memory * 1e9 if memory is not None else psutil.virtual_memory().available
     rows, lacking, server = [], {}, 0
     for name in methods():
@@ -115,7 +119,8 @@ def _planned(
     if not rows:
         raise next(iter(lacking.values()))
     left_out = {name: str(error) for name, error in lacking.items()}
-    facts = {"model": model, "nodes": nodes, "memory": available, "methods": rows, "left_out": left_out}
+    facts = {"model": model, "weights": not described, "nodes": nodes, "memory": available, "methods": rows}
+    facts |= {"left_out": left_out}
     return facts | {"beside": PROCESSES, "server_memory": server}
 
 
@@ -176,6 +181,7 @@ def _notes(facts: dict[str, Any], measure: float) -> str:
 
     late = [row["method"] for row in facts["methods"] if row["fits"] and row["run_seconds"] is None]
     more = f"Not measured within {measure:.0f} s (--measure): {', '.join(late)}.\n" if late and measure else ""
+    more += "" if facts["weights"] else "It is planned by its config.json: there are no weights to check or measure.\n"
     more += "".join(f"Left out, {name}: {line}\n" for name, line in facts["left_out"].items())
     records = [f"{row['method']} {size(row['run_record'])} ({size(row['run_pruned'])})" for row in facts["methods"]]
     listed = ", ".join(record.replace(" ", "\N{NO-BREAK SPACE}") for record in records)

@@ -66,6 +66,11 @@ def model_config(folder: Path) -> dict[str, Any]:
     return dict(config)
 
 
+def is_only_described(folder: Path) -> bool:
+    """Say whether a model folder holds no weights of any kind: enough for its shape."""
+    return not any(path.suffix in (".safetensors", ".bin", ".gguf") for path in folder.iterdir())
+
+
 def weight_files(folder: Path) -> list[Path]:
     """List the safetensors files of a model folder in the order of their names, each checked to be whole."""
     index = folder / "model.safetensors.index.json"

@@ -2,11 +2,15 @@ import io
 import json
 import sys
 
+import pytest
 from rich.console import Console
+from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from deploy.cli import app
 from deploy.commands import plan
+from deploy.owner import doctor
+from fedtune_strategies.config.node import NodeConfig
 from fedtune_strategies.language.model_files import model_folder
 
 
@@ -33,7 +37,7 @@ def test_a_method_whose_library_is_not_here_is_left_out_with_what_to_do(monkeypa
     assert "fedkseed-pro" in said and "\nfedit" not in said
 
 
-def test_figures_come_first_and_measuring_ends_when_its_time_is_up(monkeypatch):
+def test_measuring_ends_when_its_time_is_up_and_a_file_has_the_table_once(monkeypatch):
     def takes_for_ever(*_):
         while True:
             pass
@@ -41,8 +45,35 @@ def test_figures_come_first_and_measuring_ends_when_its_time_is_up(monkeypatch):
     monkeypatch.setattr(plan, "task_seconds", takes_for_ever)
     result = call("--measure", "0.2", "--memory", "2")
     assert "not done in time" in result.stderr and "Not measured within" in result.stdout
-    first, last = result.stdout.index("fedavg"), result.stdout.rindex("fedavg")
-    assert first < last
+    assert result.stdout.count("whole run") == 1
+
+
+def test_a_terminal_shows_the_figures_before_anything_is_measured(monkeypatch):
+    text, shown = io.StringIO(), []
+    monkeypatch.setattr(plan, "console", Console(file=text, force_terminal=True, width=80))
+    monkeypatch.setattr(plan, "task_seconds", lambda *_: shown.append(text.getvalue()))
+    call("--memory", "2")
+    assert "fedavg" in shown[0]
+
+
+@pytest.mark.parametrize(
+    ("width", "inner", "layers", "heads", "parameters"),
+    [(2048, 5632, 22, 4, 1_100_048_384), (4096, 11008, 32, 32, 6_738_415_616)],
+)
+def test_a_large_model_is_planned_by_its_config_alone_and_then_missing_weights_are_named(
+    tmp_path, monkeypatch, width, inner, layers, heads, parameters
+):
+    LlamaConfig(
+        vocab_size=32000, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+        num_key_value_heads=heads, dtype="bfloat16", architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    monkeypatch.setattr(plan, "task_seconds", None)
+    model = str(tmp_path)
+    found = json.loads(call("--model", model, "--format", "json", "--set", "train.local-steps=1").stdout)
+    assert {row["disk"] for row in found["methods"]} == {2 * parameters}
+    assert "no weights to check or measure" in plan._notes(found, 60.0)
+    check = next(one for one in doctor.examine("", None, NodeConfig(model=model)) if one.label == "model")
+    assert not check.ok and "holds no weights (model.safetensors)" in check.detail
 
 
 def test_measured_times_make_that_of_a_run(monkeypatch):
