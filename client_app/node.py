@@ -202,6 +202,8 @@ class Node:
                 return self._hello()
             case protocol.ModelManifest():
                 return self._received(self._cache.start(self.name, self.config.model.name, message.chunks))
+            case protocol.ModelChunk() if not self._cache.has_started:
+                return protocol.ModelRequest(self.name, -1)  # a worker that ended had asked for it
             case protocol.ModelChunk():
                 return self._received(self._cache.take(self.name, message.chunk, as_bytes(message.data)))
         return self.answer(message)

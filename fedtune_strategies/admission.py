@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -30,6 +30,8 @@ _REFUSED_FOR_S = 60.0
 # A node's owner who is asked may agree at any moment.
 _ASKING_FOR_S = 5.0
 _CHUNK_S = 600.0
+# So many parts of the base model are on their way at once, and in memory, to however many nodes.
+_PARTS_AT_ONCE = 32
 # So often a node may ask for the same part of the base model, on a bad link too; after that it is refused.
 _ASKS = 8
 # Loading a large model takes its time; after this the message is given up and the node greeted again.
@@ -102,6 +104,8 @@ class Admission:
         self._early: set[str] = set()
         self._asks: Counter[tuple[int, int]] = Counter()
         self._supplied: Counter[int] = Counter()
+        self._parts: dict[str, float] = {}  # of the base model, on their way, and since when
+        self._waiting: deque[tuple[int, Message]] = deque()  # answers of nodes that want one, as soon as there is room
         self._untold: Counter[int] = Counter()  # bytes of the base model that no event has told of
         self._refused: dict[int, tuple[float, FedTuneError]] = {}
         self._asking: dict[int, str] = {}
@@ -128,7 +132,9 @@ class Admission:
                 self._join(self._claims.pop(claim.id))
         now = time.monotonic()
         self._refused = {i: r for i, r in self._refused.items() if i in present and now - r[0] < _patience(r[1])}
-        strangers = present - {*self.nodes, *self._hellos.values(), *self._refused, *self._claims}
+        self._waiting = deque((i, reply) for i, reply in self._waiting if i in present)
+        waiting = {i for i, _ in self._waiting}
+        strangers = present - {*self.nodes, *self._hellos.values(), *self._refused, *self._claims, *waiting}
         self._hellos = {key: node_id for key, node_id in self._hellos.items() if node_id in present}
         self._greet(strangers, self._fingerprint)
         self.hear()
@@ -152,6 +158,8 @@ class Admission:
             for reply in replies:
                 key = reply.metadata.reply_to_message_id
                 self._admit(self._hellos.pop(key), reply, early=key in self._early)
+        while self._waiting and self._has_room():
+            self._admit(*self._waiting.popleft())
 
     def lose(self, node_id: int, line: str, unanswered: int = 0) -> Node | None:
         """Give up a node, with so many bytes of a task; returns it, or None where it is given up already."""
@@ -198,7 +206,10 @@ class Admission:
         try:
             hello = answer(reply)
             if isinstance(hello, protocol.ModelRequest):
-                self._send_model(node_id, hello)
+                if self._has_room():
+                    self._send_model(node_id, hello)
+                else:
+                    self._waiting.append((node_id, reply))
                 return
             if not isinstance(hello, protocol.HelloReply):
                 raise ProtocolError(f"answered a hello with a '{hello.kind}'.")
@@ -271,7 +282,14 @@ class Admission:
         if not self._asks[part]:
             self._supplied[node_id] += size
         self._asks[part] += 1
-        self._hellos |= dict.fromkeys(self._grid.push_messages([message]), node_id)
+        for key in self._grid.push_messages([message]):
+            self._hellos[key], self._parts[key] = node_id, time.monotonic()
+
+    def _has_room(self) -> bool:
+        """Say whether another part of the base model may be sent; one that was given up is on its way no more."""
+        since = time.monotonic() - _CHUNK_S
+        self._parts = {key: sent for key, sent in self._parts.items() if key in self._hellos and sent > since}
+        return len(self._parts) < _PARTS_AT_ONCE
 
     def _join(self, node: Node) -> None:
         self.nodes[node.id] = node

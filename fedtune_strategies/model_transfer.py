@@ -26,8 +26,9 @@ from fedtune_strategies.errors import ProtocolError, ResourceError
 from fedtune_strategies.folders import is_ours, make_folder, remove_folder
 from fedtune_strategies.protocol.messages import Message, ModelChunk, ModelManifest, ModelRequest
 
-CHUNK_BYTES = 64 * 2**20
-MANY_CHUNKS = 100_000  # 6 TB
+CHUNK_BYTES = 16 * 2**20  # at most; of a small model each is a 64th, so that little is lost with one
+LEAST_CHUNK_BYTES = 2**19
+MANY_CHUNKS = 100_000  # 1.6 TB
 PARTIAL = ".partial"
 ABANDONED = 3600.0  # seconds without a byte after which a download is nobody's any more
 # What a causal language model and its tokenizer consist of; nothing that could be run.
@@ -49,7 +50,7 @@ class Chunk:
 class ModelSource:
     """A model folder on the server, to be handed out."""
 
-    def __init__(self, folder: Path, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, folder: Path, chunk_bytes: int = 0) -> None:
         self._folder = folder
         self._chunk_bytes = chunk_bytes
 
@@ -57,7 +58,13 @@ class ModelSource:
     def manifest(self) -> str:
         """All chunks as JSON; read and hashed when it is first asked for."""
         files = sorted(path for path in self._folder.iterdir() if path.is_file() and _FILE.fullmatch(path.name))
-        return json.dumps([vars(chunk) for path in files for chunk in _chunks(path, self._chunk_bytes)])
+        share = sum(path.stat().st_size for path in files) // 64
+        size = self._chunk_bytes or min(max(share, LEAST_CHUNK_BYTES), CHUNK_BYTES)
+        return json.dumps([vars(chunk) for path in files for chunk in _chunks(path, size)])
+
+    @cached_property
+    def _chunks(self) -> list[Chunk]:
+        return read_manifest(self.manifest)
 
     def answer(self, wanted: ModelRequest) -> Message:
         """Answer what a node wants.
@@ -66,10 +73,9 @@ class ModelSource:
         """
         if wanted.chunk < 0:
             return ModelManifest(self.manifest)
-        chunks = read_manifest(self.manifest)
-        if wanted.chunk >= len(chunks):
-            raise ProtocolError(f"{wanted.node} wants chunk {wanted.chunk} of a model of {len(chunks)} chunks.")
-        data = bytearray(_read(self._folder, chunks[wanted.chunk]))
+        if wanted.chunk >= len(self._chunks):
+            raise ProtocolError(f"{wanted.node} wants chunk {wanted.chunk} of a model of {len(self._chunks)} chunks.")
+        data = bytearray(_read(self._folder, self._chunks[wanted.chunk]))
         return ModelChunk(wanted.chunk, torch.frombuffer(data, dtype=torch.uint8))
 
 
@@ -95,6 +101,11 @@ class ModelCache:
             return found
         except OSError:
             return None
+
+    @property
+    def has_started(self) -> bool:
+        """Whether a manifest has said what is wanted."""
+        return bool(self._chunks)
 
     def start(self, node: str, name: str, manifest: str) -> Path | ModelRequest:
         """Begin with a manifest; return the model's folder if it is here already, else the first wanted chunk.

@@ -192,6 +192,43 @@ def test_a_model_that_the_server_cannot_read_refuses_the_node_alone():
     assert list(fleet.nodes) == ["b"]
 
 
+def test_no_more_of_the_model_is_on_its_way_at_once_than_fits_and_all_nodes_get_it(monkeypatch):
+    monkeypatch.setattr(fedtune_strategies.admission, "_PARTS_AT_ONCE", 2)
+    sent, most = [], []
+
+    class Slow(InMemoryGrid):
+        """Answers when it is looked for replies."""
+
+        def push_messages(self, messages):
+            keys = super().push_messages(messages)
+            sent.extend(keys)
+            return keys
+
+        def pull_messages(self, keys):
+            most.append(sum(key in parts for key in keys))
+            return super().pull_messages(keys)
+
+    def node(name):
+        wants = iter([-1, 0, 1])
+
+        def handle(kind, payload):
+            want = next(wants, None)
+            reply = protocol.HelloReply(name, protocol.PROTOCOL_VERSION, 5, "abcd", 1)
+            reply = reply if want is None else protocol.ModelRequest(name, want)
+            return reply.kind, protocol.encode(reply)
+
+        return handle
+
+    def supply(wanted):
+        parts.add(f"message-{len(sent) + 1}")
+        return protocol.ModelManifest("[]")
+
+    parts = set()
+    fleet = Fleet(Slow({i: node(f"n{i}") for i in range(1, 8)}), "abcd", poll_interval=0.001, supply=supply)
+    fleet.wait_for_nodes(7, 10.0)
+    assert len(parts) == 7 * 3 and max(most) == 2
+
+
 def test_the_cache_forgets_what_was_unused_longest(tmp_path):
     cache = ModelCache(tmp_path / "cache", 2500)
     found = {}

@@ -16,7 +16,6 @@ from fedtune_strategies.errors import FingerprintError
 from fedtune_strategies.fedkseed.config import GradientRunConfig
 from fedtune_strategies.fedkseed.messages import GradientWeights
 from fedtune_strategies.fedkseed.pools import nth_pool
-from fedtune_strategies.model_transfer import CHUNK_BYTES
 from fedtune_strategies.seed_gradient import packed_bytes
 from fedtune_strategies.seed_space import Pool, tensor_fingerprint
 from fedtune_strategies.seed_space.moved import MovedWeights
@@ -27,7 +26,7 @@ log = logging.getLogger("fedtune")
 # Measured: one processor core adds a point in so many seconds a parameter, by gaussian directions a parameter and seed.
 WALSH_S, GAUSSIAN_S = 1.2e-9, 2.2e-9
 LINK = 12.5e6  # bytes a second that a node is thought to receive: 100 Mbit/s
-PART = CHUNK_BYTES // 4  # elements
+PART = 2**24  # elements: 64 MB
 
 
 class Moved:

@@ -22,14 +22,15 @@ PATIENCE = 30.0
 
 
 class Flower(InMemoryGrid):
-    """Flower's messages: carries offers to nodes, and counts what went this way."""
+    """Flower's messages: carries offers to nodes, and counts what went this way and its bytes."""
 
     def __init__(self, nodes):
         super().__init__(nodes)
-        self.count = 0
+        self.count = self.carried = 0
 
     def _answer(self, message):
         self.count += 1
+        self.carried += len(from_record(message.content)[1])
         node, offer = self.nodes[message.metadata.dst_node_id], offer_in(message.content)
         if offer:
             node.offered(decode_offer(offer))
