@@ -91,6 +91,8 @@ def phase(view: RunView) -> str:
         return "starting"
     if (one := view.rounds.get(done + 1)) and one.asked:
         replied = f"{one.replies} of {one.asked} replied"
+        if view.measured and done not in view.evaluations:  # replies are taken when the last round's model is measured
+            return f"{replied}, measuring {'{}/{}'.format(*view.measured)}"
         slowest = min(view.steps.values(), key=lambda far: far[0] / far[1], default=None)
         return f"{replied}, step {slowest[0]}/{slowest[1]}" if slowest else replied
     if done < total:

@@ -170,6 +170,10 @@ def test_a_run_says_what_it_waits_for(tmp_path):
     ledger.append("asked", round=1, body={"nodes": {"alice": 10, "bob": 10}, "again": False})
     ledger.append("reply", round=1, node="bob", body=reply(1, "bob"))
     assert phase() == "1 of 2 replied"
+    write_measured(tmp_path, 3, 12)
+    assert phase() == "1 of 2 replied, measuring 3/12"
+    ledger.append("evaluation", round=0, body={"eval/loss": 4.0})
+    assert phase() == "1 of 2 replied"
     ledger.append("failed", body={"exit_code": 14, "message": "the disk is full"})
     ledger.append("submitted", body={"config": config})
     assert phase() == "starting" and report(tmp_path)["run"]["state"] == "running"
