@@ -21,7 +21,7 @@ from fedtune_strategies.errors import FedTuneError, FingerprintError, NodesError
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.door import refusing
 from fedtune_strategies.protocol.flower import answer, query
-from fedtune_strategies.protocol.records import from_record
+from fedtune_strategies.protocol.records import payload_size
 from fedtune_strategies.words import counted
 
 log = logging.getLogger("fedtune")
@@ -277,7 +277,7 @@ class Admission:
             self._event("supplied", name, "lacks the base model: sending it")
         with refusing():
             message = query(node_id, self._supply(wanted), _CHUNK_S)
-        size = len(from_record(message.content)[1])
+        size = payload_size(message.content)
         self._untold[node_id] += size
         if not self._asks[part]:
             self._supplied[node_id] += size

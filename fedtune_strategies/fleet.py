@@ -22,7 +22,7 @@ from fedtune_strategies.admission import Admission, Members, Node, label
 from fedtune_strategies.errors import FedTuneError, NodesError
 from fedtune_strategies.protocol import messages as protocol
 from fedtune_strategies.protocol.flower import Deferred, WrappedGrid, answer
-from fedtune_strategies.protocol.records import from_record
+from fedtune_strategies.protocol.records import from_record, payload_size
 from fedtune_strategies.stream.grid import StreamedReply
 
 
@@ -140,7 +140,7 @@ class Fleet(WrappedGrid):
                 self.wait(self._poll_interval)
         waited = time.monotonic() - start
         for message_id, message in pending.items():
-            size = len(from_record(message.content)[1])
+            size = payload_size(message.content)
             node = self._admission.lose(message.metadata.dst_node_id, f"did not answer within {waited:.0f} s", size)
             if node is not None:
                 self._late[message_id] = (node, message)
@@ -190,7 +190,7 @@ class Fleet(WrappedGrid):
     def _received(self, task: Message, reply: Message, node: Node | None = None) -> NodeReply:
         node_id = task.metadata.dst_node_id
         node = node or self._admission.nodes.get(node_id) or Node(label(node_id), 0, 0)
-        down = len(from_record(task.content)[1])
+        down = payload_size(task.content)
         up = 0
         try:
             up = 0 if reply.has_error() else len(from_record(reply.content)[1])

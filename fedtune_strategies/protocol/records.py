@@ -7,6 +7,9 @@ uint8 ``Array`` instead, which Flower cuts into chunks.
 
 from __future__ import annotations
 
+import math
+from typing import cast
+
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
@@ -30,7 +33,7 @@ def to_record(kind: str, payload: bytes) -> RecordDict:
 
 def for_flower(content: RecordDict) -> RecordDict:
     """Return the same message as Flower carries it best; what did not come from `to_record` stays as it is."""
-    record = content.config_records.get(_RECORD)
+    record = _config(content, _RECORD)
     payload = record.get("payload") if record is not None else None
     if record is None or not isinstance(payload, bytes) or len(payload) <= INLINE_BYTES:
         return content
@@ -44,14 +47,15 @@ def from_record(content: RecordDict) -> tuple[str, bytes]:
     `content`: the content of a received message.
     Raises `ProtocolError`: the record is not one that `to_record` makes.
     """
-    record = content.config_records.get(_RECORD)
-    kind = record.get("kind") if record is not None else None
-    if record is None or not isinstance(kind, str):
-        raise ProtocolError("received a message that is not FedTune's: run the same FedTune version on both sides.")
+    record = _own(content)
     payload = record.get("payload")
-    if isinstance(payload, bytes):
-        return kind, payload
-    return kind, _blob(content)
+    return str(record["kind"]), payload if isinstance(payload, bytes) else _blob(content)
+
+
+def payload_size(content: RecordDict) -> int:
+    """Return the bytes of a payload of `to_record`, also where Flower carries it, without reading it."""
+    payload = _own(content).get("payload")
+    return len(payload) if isinstance(payload, bytes) else math.prod(cast(ArrayRecord, content[_BLOB])[_BLOB].shape)
 
 
 def with_offer(content: RecordDict, offer: str) -> RecordDict:
@@ -61,14 +65,28 @@ def with_offer(content: RecordDict, offer: str) -> RecordDict:
 
 def offer_in(content: RecordDict) -> str:
     """Return the offer of a stream that came with a message; empty where none did."""
-    record = content.config_records.get(_OFFER)
+    record = _config(content, _OFFER)
     offer = record.get("offer") if record is not None else None
     return offer if isinstance(offer, str) else ""
 
 
+def _own(content: RecordDict) -> ConfigRecord:
+    record = _config(content, _RECORD)
+    if record is None or not isinstance(record.get("kind"), str):
+        raise ProtocolError("received a message that is not FedTune's: run the same FedTune version on both sides.")
+    return record
+
+
+def _config(content: RecordDict, name: str) -> ConfigRecord | None:
+    # Not by `config_records`: what that makes and the content hold each other, and so the payload, until Python looks
+    # for such circles, which it does by the number of objects and not by their size.
+    record = content.get(name)
+    return record if isinstance(record, ConfigRecord) else None
+
+
 def _blob(content: RecordDict) -> bytes:
     try:
-        blob = content.array_records[_BLOB][_BLOB].numpy()
+        blob = cast(ArrayRecord, content[_BLOB])[_BLOB].numpy()
     except Exception as error:  # Flower raises what its decoder does: a peer may send anything
         raise ProtocolError(f"received a message without a readable payload ({type(error).__name__}).") from None
     if blob.dtype != np.uint8 or blob.ndim != 1:

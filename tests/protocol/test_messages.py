@@ -1,5 +1,7 @@
 import dataclasses
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -12,7 +14,15 @@ from fedtune_strategies.fedavg.messages import ArraysReply, ArraysTask
 from fedtune_strategies.fedcybgd.messages import BlockReply, BlockTask
 from fedtune_strategies.fedkseed.messages import GradientReply, GradientTask, GradientWeights, SeedReply, SeedTask
 from fedtune_strategies.protocol import messages as protocol
-from fedtune_strategies.protocol.records import INLINE_BYTES, for_flower, from_record, to_record
+from fedtune_strategies.protocol.records import (
+    INLINE_BYTES,
+    for_flower,
+    from_record,
+    offer_in,
+    payload_size,
+    to_record,
+    with_offer,
+)
 
 BYTES = torch.tensor([0, 3, 255], dtype=torch.uint8)
 EXAMPLES = [
@@ -113,11 +123,25 @@ def test_damaged_messages_are_refused_or_decode_to_their_type(message, data):
             assert len(str(error)) < 400
 
 
+def test_a_payload_goes_with_the_last_who_held_it():
+    """It may be a block of the model: none waits until Python looks for circles of objects."""
+    gc.disable()
+    try:
+        content = with_offer(for_flower(to_record("kept", bytes(INLINE_BYTES + 1))), "here")
+        assert from_record(content)[0] == "kept" and offer_in(content) == "here"
+        gone = weakref.ref(content)
+        del content
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("size", [0, 10, INLINE_BYTES, INLINE_BYTES + 1])
 def test_payloads_of_any_size_survive_flowers_records(size):
     payload = bytes(range(256)) * (size // 256) + b"z" * (size % 256)
     record = for_flower(to_record("kept", payload))
     assert from_record(record) == from_record(to_record("kept", payload)) == ("kept", payload)
+    assert payload_size(record) == payload_size(to_record("kept", payload)) == size
     # One object besides its envelope: every further one costs requests of its own.
     assert len(record) == (1 if size <= INLINE_BYTES else 2)
 
