@@ -286,23 +286,27 @@ def walsh_rebuild(out, base, in_place, theta, keys, element_signs, seed_signs, b
 @_compile
 def walsh_project(total, sums, spare, words, delta, keys, element_signs, seed_signs, block, start):
     """See `reference.walsh_project`: into `total`; `sums` and `spare` are scratch of its size, `words` one of 32nds."""
-    columns = len(total)
+    columns, first = len(total), 0
     total[:] = F32(0)
-    sums[:] = F32(0)
-    for low in range(0, len(delta), columns):
-        e, n = start + low, min(columns, len(delta) - low)
-        used = words[: (n + BITS - 1) // BITS * 4]
-        _random_words(used, e // BITS, keys, element_signs)
-        _add_signed_in_place(sums[:n], delta[low : low + n], used)
-        if (e + columns) % block == 0 or low + n == len(delta):  # rows that share seed signs share the transform
-            _random_words(words, e // block * (columns // BITS), keys, seed_signs)
-            width = columns
-            while low == 0 and width // 2 >= max(n, BITS):  # the rest of the only row is 0: the transform repeats
-                width //= 2
-            found = _fwht(sums[:width], spare[:width])
-            for k in range(0, columns, width):
-                _add_signed_in_place(total[k : k + width], found, words[k // 32 : (k + width) // 32])
-            sums[:] = F32(0)
+    while first < len(delta):  # rows that share seed signs share the transform
+        e = start + first
+        n = min(len(delta) - first, block - e % block)
+        for low in range(0, columns, CACHED):
+            part = sums[low : low + CACHED]  # stays in the cache while all rows are added
+            part[:] = F32(0)
+            for row in range(low, n, columns):
+                x = delta[first + row : first + min(row + len(part), n)]
+                used = words[: (len(x) + BITS - 1) // BITS * 4]
+                _random_words(used, (e + row) // BITS, keys, element_signs)
+                _add_signed_in_place(part[: len(x)], x, used)
+        _random_words(words, e // block * (columns // BITS), keys, seed_signs)
+        width = columns
+        while width // 2 >= max(n, BITS):  # the rest of the only row is 0: the transform repeats
+            width //= 2
+        found = _fwht(sums[:width], spare[:width])
+        for k in range(0, columns, width):
+            _add_signed_in_place(total[k : k + width], found, words[k // 32 : (k + width) // 32])
+        first += n
 
 
 @_inline
