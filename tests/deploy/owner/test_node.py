@@ -388,3 +388,11 @@ def test_a_token_is_read_from_a_file_or_the_environment_and_never_from_the_list_
     monkeypatch.setenv("FEDTUNE_TOKEN", old)
     code, _, shown = call("join", "--data", "notes")
     assert code == LinkError.exit_code and "expired" in shown
+
+
+def test_a_node_that_only_watches_its_processes_holds_no_torch():
+    code = (
+        "import sys, deploy.commands.join, deploy.monitoring.node, deploy.owner.node\n"
+        "assert not {'torch', 'transformers', 'flwr'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=60)
